@@ -27,7 +27,7 @@ REQUIRED = object()
 
 
 class ConfigError(Exception):
-    """What is wrong with a setting, in one line."""
+    """What is wrong with a setting or a file and how to mend it, in one line for the user."""
 
 
 def setting(default, meaning, positional=False):
@@ -217,6 +217,16 @@ def configure(cls, argv=None):
         return parse(cls, argv)
     except ConfigError as error:
         print(f"{script}: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(main, cls):
+    """A script's whole life: settings from the command line, `main(settings)`, and a ConfigError said in one line."""
+    config = configure(cls)
+    try:
+        main(config)
+    except ConfigError as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         raise SystemExit(2)
 
 
