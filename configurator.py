@@ -23,6 +23,8 @@ import types
 import typing
 from dataclasses import field
 
+from tqdm import tqdm
+
 REQUIRED = object()
 
 
@@ -228,6 +230,23 @@ def run(main, cls):
     except ConfigError as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         raise SystemExit(2)
+
+
+class Lines:
+    """A stream for tqdm where there is no terminal: each refresh is a plain line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip("\r\n"), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def progress(total, label, unit, **options):
+    """A tqdm bar with ETA on stderr; where that is no terminal, a plain line every 15 seconds."""
+    shape = {"dynamic_ncols": True} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **shape, **options)
 
 
 def write_config(config, path):
