@@ -33,7 +33,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 COMMON_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
-               "initializer_range")
+               "initializer_range", "eos_token_id")
 MOE_KEYS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
 
 
@@ -46,7 +46,7 @@ def to_hf_config(c, dtype="float32", biased=False):
     if biased:
         name, model_type = "MixtralWithRouterBiasForCausalLM", "mixtral_with_router_bias"
     return {"architectures": [name], "model_type": model_type, "hidden_act": "silu", "torch_dtype": dtype,
-            "attention_dropout": 0.0, "use_cache": True, "bos_token_id": None, "eos_token_id": None,
+            "attention_dropout": 0.0, "use_cache": True, "bos_token_id": None,
             **({"sliding_window": None, "output_router_logits": False} if c.num_local_experts
                else {"attention_bias": False, "mlp_bias": False}),
             **{key: getattr(c, key) for key in keys}}
@@ -165,9 +165,11 @@ def open_tensors(directory):
     return tensors
 
 
-def load_model(directory, dtype=torch.float32):
-    """The Transformer in a checkpoint directory, on the CPU. Raises ConfigError naming file and tensor when they do not fit."""
+def load_model(directory, dtype=torch.float32, router_bias=False):
+    """The Transformer in a checkpoint directory, on the CPU; router_bias gives its routers a selection bias where they have
+    none yet. Raises ConfigError naming file and tensor when they do not fit."""
     c = read_config(directory)
+    stored_bias, c.router_bias = c.router_bias, c.router_bias or router_bias
     try:
         model = Transformer(c).to(dtype)
     except ValueError as error:
@@ -176,7 +178,7 @@ def load_model(directory, dtype=torch.float32):
     left = {n for n in files if not n.endswith("rotary_emb.inv_freq") and not (c.tie_word_embeddings and n == "lm_head.weight")}
     with torch.no_grad():
         for name, t in model.state_dict().items():
-            if c.tie_word_embeddings and name == "lm_head.weight":
+            if (c.tie_word_embeddings and name == "lm_head.weight") or (name.endswith("mlp.bias") and not stored_bias):
                 continue
             for hf_name, view in hf_views(name, t, c):
                 if hf_name not in files:

@@ -30,6 +30,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # Hugging Face's: rope_type linear or llama3 and its factors
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    eos_token_id: int | list | None = None
     num_local_experts: int = 0  # 0: dense
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # of the balance loss, carried for whoever trains on
@@ -37,6 +38,11 @@ class ModelConfig:
 
     def __post_init__(self):
         """Raises ValueError, naming the key, for sizes no model can have."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int:
+                if not isinstance(value, int) or value < (0 if f.name == "num_local_experts" else 1):
+                    raise ValueError(f"{f.name} is {value!r}, must be a positive integer")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
@@ -48,12 +54,6 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs")
         if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..num_local_experts ({self.num_local_experts})")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == "int" or f.type is int:
-                if value < (0 if f.name == "num_local_experts" else 1):
-                    raise ValueError(f"{f.name} is {value}, must be positive")
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Counts

@@ -1,0 +1,441 @@
+"""Train a model: dense, mixture of experts from scratch, upcycled, resumed or branched; one loop for all.
+
+    python train.py config/dense_tiny.py --seed=1                         on one CPU or GPU
+    torchrun --nproc_per_node=8 train.py config/dense_tiny.py             on 8 GPUs (nccl) or CPU processes (gloo)
+
+A run writes to out_dir: config.py (resolved settings), log.jsonl (a line a step), checkpoint-STEP directories, and, when it is
+done, row.json: its point for fit_laws.py, which is also appended to the file `rows`.
+"""
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import checkpoint
+from configurator import ConfigError, progress, run, setting, write_config
+from data.prepare import load_tokens
+from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token, parameter_counts
+
+
+@dataclass
+class Train:
+    """Train a dense or mixture-of-experts model on one device, or on many under torchrun."""
+    config: str | None = setting(None, "config file: plain assignments of the settings below", positional=True)
+    out_dir: str = setting("out/run", "directory of the run's log and checkpoints")
+    rows: str | None = setting("out/rows.jsonl", "file to which the finished run appends its row; none: write no row (a trunk)")
+    trunk: str | None = setting(None, "name of the training trunk this run belongs to; none: the run branched from, or out_dir")
+    dataset: str = setting("data/pysource", "directory that data/prepare.py wrote, or its name under data/")
+    seed: int = setting(0, "of the weights and of the order of the data")
+    init_from: str | None = setting(None, "checkpoint directory to start from: its weights, in a new schedule")
+    branch: bool = setting(False, "take the whole state of init_from (step, tokens, optimizer), not its weights alone")
+    resume: bool = setting(False, "go on from the newest complete checkpoint in out_dir; nothing there: start")
+    repeat_data: bool = setting(False, "start the token stream anew instead of where init_from stopped")
+
+    hidden_size: int = setting(64, "width of the residual stream")
+    intermediate_size: int = setting(176, "width of the MLP, or of each expert")
+    num_hidden_layers: int = setting(4, "layers")
+    num_attention_heads: int = setting(4, "attention heads")
+    num_key_value_heads: int | None = setting(None, "key-value heads; none: as many as attention heads")
+    tie_word_embeddings: bool = setting(True, "use the token embedding as the output head")
+    rope_theta: float = setting(10000.0, "base of the rotary embedding")
+    initializer_range: float = setting(0.02, "standard deviation of fresh weights")
+    num_local_experts: int = setting(0, "experts a layer; 0: dense")
+    num_experts_per_tok: int = setting(2, "experts a token uses")
+
+    max_tokens: int = setting(2_000_000, "tokens to train on, those of a branched checkpoint included")
+    tokens_per_step: int = setting(2048, "tokens of one optimizer step, over all ranks")
+    micro_batch_size: int = setting(64, "sequences of one forward pass on one rank, at most; the rest accumulates")
+    max_seq_len: int = setting(128, "tokens in a sequence")
+    learning_rate: float = setting(3e-3, "peak learning rate")
+    schedule: Literal["wsd", "cosine"] = setting("wsd", "warmup-stable-decay, or cosine over the whole run")
+    warmup_steps: int = setting(50, "steps of linear warm-up")
+    decay_start: int | None = setting(None, "step at which the linear decay starts (wsd); none: so that it ends with the run")
+    decay_steps: int | None = setting(None, "steps of decay (wsd); 0: none; none: a fifth of the run")
+    min_lr_ratio: float = setting(0.0, "where the decay ends, as a share of learning_rate")
+    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
+    beta1: float = setting(0.9, "AdamW's")
+    beta2: float = setting(0.95, "AdamW's")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    router_aux_loss_coef: float = setting(0.01, "coefficient of the balance loss (1 = balanced)")
+    router_z_loss_coef: float = setting(0.001, "coefficient of the router's z-loss")
+    router_bias_update_rate: float = setting(0.0, "loss-free balancing: step of the routers' selection bias (arXiv 2408.15664); 0: no bias")
+
+    eval_tokens: int = setting(262_144, "validation tokens, always the same ones")
+    eval_every_steps: int = setting(0, "steps between validations; 0: only at the end")
+    save_at_tokens: list[int] = setting([], "token counts at which to keep a checkpoint (rounded up to a step)")
+    save_every_seconds: int = setting(600, "seconds between checkpoints to resume from, the newest kept; 0: none")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of matrix products; weights and their sums stay float32")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    compile: bool = setting(False, "torch.compile the model (pays on long runs)")
+
+
+MODEL_KEYS = [f.name for f in dataclasses.fields(ModelConfig) if f.name in Train.__dataclass_fields__]
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C: the step under way is finished and saved. args[0]: the signal."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pure functions of the step and of the index
+
+def learning_rate(step, c, max_steps):
+    """Learning rate of 0-based `step`: linear warm-up, stable, linear decay over [decay_start, decay_start + decay_steps), or cosine."""
+    scale = min(1.0, (step + 1) / max(c.warmup_steps, 1))
+    if c.schedule == "cosine":
+        done = (step - c.warmup_steps) / max(max_steps - c.warmup_steps, 1)
+        decay = 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+    else:
+        done = (step - c.decay_start) / c.decay_steps if c.decay_steps else 0.0
+        decay = 1.0 - min(max(done, 0.0), 1.0)
+    return c.learning_rate * scale * (c.min_lr_ratio + (1 - c.min_lr_ratio) * decay)
+
+
+def shuffled(index, n, seed):
+    """Where the index-th sequence of an endless shuffled stream lies among n: each pass over n is a permutation keyed by
+    (seed, pass), so nothing repeats within a pass and any index is found without its predecessors. index (…,) int -> (…,) int64.
+
+    A 4-round Feistel network on the smallest even number of bits, walking on while it leaves 0..n-1 (Black & Rogaway 2002).
+    """
+    index = np.asarray(index, np.uint64)
+    turn, x = index // np.uint64(n), index % np.uint64(n)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    todo = np.ones(x.shape, bool)
+    while todo.any():
+        left, right = x >> half, x & mask
+        for round in range(4):
+            key = np.random.SeedSequence((seed, round)).generate_state(1, np.uint64)[0]
+            with np.errstate(over="ignore"):
+                h = (right + turn * np.uint64(0x9E3779B97F4A7C15)) ^ key  # splitmix64's finaliser as the round function
+                h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((h ^ (h >> np.uint64(31))) & mask)
+        x = np.where(todo, (left << half) | right, x)
+        todo = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+def sequences(tokens, places, seq_len, device):
+    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`. A sequence's last target is the next one's first input."""
+    rows = np.stack([tokens[p * seq_len: p * seq_len + seq_len + 1] for p in places]).astype(np.int64)
+    rows = torch.from_numpy(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext()):
+    """(mean cross-entropy in nats, its standard error over sequences) of the first eval_tokens of `tokens`, shared over ranks."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    n = min(eval_tokens, len(tokens) - 1) // seq_len
+    losses = torch.zeros(n, dtype=torch.float64, device=device)
+    mine = range(rank, n, world)
+    for start in range(0, len(mine), batch_size):
+        places = mine[start:start + batch_size]
+        ids, targets = sequences(tokens, places, seq_len, device)
+        with autocast:
+            logits = model(ids)
+        ce = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
+        losses[places.start:places.stop:world] = ce.double().mean(1)
+    if world > 1:
+        dist.all_reduce(losses)
+    return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run starts from
+
+def resolve(c, meta):
+    """(settings with nothing left open, ModelConfig, state, checkpoint to load or None). Raises ConfigError."""
+    saved = checkpoint.checkpoints(c.out_dir)
+    source = saved[-1][1] if c.resume and saved else c.init_from
+    own = source is not None and source != c.init_from
+    state = checkpoint.read_state(source) if source else {}
+    if source:
+        m = checkpoint.read_config(source)
+        for key in MODEL_KEYS:  # the checkpoint decides; a setting that asks for something else is a mistake
+            asked, default, there = getattr(c, key), Train.__dataclass_fields__[key].default, getattr(m, key)
+            if asked not in (default, there) and not key.startswith("router_"):
+                raise ConfigError(f"{source}: {key} is {there!r} there, {asked!r} is asked for; leave {key} out")
+        if c.max_seq_len > m.max_position_embeddings:
+            raise ConfigError(f"{source}: max_position_embeddings is {m.max_position_embeddings}, max_seq_len = {c.max_seq_len} is too long")
+        if meta["vocab_size"] > m.vocab_size:
+            raise ConfigError(f"{source}: vocab_size is {m.vocab_size}, dataset {c.dataset} has {meta['vocab_size']}")
+        c = dataclasses.replace(c, **{key: getattr(m, key) for key in MODEL_KEYS if not key.startswith("router_")})
+        m = dataclasses.replace(m, router_aux_loss_coef=c.router_aux_loss_coef, router_bias=m.router_bias or c.router_bias_update_rate > 0)
+    else:
+        try:
+            m = ModelConfig(vocab_size=meta["vocab_size"], max_position_embeddings=c.max_seq_len, eos_token_id=meta.get("eos_token_id"),
+                            router_bias=c.router_bias_update_rate > 0, **{key: getattr(c, key) for key in MODEL_KEYS})
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    whole = own or c.branch
+    if whole and source and not os.path.exists(os.path.join(source, "optimizer.pt")):
+        raise ConfigError(f"{source}: has no optimizer.pt to branch from; leave --branch out to start from its weights")
+    lineage = state.get("lineage") or {"family": "moe" if m.num_local_experts else "dense", "N": parameter_counts(m)["N"]}
+    if state and not whole and state["tokens"]:  # a new schedule on weights that have seen tokens
+        lineage = lineage | {"tokens_before": lineage.get("tokens_before", 0) + state["tokens"]}
+    goes_on = state.get("data_sha256") == meta["data_sha256"] and (own or not c.repeat_data)
+    if goes_on and state["max_seq_len"] != c.max_seq_len:
+        raise ConfigError(f"{source}: was trained with max_seq_len = {state['max_seq_len']}; with {c.max_seq_len} its data would come "
+                          "again unseen by the order: keep it, or allow that with --repeat_data")
+    if own and not goes_on:
+        raise ConfigError(f"{source}: was trained on other data than {c.dataset} holds now; choose another out_dir")
+    state = {"step": state["step"] if whole else 0, "tokens": state["tokens"] if whole else 0,
+             "sequence": state["sequence"] if goes_on else 0, "data_seed": state["data_seed"] if goes_on else c.seed,
+             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"], "max_seq_len": c.max_seq_len,
+             "lineage": lineage}
+    max_steps = state["step"] + -(-(c.max_tokens - state["tokens"]) // c.tokens_per_step)
+    if c.decay_steps is None:
+        c = dataclasses.replace(c, decay_steps=max_steps // 5)
+    if c.decay_start is None:
+        c = dataclasses.replace(c, decay_start=max_steps - c.decay_steps)
+    trunk = c.trunk or os.path.basename(os.path.dirname(os.path.abspath(c.init_from)) if c.branch else os.path.abspath(c.out_dir))
+    return dataclasses.replace(c, trunk=trunk), m, state, source, max_steps
+
+
+def truncate_log(path, step):
+    """Drop what log.jsonl says of steps after `step`: they are about to be run again."""
+    if os.path.exists(path):
+        with open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(kept))
+
+
+def write_atomically(path, text):
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def append_row(path, row):
+    """Append `row` to a JSONL file, once."""
+    line = json.dumps(row) + "\n"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # other runs append to it too
+        f.seek(0)
+        if line not in f:
+            f.write(line)
+
+
+def git_version():
+    """Commit of the code, with + when it is modified; None outside a repository."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+def train(c, report=None):
+    """Run the settings `c` to their end and return the row (or None where c.rows is none).
+
+    report(tokens): called after each step in place of the progress line. Raises ConfigError for settings or files that do not
+    fit and for a loss that is not finite, Stopped after SIGTERM or Ctrl-C.
+    """
+    ddp = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    cuda = c.device == "cuda" or (c.device == "auto" and torch.cuda.is_available())
+    started_group = ddp and not dist.is_initialized()
+    if started_group:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    signals = []
+    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank == 0:
+                os.makedirs(c.out_dir, exist_ok=True)
+                lock = stack.enter_context(open(os.path.join(c.out_dir, ".lock"), "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise ConfigError(f"{c.out_dir}: another process is training there") from None
+            return _train(c, report, rank, world, device, ddp, signals)
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if started_group:
+            dist.destroy_process_group()
+
+
+def _train(c, report, rank, world, device, ddp, signals):
+    done = os.path.join(c.out_dir, "row.json")
+    if c.resume and os.path.exists(done):
+        return checkpoint.read_json(done)
+    if not c.resume and checkpoint.checkpoints(c.out_dir):
+        raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it, or choose another out_dir")
+    tokens, meta = load_tokens(c.dataset, "train")
+    val_tokens, _ = load_tokens(c.dataset, "val")
+    c, model_config, state, source, max_steps = resolve(c, meta)
+    T, available = c.max_seq_len, (len(tokens) - 1) // c.max_seq_len
+    if available < 1 or len(val_tokens) <= T:
+        raise ConfigError(f"{c.dataset}: too few tokens for one sequence of max_seq_len = {T}")
+    per_rank, odd = divmod(c.tokens_per_step, T * world)
+    micro = min(c.micro_batch_size, per_rank)
+    if odd or per_rank % max(micro, 1):
+        raise ConfigError(f"tokens_per_step = {c.tokens_per_step} is not a multiple of max_seq_len {T} x {world} ranks x micro_batch_size {micro}")
+    accumulate = per_rank // micro
+
+    model = checkpoint.load_model(source, router_bias=model_config.router_bias) if source else Transformer(model_config).init_weights(c.seed)
+    model.config = model_config
+    model.to(device)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+    if source and (c.branch or source != c.init_from):
+        checkpoint.load_moments(source, model, optimizer)
+    step, lineage = state["step"], state["lineage"]
+    family, n, flops = lineage["family"], parameter_counts(model_config), flops_per_token(model_config, T)
+    forward = torch.compile(model, dynamic=False) if c.compile else model
+    if ddp:
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
+    main = rank == 0
+    log_path = os.path.join(c.out_dir, "log.jsonl")
+    if main:
+        write_config(c, os.path.join(c.out_dir, "config.py"))
+        truncate_log(log_path, step if source != c.init_from else -1)
+    keep_at = sorted({max(0, -(-(t - state["tokens"]) // c.tokens_per_step)) + step for t in c.save_at_tokens if t > state["tokens"]})
+    if main and report is None:
+        print(f"{c.out_dir}: {family}, {n['N']:,} backbone parameters ({n['N_active']:,} active, {n['N_total']:,} total), step {step} of {max_steps}, "
+              f"{world} x {device.type}, {accumulate} x {micro} sequences of {T}")
+        if state["sequence"] + (max_steps - step) * c.tokens_per_step // T > available:
+            print(f"{c.dataset}: {available * T:,} training tokens are fewer than this run needs; some come again")
+    bar = progress(max_steps * c.tokens_per_step, family, "tok", initial=step * c.tokens_per_step) if main and report is None else None
+
+    def save():
+        if main:
+            path = os.path.join(c.out_dir, f"checkpoint-{step}")
+            if not os.path.exists(path):
+                checkpoint.save(path, model, state | {"step": step}, optimizer, c.dataset)
+            keep = set(keep_at) | {step, max_steps}
+            for old, directory in checkpoint.checkpoints(c.out_dir):  # a new one is complete: older passing ones can go
+                if old not in keep:
+                    shutil.rmtree(directory)
+
+    model.train()
+    clock = saved_at = time.perf_counter()
+    log = open(log_path, "a", buffering=1) if main else contextlib.nullcontext()
+    with log:
+        while step < max_steps:
+            lr = learning_rate(step, c, max_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            places = shuffled(state["sequence"] + rank * per_rank + np.arange(per_rank), available, state["data_seed"])
+            sums, counts = torch.zeros(5, device=device), 0  # loss, balance, z, stop, save
+            for i in range(accumulate):
+                ids, targets = sequences(tokens, places[i * micro:(i + 1) * micro], T, device)
+                sync = contextlib.nullcontext() if not ddp or i == accumulate - 1 else forward.no_sync()
+                with sync:
+                    with autocast:
+                        loss, router = forward(ids, targets)
+                    sums[0] += loss.detach()
+                    if router:
+                        balance = balance_loss(router["counts"], router["probs"])
+                        sums[1:3] += torch.stack((balance, router["z_loss"])).detach()
+                        counts = counts + router["counts"]
+                        loss = loss + c.router_aux_loss_coef * balance + c.router_z_loss_coef * router["z_loss"]
+                    (loss / accumulate).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+            sums[:3] /= accumulate * world
+            sums[3] = bool(signals)
+            sums[4] = bool(main and c.save_every_seconds and time.perf_counter() - saved_at > c.save_every_seconds)
+            if ddp:
+                dist.all_reduce(sums)
+                if router:
+                    dist.all_reduce(counts)
+            loss, balance, z_loss, stop, save_now = sums.tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                last = checkpoint.checkpoints(c.out_dir)
+                raise ConfigError(f"{c.out_dir}: loss {loss:g}, gradient norm {float(norm):g} at step {step}, token {state['tokens']}; stopped before "
+                                  f"the update. Last good checkpoint: {last[-1][1] if last else 'none'}; try a lower learning_rate than {c.learning_rate:g}")
+            optimizer.step()
+            optimizer.zero_grad()
+            if router and c.router_bias_update_rate:
+                for layer, count in zip(model.layers, counts):
+                    layer.mlp.bias += c.router_bias_update_rate * torch.sign(count.mean() - count)
+            step += 1
+            state["tokens"] += c.tokens_per_step
+            state["sequence"] += c.tokens_per_step // T
+
+            now = time.perf_counter()
+            speed, clock = c.tokens_per_step / (now - clock), now
+            if main:
+                line = {"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": float(norm),
+                        "tokens_per_s": round(speed), "flops_per_s": round(speed * flops)}
+                if router:
+                    line |= {"balance_loss": balance, "z_loss": z_loss, "effective_experts": [round(e, 3) for e in effective_experts(counts).tolist()],
+                             "router_load": [[round(s, 4) for s in row] for row in (counts / counts.sum(-1, keepdim=True)).tolist()]}
+            if c.eval_every_steps and step % c.eval_every_steps == 0:
+                val, _ = validate(model, val_tokens, c.eval_tokens, T, micro, device, autocast)
+                if main:
+                    line["val_loss"] = val
+            if main:
+                log.write(json.dumps(line) + "\n")
+            if step in keep_at or step == max_steps or save_now or stop:
+                save()
+                saved_at = time.perf_counter()
+            if bar is not None:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update(c.tokens_per_step)
+            elif report:
+                report(c.tokens_per_step)
+            if stop and step < max_steps:
+                raise Stopped(signals[0] if signals else signal.SIGTERM)
+    if bar is not None:
+        bar.close()
+    if c.rows is None:
+        return None
+
+    loss, se = validate(model, val_tokens, c.eval_tokens, T, micro, device, autocast)
+    seen = state["tokens"] + lineage.get("tokens_before", 0)
+    row = {"family": family, "N": lineage["N"], "N_active": n["N_active"], "N_total": n["N_total"],
+           **({"D1": lineage["D1"], "D2": seen} if family == "upcycled" else {"D": seen}), "loss": loss, "loss_se": se,
+           "num_local_experts": c.num_local_experts, "num_experts_per_tok": c.num_experts_per_tok if c.num_local_experts else 0,
+           "method": lineage.get("method"), "seed": c.seed, "flops": seen * flops, "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"),
+           "data_sha256": meta["data_sha256"], "git": git_version(), "torch": torch.__version__}
+    if main:
+        append_row(c.rows, row)
+        write_atomically(os.path.join(c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
+        if report is None:
+            print(f"{family}: validation loss {loss:.4f} ± {se:.4f} (standard error) nats a token after {seen:,} tokens; row in {c.rows}")
+    return row
+
+
+def main(c):
+    try:
+        train(c)
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{c.out_dir}: stopped by {signal.Signals(stopped.args[0]).name}, saved; --resume goes on")
+        raise SystemExit(128 + stopped.args[0])
+
+
+if __name__ == "__main__":
+    run(main, Train)
