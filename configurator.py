@@ -9,9 +9,11 @@ Every script's command line goes through `configure`. A setting is a dataclass f
         seed: int = setting(0, "random seed")
 
 A config file (any positional argument that ends in .py, where the dataclass takes one) holds plain assignments
-of literals and of arithmetic on them and on names assigned above. It is parsed, not run.
+of literals and of arithmetic on them and on names assigned above. It is parsed, not run. A name that starts with _ is a
+helper for the lines below it, not a setting.
 """
 import ast
+import copy
 import dataclasses
 import difflib
 import math
@@ -34,7 +36,7 @@ class ConfigError(Exception):
 
 def setting(default, meaning, positional=False):
     """A dataclass field with its meaning; REQUIRED as default makes `configure` insist on a value."""
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    make = {"default_factory": lambda: copy.copy(default)} if isinstance(default, (list, dict)) else {"default": default}
     return field(**make, metadata={"meaning": meaning, "positional": positional})
 
 
@@ -89,7 +91,7 @@ def read_config(path):
             values[node.targets[0].id] = evaluate(node.value, values)
         except ConfigError as error:
             raise ConfigError(f"{path}: line {node.lineno}: {error}") from None
-    return values
+    return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def convert(name, value, kind):

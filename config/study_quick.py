@@ -1,0 +1,20 @@
+"""The quick study: does the head start of upcycling fade? 2 sizes x 4 levels of D1 x 4 of D2, and the runs to compare with.
+
+    python sweep.py config/study_quick.py        (or: make study, which also prepares the data and fits the laws)
+"""
+out_dir = "out/study_quick"
+
+sizes = [
+    {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2},
+    {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 3},
+]
+_M = 2**20
+D1 = [_M / 4, 5 * _M / 8, 13 * _M / 8, 4 * _M]
+D2 = [_M / 4, _M / 2, _M, 2 * _M]
+D_dense = [_M / 4, _M / 2, _M, 2 * _M, 4 * _M]
+D_moe = [_M / 4, _M / 2, _M, 2 * _M, 4 * _M]
+
+train = {
+    "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3, "warmup_steps": 50,
+    "eval_tokens": 2**17, "save_every_seconds": 60,
+}
