@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (DTYPES, TOKENIZER_FILES, atomic_directory, from_hf_config, hf_views, load_model, open_tensors, read_config,
+from checkpoint import (DTYPES, TOKENIZER_FILES, atomic_directory, hf_views, load_model, open_tensors, read_config,
                         read_json, read_state, to_hf_config)
 from configurator import REQUIRED, ConfigError, progress, run, setting
 from data.prepare import load_tokens
@@ -75,6 +75,8 @@ class Source:
     def __init__(self, path):
         self.path, self.config, self.state = path, read_config(path), read_state(path)
         self.json = read_json(os.path.join(path, "config.json"))
+        if self.json.get("quantization_config"):
+            raise ConfigError(f"{path}: config.json has a quantization_config; upcycle the weights it was made of")
         if self.config.num_local_experts:
             raise ConfigError(f"{path}: is a mixture of experts already; a dense checkpoint is needed")
         self.tensors = open_tensors(path)
@@ -93,7 +95,9 @@ class Source:
         for name in self.unused:  # position tables, and the copy of tied embeddings that some tools write
             if not (name.endswith("rotary_emb.inv_freq") or self.config.tie_word_embeddings and name == "lm_head.weight"):
                 raise ConfigError(f"{path}: tensor {name} has no place in Mixtral")
-        self.files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
+        index = os.path.join(path, "model.safetensors.index.json")
+        single = os.path.exists(os.path.join(path, "model.safetensors"))
+        self.files = ["model.safetensors"] if single else sorted(set(read_json(index)["weight_map"].values()))
 
     def read(self, name):
         """The tensor, memory-mapped."""
@@ -132,7 +136,7 @@ def refuse(o, dense):
                     f"{k % G} of its {k} experts would not add up to an MLP"),
             (E % G, f"num_local_experts = {E} is not a multiple of granularity = {G}: the last group would lack {G - E % G} of its slices"),
             (E % n, f"num_local_experts = {E} is not a multiple of the {n} checkpoints: some would have more experts than others"),
-            (o.router_std == 0, "router_std = 0 makes all experts tie: every token would choose the same ones")):
+            (o.router_std == 0 and k < E, "router_std = 0 makes all experts tie: every token would choose the same ones")):
         if broken and not o.force:
             raise ConfigError(f"{why} (--force to do it all the same)")
 
@@ -313,12 +317,9 @@ def write_json(directory, name, value):
 
 
 def mixtral_config(source, moe, dtype):
-    """config.json of the result: the source's own keys (tokens, RoPE as it had it), those of Llama alone left out."""
-    ours = to_hf_config(moe, str(dtype).removeprefix("torch."))
-    keep = ("torch_dtype", "bos_token_id", "eos_token_id", "attention_dropout", "use_cache", "hidden_act")
-    llama_only = ("attention_bias", "mlp_bias", "pretraining_tp", "use_qk_norm", "_name_or_path")
-    return {key: value for key, value in {**source, **ours, **{key: source[key] for key in keep if key in source}}.items()
-            if key not in llama_only}
+    """config.json of the result; what it does not change is as the source had it, RoPE in whichever form."""
+    kept = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "rope_scaling", "rope_parameters")
+    return to_hf_config(moe, str(dtype).removeprefix("torch.")) | {key: source[key] for key in kept if key in source}
 
 
 def write_moments(o, source, pieces, directory):
@@ -342,53 +343,169 @@ def sha256(path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What theory says
+# Proof
 
-def predict(o, dense):
-    """{quantity: value} that the method should show in `measure`."""
-    E, k, G = o.num_local_experts, o.num_experts_per_tok, o.granularity
-    dropped_share = round(o.drop_ratio * dense.intermediate_size) / dense.intermediate_size
-    return {"exact": o.method == "copy" or o.method == "virtual_groups" and k % G == 0 and E % G == 0,
-            "intact_channels": {"noise": 0.0, "drop": 1 - dropped_share, "drop_per_matrix": (1 - dropped_share) ** 3}.get(o.method, 1.0)}
+def predict(o, source):
+    """What theory says that `measure` will find; None where it says nothing."""
+    E, k, G, F_ = o.num_local_experts, o.num_experts_per_tok, o.granularity, source.config.intermediate_size
+    exact = o.method == "copy" or o.method == "virtual_groups" and k % G == 0 and E % G == 0
+    r = round(o.drop_ratio * F_) / F_
+    kept, change = {"noise": (0.0, o.noise_std * math.sqrt(o.noise_fraction)), "drop": (1 - r, math.sqrt(2 * r)),
+                    "drop_per_matrix": ((1 - r) ** 3, math.sqrt(2 * r))}.get(o.method, (1.0, 0.0))
+    return {"relative_logit_difference": 0.0 if exact else None, "kl": 0.0 if exact else None, "channels_kept": kept, "weight_change": change}
 
+
+@torch.no_grad()
+def measure_weights(o, sources, directory, pieces):
+    """{"channels_kept": share of the experts' channels that are the dense ones in gate, up and down,
+    "weight_change": RMS of what changed over the standard deviation of what was there}, from the files as written."""
+    written, kept, change, there = open_tensors(directory), {}, 0.0, 0.0
+    for p in pieces:
+        if p.e is None:
+            continue
+        channel = 1 if p.part == 2 else 0
+        new = written[p.name].get_tensor(p.name).double() / (o.granularity if p.part == 2 else 1)
+        old = sources[p.e % len(sources)].read(p.old).chunk(o.granularity, channel)[p.e % o.granularity].double()
+        same = (new - old).abs() <= 2 * torch.finfo(p.dtype).eps * old.abs()
+        kept[p.layer, p.e] = kept.get((p.layer, p.e), True) & same.all(1 - channel)
+        change += (new - old).square().sum().item()
+        there += (old - old.mean()).square().sum().item()
+    return {"channels_kept": torch.stack(list(kept.values())).double().mean().item(), "weight_change": math.sqrt(change / there) if there else 0.0}
+
+
+def check_ids(o, source):
+    """(ids (B, T + 1), where they are from) to compare the models on."""
+    T = min(source.config.max_position_embeddings, 512, o.check_tokens)
+    dataset = o.dataset or source.state.get("dataset")
+    try:
+        tokens, _ = load_tokens(dataset, "val") if dataset else (None, None)
+    except ConfigError:
+        if o.dataset:
+            raise
+        tokens = None  # trained elsewhere
+    if tokens is None:
+        g = generator(o.seed, "check")
+        return torch.randint(source.config.vocab_size, (max(1, o.check_tokens // T), T + 1), generator=g), "random tokens"
+    rows = min(o.check_tokens, len(tokens) - 1) // T
+    if rows < 1:
+        raise ConfigError(f"{dataset}: fewer than {T + 1} validation tokens")
+    ids = torch.stack([torch.from_numpy(tokens[i * T:(i + 1) * T + 1].astype("int64")) for i in range(rows)])
+    if ids.max() >= source.config.vocab_size:
+        raise ConfigError(f"{dataset}: holds token {ids.max()}, the model has {source.config.vocab_size}; give its own with --dataset")
+    return ids, f"validation tokens of {dataset}"
+
+
+@torch.no_grad()
+def measure(o, source, directory):
+    """Both models on the same tokens, in fp32 (fp64 for an fp64 source): losses, differences, and how the router spreads."""
+    ids, origin = check_ids(o, source)
+    dtype = wide(next(iter(source.tensors.values())).get_tensor(next(iter(source.tensors))).dtype)
+    dense, moe = load_model(source.path, dtype), load_model(directory, dtype)
+    counts, sums, largest, difference = [0] * len(moe.layers), torch.zeros(3, dtype=torch.float64), 0.0, 0.0
+    for i, layer in enumerate(moe.layers):
+        layer.mlp.register_forward_hook(lambda module, args, out, i=i: counts.__setitem__(i, counts[i] + out[1][0]))
+    with progress(len(ids), "check", "sequence", delay=2) as bar:
+        for row in ids.split(1):
+            a, b = dense(row[:, :-1])[0], moe(row[:, :-1])[0]  # (T, V)
+            largest, difference = max(largest, a.abs().max().item()), max(difference, (a - b).abs().max().item())
+            p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+            sums += torch.stack([F.nll_loss(p, row[0, 1:]), F.nll_loss(q, row[0, 1:]), (p.exp() * (p - q)).sum(-1).mean()])
+            bar.update()
+    before, after, kl = (sums / len(ids)).tolist()
+    return {"tokens": ids[:, 1:].numel(), "on": origin, "loss_before": before, "loss_after": after, "kl": kl,
+            "relative_logit_difference": difference / largest, "effective_experts": effective_experts(torch.stack(counts)).tolist()}
+
+
+def proof(o, sources, directory, pieces):
+    """What `check` measures, or why it could not. Raises ConfigError where theory says exact and the files are not."""
+    exact = predict(o, sources[0])["kl"] == 0.0
+    eps = torch.finfo(pieces[0].dtype).eps
+    tolerance = 1e-10 if eps < 1e-10 else 1e-4 if o.granularity & (o.granularity - 1) == 0 else max(1e-4, 4 * eps)  # 3 · down_proj rounds
+    result = measure_weights(o, sources, directory, pieces)
+    try:
+        result |= measure(o, sources[0], directory)
+    except ConfigError as error:
+        return result | {"not_run": str(error)}
+    if exact and result["relative_logit_difference"] > tolerance and not o.force:
+        raise ConfigError(f"{o.destination}: not kept: logits differ by {result['relative_logit_difference']:.1e} of the largest, where "
+                          f"--method={o.method} preserves the function (--force to keep it)")
+    return result
+
+
+def report(record):
+    """The record as a few lines for a person."""
+    o, found, said = record["settings"], record.get("measured"), record["predicted"]
+    lines = [f"{o['destination']}: {o['num_local_experts']} experts, top-{o['num_experts_per_tok']}, by {o['method']}; "
+             f"N {record['N']:,}, D1 {'unknown (give it with --D1)' if record['D1'] is None else format(record['D1'], ',')}"]
+    for s in record["sources"]:
+        lines += [f"not used: {name} of {s['path']}" for name in s["unused"]]
+    if found is None:
+        return "\n".join(lines + ["not compared: --check needs about {:.0f} GB".format(record["check_bytes"] / 1e9)] if o["check"] is None else lines)
+    if "not_run" in found:
+        lines.append(f"models not run: {found['not_run']}")
+    else:
+        lines.append(f"on {found['tokens']} {found['on']}:")
+    show = lambda x: "-" if x is None else f"{x:.3g}" if x == 0 or abs(x) >= 1e-3 else f"{x:.1e}"  # noqa: E731
+    lines.append(f"{'':38}{'theory':>10}{'measured':>12}")
+    if "kl" in found:
+        lines.append(f"{'loss of the dense model, nats a token':38}{'':10}{found['loss_before']:12.5f}")
+        lines.append(f"{'loss of the result':38}{'the same' if said['kl'] == 0 else '-':>10}{found['loss_after']:12.5f}")
+    for key, name in (("relative_logit_difference", "logits, largest difference / largest"), ("kl", "KL(dense, result), nats a token"),
+                      ("channels_kept", "channels kept"), ("weight_change", "experts' change, RMS / std")):
+        if key in found:
+            lines.append(f"{name:38}{show(said[key]):>10}{show(found[key]):>12}")
+    if "kl" in found:
+        lines.append(f"effective experts by layer, at most {o['num_local_experts']}: " + " ".join(f"{x:.2f}" for x in found["effective_experts"]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The whole
 
 def upcycle(o):
-    """Write the directory o.destination as Options `o` say, and return what its upcycle.json records. Raises ConfigError."""
+    """Write the directory o.destination as Options `o` say; returns what its upcycle.json records. Raises ConfigError."""
     sources = [Source(path) for path in (o.source, *o.merge_with)]
-    dense = sources[0].config
+    first, dense = sources[0], sources[0].config
     for s in sources[1:]:
         if layout(s.config) != layout(dense) or s.config.num_attention_heads != dense.num_attention_heads:
-            raise ConfigError(f"{s.path}: is of another shape than {o.source}, merging needs one")
+            raise ConfigError(f"{s.path}: is of another shape than {o.source}; merging needs one shape")
     refuse(o, dense)
     moe = dataclasses.replace(dense, num_local_experts=o.num_local_experts, num_experts_per_tok=o.num_experts_per_tok,
                               intermediate_size=dense.intermediate_size // o.granularity)
-    shard_size, pieces = parse_size(o.shard_size), plan(sources[0], moe)
+    shard_size, pieces = parse_size(o.shard_size), plan(first, moe)
     seen = [s.state.get("tokens") for s in sources]
-    record = {
-        "method": o.method, "seed": o.seed, "D1": o.D1 if o.D1 is not None else None if None in seen else sum(seen),
-        "N": parameter_counts(dense)["N"], "settings": asdict(o), "predicted": predict(o, dense)}
+    check_bytes = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"])
+    record = {"method": o.method, "seed": o.seed, "N": parameter_counts(dense)["N"],
+              "D1": o.D1 if o.D1 is not None else None if None in seen else sum(seen),
+              "settings": asdict(o), "predicted": predict(o, first), "check_bytes": check_bytes}
     size = sum(math.prod(p.shape) * p.dtype.itemsize for p in pieces)
-    with atomic_directory(o.destination) as directory, ThreadPoolExecutor(1) as pool, progress(size, "upcycle", "B", delay=2) as bar:
-        hashes = [{f: pool.submit(sha256, os.path.join(s.path, f)) for f in s.files} for s in sources]
-        write_weights(directory, pieces, shard_size, lambda p: make(o, sources, p), bar)
-        write_json(directory, "config.json", mixtral_config(sources[0].json, moe, pieces[0].dtype))
+    with atomic_directory(o.destination) as directory, ThreadPoolExecutor(1) as pool:
+        hashes = [{f: pool.submit(sha256, os.path.join(s.path, f)) for f in s.files} for s in sources]  # beside the writing
+        with progress(size, "upcycle", "B", delay=2) as bar:
+            write_weights(directory, pieces, shard_size, lambda p: make(o, sources, p), bar)
+        write_json(directory, "config.json", mixtral_config(first.json, moe, pieces[0].dtype))
         if o.optimizer == "copy":
-            write_moments(o, sources[0], pieces, directory)
+            write_moments(o, first, pieces, directory)
         for name in TOKENIZER_FILES:
             if os.path.exists(os.path.join(o.source, name)):
                 shutil.copy(os.path.join(o.source, name), directory)
-        record["sources"] = [{"path": s.path, "tokens": t, "sha256": {f: h.result() for f, h in hs.items()}, "unused": s.unused}
-                             for s, t, hs in zip(sources, seen, hashes)]
+        record["sources"] = [{"path": s.path, "tokens": t, "sha256": {f: h.result() for f, h in hs.items()},
+                              "tensors": len(s.tensors), "unused": s.unused} for s, t, hs in zip(sources, seen, hashes)]
+        record["tensors"] = len(pieces)
         lineage = {"family": "upcycled", "N": record["N"], "D1": record["D1"], "source": o.source,
-                   "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed,
-                   "parent": sources[0].state.get("lineage")}
-        write_json(directory, "trainer_state.json", sources[0].state | {"step": 0, "tokens": 0, "lineage": lineage})
+                   "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed, "parent": first.state.get("lineage")}
+        write_json(directory, "trainer_state.json", first.state | {"step": 0, "tokens": 0, "lineage": lineage})
+        written = open_tensors(directory)
+        if {(name, tuple(f.get_slice(name).get_shape())) for name, f in written.items()} != {(p.name, p.shape) for p in pieces}:
+            raise ConfigError(f"{o.destination}: what was written cannot be read back in full")
+        if o.check or o.check is None and check_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+            record["measured"] = proof(o, sources, directory, pieces)
         write_json(directory, "upcycle.json", record)
     return record
 
 
 def main(o):
-    upcycle(o)
+    print(report(upcycle(o)))
 
 
 if __name__ == "__main__":
