@@ -1,0 +1,26 @@
+# make study: from nothing to a fitted law.  make test: all tests, offline once installed.
+PYTHON = python3
+PY = .venv/bin/python
+DATA = pysource
+STUDY = config/study_quick.py
+OUT = out/study_quick
+
+study: .venv/runtime
+	$(PY) data/prepare.py $(DATA)
+	$(PY) sweep.py $(STUDY) --out_dir=$(OUT)
+	$(PY) fit_laws.py $(OUT)/rows.jsonl --out=$(OUT)/laws
+
+test: .venv/test
+	$(PY) -m pytest -q tests
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/test: .venv/runtime requirements-test.txt
+	$(PY) -m pip install -q -r requirements-test.txt
+	touch $@
+
+.PHONY: study test

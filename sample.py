@@ -1,0 +1,75 @@
+"""Print text from a checkpoint.
+
+    python sample.py out/run --prompt="def "
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+from configurator import REQUIRED, ConfigError, run, setting
+from data.prepare import load_tokenizer
+
+
+@dataclass
+class Sample:
+    """Print text that a checkpoint writes."""
+    checkpoint: str = setting(REQUIRED, "checkpoint directory, or a run's, whose newest is taken", positional=True)
+    prompt: str = setting("def ", "text to go on from")
+    max_new_tokens: int = setting(400, "tokens to write")
+    temperature: float = setting(0.8, "0: always the likeliest token")
+    top_k: int = setting(50, "choose among that many; 0: among all")
+    seed: int = setting(0, "of the choices")
+    tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: the one the checkpoint was trained with")
+
+
+def find_tokenizer(directory):
+    """The name or path of the tokenizer that belongs to a checkpoint. Raises ConfigError."""
+    path = os.path.join(directory, "tokenizer.json")
+    name = path if os.path.exists(path) else checkpoint.read_state(directory).get("tokenizer")
+    if name is None:
+        raise ConfigError(f"{directory}: does not say its tokenizer; give --tokenizer=bytes|gpt2|FILE")
+    return name
+
+
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, temperature, top_k, seed, eos=None):
+    """Yield new token ids after the list `ids`, one forward pass over the last max_position_embeddings each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(ids)
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([ids[-model.config.max_position_embeddings:]]))[0, -1]  # (V,)
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
+            token = int(tokens[torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)])
+        if token == eos:
+            return
+        ids.append(token)
+        yield token
+
+
+def main(c):
+    saved = checkpoint.checkpoints(c.checkpoint)
+    directory = saved[-1][1] if saved else c.checkpoint
+    model = checkpoint.load_model(directory).eval()
+    tokenizer = load_tokenizer(c.tokenizer or find_tokenizer(directory))
+    ids = tokenizer.encode(c.prompt)
+    if not ids or max(ids) >= model.config.vocab_size:
+        raise ConfigError(f"--prompt: {'is empty' if not ids else 'has tokens the model does not know; is this its tokenizer?'}")
+    shown = ""
+    print(c.prompt, end="", flush=True)
+    new = []
+    for token in generate(model, ids, c.max_new_tokens, c.temperature, c.top_k, c.seed, tokenizer.eos_token_id):
+        new.append(token)
+        text = tokenizer.decode(new)  # whole, since a character can be several tokens
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+
+
+if __name__ == "__main__":
+    run(main, Sample)
