@@ -35,6 +35,10 @@ COMMON_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
                "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
                "initializer_range", "eos_token_id")
 MOE_KEYS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+LEFT_OUT = {  # what transformers takes for a key that is missing, where that differs from ModelConfig
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6}}
 
 
 def to_hf_config(c, dtype="float32", biased=False):
@@ -57,6 +61,7 @@ def from_hf_config(d, where="config.json"):
     kind = d.get("model_type")
     if kind not in ("llama", "mistral", "mixtral", "mixtral_with_router_bias"):
         raise ConfigError(f"{where}: model_type '{kind}' is not supported (llama, mistral without sliding window, mixtral are)")
+    d = LEFT_OUT.get(kind, {}) | d
     for key, fine in (("hidden_act", ("silu", "swish")), ("attention_bias", (False, None)), ("mlp_bias", (False, None)),
                       ("use_qk_norm", (False, None)), ("sliding_window", (None,)), ("pretraining_tp", (1, None)),
                       ("attention_dropout", (0, 0.0, None))):
@@ -86,7 +91,7 @@ def read_json(path):
             value = json.load(f)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds no JSON object")
@@ -205,20 +210,21 @@ def sync(path):
 
 
 @contextlib.contextmanager
-def atomic_directory(path):
+def atomic_directory(path, needed=0):
     """Yields a temporary sibling of `path` to fill; synced and renamed to `path` at the end. Whatever goes wrong or whenever
-    the process dies, `path` is either absent or complete. Raises ConfigError when `path` exists, or on a full disk."""
+    the process dies, `path` is either absent or complete. Raises ConfigError when `path` exists, when the disk has no room for
+    `needed` bytes, or when it cannot be written."""
     path = os.path.normpath(path)
     if os.path.exists(path):
         raise ConfigError(f"{path}: already exists; remove it or choose another name")
     parent = os.path.dirname(path) or "."
-    os.makedirs(parent, exist_ok=True)
-    for name in os.listdir(parent):  # left by a killed writer of this directory
-        if name.startswith(f".{os.path.basename(path)}.tmp"):
-            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
     temporary = os.path.join(parent, f".{os.path.basename(path)}.tmp")
-    os.makedirs(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed writer of this directory
     try:
+        os.makedirs(temporary)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
         yield temporary
         for name in os.listdir(temporary):
             sync(os.path.join(temporary, name))
@@ -229,7 +235,9 @@ def atomic_directory(path):
         shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise ConfigError(f"{path}: not written, the disk is full ({error})") from None
-        raise
+        if isinstance(error, RuntimeError):
+            raise
+        raise ConfigError(f"{path}: not written: {error}") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
