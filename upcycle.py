@@ -479,7 +479,7 @@ def upcycle(o):
               "D1": o.D1 if o.D1 is not None else None if None in seen else sum(seen),
               "settings": asdict(o), "predicted": predict(o, first), "check_bytes": check_bytes}
     size = sum(math.prod(p.shape) * p.dtype.itemsize for p in pieces)
-    with atomic_directory(o.destination) as directory, ThreadPoolExecutor(1) as pool:
+    with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(1) as pool:
         hashes = [{f: pool.submit(sha256, os.path.join(s.path, f)) for f in s.files} for s in sources]  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
             write_weights(directory, pieces, shard_size, lambda p: make(o, sources, p), bar)
