@@ -1,0 +1,232 @@
+"""Figures (PNG and PDF) and report.md of what fit_laws.py found."""
+import os
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from fit_laws import predict
+
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                     "legend.fontsize": 8, "figure.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
+MARKS = {"dense": ("o", "#888888"), "moe": ("s", "#222222"), "upcycled": ("D", "#3b6fb6")}
+STYLE = {"upcycled": ("#c0392b", "-"), "upcycled.no_interaction": ("#7f8c8d", ":"), "upcycled.additive": ("#b8860b", "-."),
+         "upcycled.effective_data": ("#27874a", "--"), "upcycled.effective_data_shared": ("#5b3b9c", (0, (4, 1, 1, 1)))}
+
+
+def short(value):
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def shades(values):
+    return dict(zip(values, plt.cm.viridis(np.linspace(0.0, 0.85, len(values)))))
+
+
+def levels(rows, name):
+    return sorted({row[name] for row in rows})
+
+
+def mean_loss(rows, name):
+    """x, mean loss and half the spread over seeds at each level of a variable."""
+    x = levels(rows, name)
+    groups = [[row["loss"] for row in rows if row[name] == v] for v in x]
+    return np.array(x), np.array([np.mean(g) for g in groups]), np.array([np.ptp(g) / 2 for g in groups])
+
+
+def panels(count, height=3.4, sharey=False):
+    columns = min(count, 3)
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(3.5 * columns + 0.6, height * -(-count // columns)), squeeze=False, sharey=sharey)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:count]
+
+
+def loss_against_D2(rows, laws, best):
+    up = [row for row in rows if row["family"] == "upcycled"]
+    figure, axes = panels(len(levels(up, "N")))
+    for axis, n in zip(axes, levels(up, "N")):
+        mine = [row for row in up if row["N"] == n]
+        color = shades(levels(mine, "D1"))
+        for d1 in color:
+            x, y, spread = mean_loss([row for row in mine if row["D1"] == d1], "D2")
+            axis.errorbar(x, y, spread, fmt="D", ms=4, color=color[d1], label=f"upcycled at D1 = {short(d1)}")
+            fine = np.geomspace(x[0] / 1.2, x[-1] * 1.2, 60)
+            for law, style in ((("upcycled", "-"),) + (((best, "--"),) if best != "upcycled" else ())):
+                if law in laws:
+                    axis.plot(fine, predict(law, laws[law]["params"], N=n, D1=d1, D2=fine), style, lw=1.2, color=color[d1])
+        for family, name in (("moe", "MoE from scratch"), ("dense", "dense")):
+            its = [row for row in rows if row["family"] == family and row["N"] == n]
+            if its:
+                x, y, spread = mean_loss(its, "D")
+                axis.errorbar(x, y, spread, fmt=MARKS[family][0], ms=4, mfc="white", color=MARKS[family][1], label=name)
+                if family in laws:
+                    fine = np.geomspace(x[0], x[-1], 60)
+                    axis.plot(fine, predict(family, laws[family]["params"], N=n, D=fine), lw=0.8, color=MARKS[family][1])
+        axis.set(xscale="log", yscale="log", xlabel="tokens: D2 (upcycled), D (from scratch)", title=f"N = {short(n)}")
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        axis.yaxis.set_minor_formatter("{x:.2f}")
+    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[0].legend(title="lines: interaction law" + (f"\ndashes: {best.removeprefix('upcycled.')}" if best != "upcycled" else ""), title_fontsize=8)
+    return figure
+
+
+def slope(d2, loss):
+    """d ln loss / d ln D2 by least squares, and its standard error."""
+    x, y = np.log(d2) - np.log(d2).mean(), np.log(loss) - np.log(loss).mean()
+    b = (x * y).sum() / (x * x).sum()
+    return b, np.sqrt(((y - b * x) ** 2).sum() / max(len(x) - 2, 1) / (x * x).sum())
+
+
+def slope_against_D1(rows, laws):
+    up = [row for row in rows if row["family"] == "upcycled"]
+    figure, axes = panels(len(levels(up, "N")), sharey=True)
+    for axis, n in zip(axes, levels(up, "N")):
+        mine = [row for row in up if row["N"] == n]
+        d1s = [d for d in levels(mine, "D1") if len(levels([r for r in mine if r["D1"] == d], "D2")) > 2]
+        measured = [slope(*mean_loss([row for row in mine if row["D1"] == d], "D2")[:2]) for d in d1s]
+        axis.errorbar(d1s, [m[0] for m in measured], [2 * m[1] for m in measured], fmt="o", ms=5, color="black", label="measured, ± 2 s.e.", zorder=5)
+        for law, (color, dash) in STYLE.items():
+            if law in laws:  # over the D2 that were measured, as the points are
+                axis.plot(d1s, [slope(d2 := np.array(levels([r for r in mine if r["D1"] == d], "D2")),
+                                      predict(law, laws[law]["params"], N=n, D1=d, D2=d2))[0] for d in d1s],
+                          color=color, ls=dash, label="interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " "))
+        axis.set(xscale="log", xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
+    axes[0].set_ylabel("local exponent  d ln L / d ln D2")
+    axes[0].legend()
+    return figure
+
+
+def predicted_against_measured(laws, details):
+    figure, axes = panels(min(len(STYLE), sum(law in laws for law in STYLE)), height=3.2, sharey=True)
+    for axis, law in zip(axes, [law for law in STYLE if law in laws]):
+        detail = details[law]
+        f = detail["fit"]
+        for family, (mark, color) in MARKS.items():
+            here = np.array([row["family"] == family for row in f.problem.rows])
+            if here.any():
+                axis.plot(np.exp(f.problem.y[here]), 100 * np.expm1(-f.residual[here]), mark, ms=3.5, color=color, alpha=0.8, label=family)
+        for name, mark in (("D1", "^"), ("D2", "v"), ("N", "P")):
+            if detail["far"].get(name):
+                held, error = detail["far"][name]
+                axis.plot([row["loss"] for row in held], 100 * np.expm1(-error), mark, ms=6, mfc="none", color="#c0392b", label=f"largest {name} held out")
+        axis.axhline(0, color="black", lw=0.8)
+        axis.set(xlabel="measured loss (nats a token)", title=law.removeprefix("upcycled.").replace("_", " ").replace("upcycled", "interaction law"))
+    axes[0].set_ylabel("predicted - measured (%)")
+    axes[0].legend()
+    return figure
+
+
+def residuals(details):
+    f = details["fit"]
+    names = [name for name in ("N", "D", "D1", "D2") if any(name in row for row in f.problem.rows)]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names) + 0.5, 2.8), sharey=True)
+    for axis, name in zip(axes, names):
+        for k, (family, (mark, color)) in enumerate(MARKS.items()):
+            mine = [(row[name], r) for row, r in zip(f.problem.rows, f.residual) if row["family"] == family and name in row]
+            if mine:
+                x, r = np.array(mine).T
+                axis.plot(x * (1 + 0.06 * (k - 1)), 100 * r, mark, ms=3.5, color=color, alpha=0.8, label=family)
+        axis.axhline(0, color="black", lw=0.8)
+        axis.set(xscale="log", xlabel=name)
+    axes[0].set_ylabel("measured - fitted (%)")
+    axes[0].legend()
+    return figure
+
+
+def alpha3_along_E(entry, profile):
+    figure, axis = plt.subplots(figsize=(4.2, 3))
+    axis.plot(profile["E"], profile["alpha3"], color="#c0392b")
+    axis.axhline(0, color="black", lw=0.8)
+    axis.axvspan(*entry["ci95"]["E"], color="#c0392b", alpha=0.12, lw=0, label="95 % interval of E")
+    axis.plot(entry["params"]["E"], entry["params"]["alpha3"], "o", color="#c0392b", label="fit")
+    axis.set(xlabel="E held at (nats a token)", ylabel="alpha3, all else refitted")
+    other = axis.twinx()
+    other.plot(profile["E"], 100 * np.array(profile["objective"]), color="#888888", ls="--", label="objective above its minimum (right)")
+    other.set_ylabel("objective above its minimum (%)")
+    other.set_ylim(0, min(100 * max(profile["objective"]), 200))
+    other.spines["right"].set_visible(True)
+    handles = [sum(pair, []) for pair in zip(axis.get_legend_handles_labels(), other.get_legend_handles_labels())]
+    axis.legend(*handles, loc="best")
+    return figure
+
+
+def contours(rows, laws, best):
+    up = [row for row in rows if row["family"] == "upcycled"]
+    n = max(levels(up, "N"))
+    show = [law for law in dict.fromkeys(("upcycled", best)) if law in laws]
+    d1, d2 = (np.geomspace(levels(up, name)[0] / 2, levels(up, name)[-1] * 2, 80) for name in ("D1", "D2"))
+    losses = {law: predict(law, laws[law]["params"], N=n, D1=d1[None, :], D2=d2[:, None]) for law in show}
+    at = np.linspace(min(v.min() for v in losses.values()), max(v.max() for v in losses.values()), 14)
+    figure, axes = panels(len(show), sharey=True)
+    for axis, law in zip(axes, show):
+        lines = axis.contour(d1, d2, losses[law], levels=at, cmap="viridis", linewidths=1.2)
+        axis.clabel(lines, fmt="%.2f", fontsize=7)
+        mine = [row for row in up if row["N"] == n]
+        axis.plot([row["D1"] for row in mine], [row["D2"] for row in mine], "D", ms=3, color="#3b6fb6", label="measured here")
+        name = "interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " ")
+        axis.set(xscale="log", yscale="log", xlabel="D1 (tokens)", title=f"{name}, N = {short(n)}")
+    axes[0].set_ylabel("D2 (tokens)")
+    return figure
+
+
+def findings(laws, ranges):
+    """What the laws say, [sentence]."""
+    said = []
+    if "upcycled" in laws:
+        e = laws["upcycled"]
+        (low, high), p = e["ci95"]["alpha3"], e["params"]
+        ends = [-p["alpha2"] + p["alpha3"] * np.log(d) for d in ranges["upcycled"]["D1"]]
+        said.append(f"alpha3 = {p['alpha3']:.3g} ({low:.3g} .. {high:.3g}, p = {e['alpha3_p']:.2g}): from D1 = {short(ranges['upcycled']['D1'][0])} to "
+                    f"{short(ranges['upcycled']['D1'][1])} the exponent of D2 goes from {ends[0]:.3f} to {ends[1]:.3f}.")
+    for name in ("D1", "D2", "N"):
+        errors = {law: laws[law]["extrapolation"].get(name) for law in STYLE if law in laws and laws[law]["extrapolation"].get(name) is not None}
+        if len(errors) > 1:
+            order = sorted(errors, key=errors.get)
+            said.append(f"Predicting the held-out largest {name}: " + ", ".join(f"{law} {100 * errors[law]:.2f} %" for law in order) + ".")
+    for law in ("upcycled.effective_data_shared", "upcycled.effective_data"):
+        if law in laws:
+            draws, p = laws[law]["draws"], laws[law]["params"]
+            for d1 in ranges["upcycled"]["D1"]:
+                worth = np.quantile(np.array(draws["c"]) * d1 ** np.array(draws["gamma"]), [0.025, 0.975])
+                said.append(f"Under {law} a dense checkpoint of {short(d1)} tokens is worth {short(p['c'] * d1 ** p['gamma'])} "
+                            f"({short(worth[0])} .. {short(worth[1])}) tokens of MoE training.")
+            break
+    return said
+
+
+def report(rows, out, details, lines, notes, directory):
+    """Write report.md and every figure that the fitted laws allow: {figure name} in PNG and PDF."""
+    laws = out["laws"]
+    rivals = [law for law in STYLE if law in laws]
+    best = min(rivals, key=lambda law: laws[law]["aicc"]) if rivals else None
+    figures = {}
+    if rivals:
+        figures["loss_against_D2"] = (loss_against_D2(rows, laws, best), "Loss against D2 for each D1, measured and fitted.")
+        figures["slope_against_D1"] = (slope_against_D1(rows, laws), "The interaction, seen directly: how fast loss falls with D2, against D1.")
+        figures["predicted_against_measured"] = (predicted_against_measured(laws, details), "Errors of each law in sample, and where the largest level was held out.")
+        figures["contours"] = (contours(rows, laws, best), "Predicted loss over (D1, D2).")
+    main = details.get("upcycled") or next(iter(details.values()))
+    figures["residuals"] = (residuals(main), "Residuals against each variable.")
+    if main["profile"]:
+        figures["alpha3_along_E"] = (alpha3_along_E(laws["upcycled"], main["profile"]), "alpha3 with E held at each value.")
+    for name, (figure, _) in figures.items():
+        for kind in ("png", "pdf"):
+            figure.savefig(os.path.join(directory, f"{name}.{kind}"), metadata={"CreationDate": None} if kind == "pdf" else {})
+        plt.close(figure)
+    spans = "; ".join(f"{family}: " + ", ".join(f"{name} {short(a)} .. {short(b)}" for name, (a, b) in its.items()) for family, its in out["ranges"].items())
+    first = next(iter(laws.values()))
+    text = ["# Scaling laws", "", f"{len(rows)} rows. Fitted ranges: {spans}.", "",
+            f"Noise of ln loss: {100 * first['row_sd']:.2f} % a run, {100 * first['trunk_sd']:.2f} % a trunk ({first['trunks']} trunks). "
+            f"Huber's delta {first['huber_delta']:.2g}. Intervals: trunk bootstrap, {len(next(iter(first['draws'].values())))} draws.", ""]
+    text += [f"- {sentence}" for sentence in findings(laws, out["ranges"])] + [f"- {note}" for note in notes] + [""] * bool(notes) + lines
+    if main["profile"] is None and "upcycled" in laws:
+        text += ["", "No profile along E: " + laws["upcycled"]["not_identified"].get("E", "the law has no E") + "."]
+    for name, (_, caption) in figures.items():
+        text += ["", f"![{caption}]({name}.png)", "", caption]
+    with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(text) + "\n")
