@@ -1,0 +1,465 @@
+"""data/prepare.py: what is written is the text, whole, once, split by document; every bad input is one clear line."""
+import gzip
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configurator import ConfigError
+from data import prepare
+from data.prepare import Bytes, Options, TokenizerFile, load_tokenizer, load_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [f"document {i}\n" + f"line of {i}, é 漢 😀\r\n" * (i % 7 + 1) for i in range(300)]
+
+
+def make(tmp_path, source, **settings):
+    return prepare.prepare(Options(str(source), out_dir=str(tmp_path / "out"), **settings))
+
+
+def decoded(folder, split):
+    """The documents of a split, by an independent reading of the format: ids up to each end-of-text."""
+    tokens, meta = load_tokens(folder, split)
+    tokenizer = load_tokenizer("bytes" if meta["tokenizer"] == "bytes" else Path(folder) / meta["tokenizer"])
+    assert tokens[-1] == meta["eos_token_id"] and len(tokens) == meta["tokens"][split]
+    pieces = np.split(tokens, np.flatnonzero(tokens == meta["eos_token_id"]) + 1)[:-1]
+    return [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
+
+
+def write_jsonl(path, texts, field="text"):
+    path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def cli(*words, **env):
+    return subprocess.run([sys.executable, "data/prepare.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
+
+
+def one_line_error(result, *words):
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("prepare.py: ") and "Traceback" not in result.stderr
+    for word in words:
+        assert str(word) in last
+    return last
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is written
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_every_distinct_document_once_split_by_document(tmp_path, tokenizer):
+    if tokenizer == "bpe":
+        pytest.importorskip("tokenizers")
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS[:40] + ["", ""])
+    meta, built = make(tmp_path, source, tokenizer=tokenizer, bpe_vocab_size=300, val_fraction=0.1)
+    train, val = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "val")
+    assert built and sorted(train + val) == sorted(TEXTS)
+    assert (meta["duplicates"], meta["empty"], meta["bad_utf8"]) == (40, 2, 0)
+    assert meta["documents"] == {"train": len(train), "val": len(val)}
+    assert meta["bytes"] == {"train": len("".join(train).encode()), "val": len("".join(val).encode())}
+    longest, total = max(len(t.encode()) for t in TEXTS), sum(meta["bytes"].values())
+    assert 0.1 * total <= meta["bytes"]["val"] < 0.1 * total + longest
+    assert train != sorted(train) and train != [t for t in TEXTS if t in set(train)]  # shuffled
+    for split in ("train", "val"):
+        assert meta["sha256"][split] == hashlib.sha256((tmp_path / f"out/{split}.npy").read_bytes()).hexdigest()
+        tokens, _ = load_tokens(tmp_path / "out", split)
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.max() < meta["vocab_size"]
+        assert np.array_equal(tokens, np.load(tmp_path / f"out/{split}.npy"))
+    extra = ["tokenizer.json"] * (tokenizer == "bpe")
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", *extra, "train.npy", "val.npy"]
+
+
+def test_order_and_split_depend_on_seed_and_content_only(tmp_path):
+    first = make(tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", TEXTS))[0]
+    (tmp_path / "b").mkdir()
+    folder = tmp_path / "many"
+    for i, text in enumerate(reversed(TEXTS)):
+        path = folder / f"{i % 5}" / f"{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    second = make(tmp_path / "b", folder)[0]
+    assert first["data_sha256"] == second["data_sha256"] and first["sha256"] == second["sha256"]
+    other = make(tmp_path / "c", folder, seed=1)[0]
+    assert other["data_sha256"] != first["data_sha256"]
+    assert set(decoded(tmp_path / "c/out", "val")) != set(decoded(tmp_path / "a/out", "val"))
+
+
+def test_validation_documents_are_the_same_for_every_tokenizer(tmp_path):
+    pytest.importorskip("tokenizers")
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    make(tmp_path / "a", source, val_fraction=0.2)
+    make(tmp_path / "b", source, val_fraction=0.2, tokenizer="bpe", bpe_vocab_size=280)
+    assert decoded(tmp_path / "a/out", "val") == decoded(tmp_path / "b/out", "val")
+
+
+def test_all_formats_hold_the_same_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS, "content")
+    zipped = tmp_path / "zipped.jsonl.gz"
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    parquet.write_table(pyarrow.table({"n": range(300), "content": TEXTS}), tmp_path / "t.parquet", row_group_size=70)
+    folder = tmp_path / "mixed"  # data files and what is commonly beside them
+    folder.mkdir()
+    parquet.write_table(pyarrow.table({"content": pyarrow.array(TEXTS[:100], pyarrow.large_string())}), folder / "a.parquet")
+    write_jsonl(folder / "b.jsonl", TEXTS[100:], "content")
+    (folder / "README.md").write_text("not data")
+    (folder / ".hidden").mkdir()
+    write_jsonl(folder / ".hidden/c.jsonl", ["not data either"], "content")
+    hashes = {make(tmp_path / f"of_{source.name}", source, text_field="content")[0]["data_sha256"]
+              for source in (plain, zipped, tmp_path / "t.parquet", folder)}
+    assert len(hashes) == 1
+
+
+def test_a_single_text_file_is_cut_at_line_ends(tmp_path):
+    lines = [f"line {i}\n" for i in range(40_000)]
+    (tmp_path / "t.txt").write_text("".join(lines))
+    meta, _ = make(tmp_path, tmp_path / "t.txt")
+    pieces = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
+    assert meta["documents"]["val"] >= 1 and 0.01 <= meta["bytes"]["val"] / sum(meta["bytes"].values()) < 0.03
+    assert all(piece.endswith("\n") and len(piece) < 2**16 + 100 for piece in pieces)
+    assert sorted("".join(pieces).splitlines(True)) == sorted(lines)
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"one\ntwo\nthree\n"))
+    make(tmp_path / "gz", tmp_path / "t.txt.gz", val_fraction=0.01)
+    assert sorted(decoded(tmp_path / "gz/out", "train") + decoded(tmp_path / "gz/out", "val")) == ["one\n", "three\n", "two\n"]
+
+
+def test_bad_utf8_is_replaced_and_counted_binary_files_are_left_out(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
+    (folder / "good.txt").write_bytes("café".encode())
+    (folder / "picture").write_bytes(b"\x89PNG\0\0")
+    (folder / "empty.txt").write_bytes(b"")
+    meta, _ = make(tmp_path, folder)
+    assert (meta["bad_utf8"], meta["binary_files"], meta["empty"]) == (1, 1, 1)
+    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == ["café", "caf\ufffd"]
+    (tmp_path / "s.jsonl").write_text('{"text": "lone \\ud800 half"}\n{"text": "pair \\ud83d\\ude00"}\n')
+    assert make(tmp_path / "s", tmp_path / "s.jsonl")[0]["bad_utf8"] == 1
+    both = decoded(tmp_path / "s/out", "train") + decoded(tmp_path / "s/out", "val")
+    assert sorted(both) == ["lone \ufffd half", "pair 😀"]
+
+
+def test_max_tokens_stops_the_reading(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    meta, _ = make(tmp_path, source, max_tokens=2000)
+    longest = max(len(t.encode()) for t in TEXTS) + 1
+    assert 2000 <= sum(meta["tokens"].values()) < 2000 + longest
+    both = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
+    assert set(both) == set(TEXTS[:len(both)])
+
+
+def test_pysource_is_the_pinned_packages_and_the_standard_library_alone(tmp_path, monkeypatch):
+    files = [str(p) for p in prepare.pysource_files()]
+    assert len(files) == len(set(files)) and all(f.endswith(".py") for f in files)
+    assert any(f.endswith("/json/decoder.py") for f in files) and any(f.endswith("/torch/nn/functional.py") for f in files)
+    packages = {f.split("site-packages/")[1].split("/")[0] for f in files if "site-packages/" in f}
+    assert {"torch", "numpy", "tqdm", "safetensors"} <= packages
+    assert not {"pytest", "_pytest", "hypothesis", "pip", "transformers", "datasets", "sympy", "networkx"} & packages
+    (tmp_path / "requirements.txt").write_text("# pinned\ntqdm==0.0.1\n")
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    with pytest.raises(ConfigError, match="tqdm is .* pins 0.0.1; run: pip install -r"):
+        make(tmp_path, "pysource")
+    (tmp_path / "requirements.txt").write_text("surely-not-installed==1.0\n")
+    with pytest.raises(ConfigError, match="surely-not-installed is not installed; run: pip install -r"):
+        make(tmp_path, "pysource")
+    (tmp_path / "requirements.txt").write_text("tqdm==4.70.1\n")
+    monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(Path(json.__file__).parent))
+    meta, _ = make(tmp_path, "pysource")
+    assert meta["settings"]["packages"] == {"tqdm": "4.70.1"}
+    both = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
+    assert Path(json.__file__).read_text() in both and Path(prepare.importlib.import_module("tqdm").__file__).read_text() in both
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Complete or not there; again only when something changed
+
+def test_a_rerun_does_nothing_and_a_change_rebuilds(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    out = tmp_path / "out"
+    meta, built = make(tmp_path, source)
+    times = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    again, rebuilt = make(tmp_path, source)
+    assert built and not rebuilt and again == meta
+    assert times == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert make(tmp_path, source, seed=5)[1]  # a setting
+    write_jsonl(source, TEXTS[:-1])
+    assert make(tmp_path, source, seed=5)[1]  # the input
+    (out / "val.npy").write_bytes((out / "val.npy").read_bytes()[:-10])
+    assert make(tmp_path, source, seed=5)[1]  # damage
+    (out / "meta.json").unlink()
+    assert make(tmp_path, source, seed=5)[1]
+    assert not make(tmp_path, source, seed=5)[1]
+
+
+def test_an_error_leaves_the_old_data_and_nothing_half_made(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    meta, _ = make(tmp_path, source)
+    (tmp_path / "out/mine.txt").write_text("keep")
+    with source.open("a") as f:
+        f.write('{"text": "cut sho')
+    with pytest.raises(ConfigError, match="line 301"):
+        make(tmp_path, source)
+    assert load_tokens(tmp_path / "out", "train")[1] == meta
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "mine.txt", "train.npy", "val.npy"]
+    with pytest.raises(ConfigError):
+        make(tmp_path / "new", source)
+    assert not (tmp_path / "new/out").exists()
+
+
+def test_killed_while_writing_then_run_again(tmp_path):
+    source, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    slow = ("import sys, time; from data import prepare; whole = prepare.documents\n"
+            "def documents(*a):\n yield from whole(*a)\n time.sleep(600)\n"
+            "prepare.documents = documents; prepare.prepare(prepare.Options(sys.argv[1], out_dir=sys.argv[2]))")
+    process = subprocess.Popen([sys.executable, "-c", slow, source, out], cwd=ROOT)
+    while not (out / ".partial/spool").exists() and process.poll() is None:
+        time.sleep(0.02)
+    one_line_error(cli(source, f"--out_dir={out}"), "another prepare.py is writing there")
+    process.kill()
+    process.wait()
+    assert os.listdir(out) == [".partial"]
+    with pytest.raises(ConfigError, match="no such file"):
+        load_tokens(out, "train")
+    assert cli(source, f"--out_dir={out}").returncode == 0
+    assert sorted(os.listdir(out)) == ["meta.json", "train.npy", "val.npy"]
+
+
+def test_from_bpe_to_bytes_takes_the_tokenizer_away(tmp_path):
+    pytest.importorskip("tokenizers")
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    make(tmp_path, source, tokenizer="bpe", bpe_vocab_size=270)
+    assert (tmp_path / "out/tokenizer.json").exists()
+    make(tmp_path, source)
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.npy", "val.npy"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# load_tokens: every way in which the files can be wrong
+
+def damage(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "garbage":
+        path.write_bytes(b"\x80\x04" + b"not this" * 100)
+    elif how == "shorter":
+        np.save(path, np.load(path)[:-1])
+    elif how == "int64":
+        np.save(path, np.load(path).astype(np.int64))
+    elif how == "objects":
+        np.save(path, np.array([{}, None], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("name, how", [
+    *(("val.npy", how) for how in ("missing", "cut", "empty", "garbage", "shorter", "int64", "objects")),
+    *(("meta.json", how) for how in ("missing", "cut", "empty", "garbage"))])
+def test_load_tokens_says_what_is_wrong(tmp_path, name, how):
+    make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    damage(tmp_path / "out" / name, how)
+    with pytest.raises(ConfigError) as error:
+        load_tokens(tmp_path / "out", "val")
+    message = str(error.value)
+    assert str(tmp_path / "out" / name) in message and "python data/prepare.py out" in message and "\n" not in message
+
+
+def test_load_tokens_without_a_directory_and_with_odd_meta(tmp_path):
+    with pytest.raises(ConfigError, match="no such file; make it with: python data/prepare.py nosuchdata"):
+        load_tokens("nosuchdata", "train")
+    make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    for odd in ([], {}, meta | {"dtype": "no such type"}, meta | {"tokens": {}}, meta | {"tokens": {"train": "1"}}):
+        (tmp_path / "out/meta.json").write_text(json.dumps(odd))
+        with pytest.raises(ConfigError):
+            load_tokens(tmp_path / "out", "train")
+
+
+def test_import_is_cheap():
+    code = "import sys; from data.prepare import load_tokens; print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "set()"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+SAMPLES = ["", "def f(x):\n\treturn x\r\n", "é 漢字 😀\u200d\0", "<|endoftext|> is text here", " " * 50]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    prepare.train_bpe(TEXTS, 400).save(str(path))
+    return path
+
+
+def tiktoken_encoding():
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"re": 256, b"ret": 257, b"  ": 258}
+    return prepare.Tiktoken(tiktoken.Encoding("small", pat_str=r"\w+|\W+", mergeable_ranks=ranks,
+                                              special_tokens={"<|endoftext|>": 259}))
+
+
+@pytest.mark.parametrize("which", ["bytes", "bpe", "tiktoken"])
+def test_tokenizers_give_text_back_and_never_make_end_of_text(which, request):
+    tokenizer = {"bytes": lambda: load_tokenizer("bytes"), "tiktoken": tiktoken_encoding,
+                 "bpe": lambda: load_tokenizer(request.getfixturevalue("bpe"))}[which]()
+    for text in SAMPLES:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.decode(ids + [tokenizer.eos_token_id]) == text
+        assert tokenizer.eos_token_id not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert [list(ids) for ids in tokenizer.encode_batch(SAMPLES)] == [tokenizer.encode(text) for text in SAMPLES]
+
+
+def test_bytes_are_utf8():
+    assert Bytes().encode("aé") == [97, 0xC3, 0xA9] and (Bytes().vocab_size, Bytes().eos_token_id) == (257, 256)
+
+
+def test_bpe_compresses_and_is_reproducible(bpe):
+    tokenizer = load_tokenizer(bpe.parent)  # the directory will do
+    assert tokenizer.vocab_size == 400
+    assert len(tokenizer.encode(TEXTS[6])) < len(TEXTS[6].encode()) / 2
+    assert json.loads(bpe.read_text()) == json.loads(prepare.train_bpe(TEXTS, 400).to_str())
+
+
+def test_a_tokenizer_file_without_its_truncation_and_with_the_end_of_text_said_beside_it(bpe, tmp_path):
+    changed = json.loads(bpe.read_text())
+    changed["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "z"}}))
+    tokenizer = load_tokenizer(tmp_path)
+    end = tokenizer.tokenizer.token_to_id("z")
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0] and tokenizer.eos_token_id == end
+    make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer=str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "out").eos_token_id == load_tokens(tmp_path / "out", "val")[1]["eos_token_id"] == end
+    (tmp_path / "tokenizer.json").write_text(bpe.read_text().replace("<|endoftext|>", "<|other|>"))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="no end-of-text"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_errors(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=str(tmp_path / "tokenizer.json")):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="'gtp2': neither bytes, bpe, gpt2 nor"):
+        load_tokenizer("gtp2")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match="run: pip install tokenizers"):
+        TokenizerFile(tmp_path / "tokenizer.json")
+
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def test_no_network_is_one_line(tmp_path):
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("datasets")
+    proxy = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"), closed_port())
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    one_line_error(cli(source, "--tokenizer=gpt2", f"--out_dir={tmp_path}/o", TIKTOKEN_CACHE_DIR=str(tmp_path / "none"), **proxy),
+                   "gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer=bytes")
+    one_line_error(cli("nosuch/dataset", f"--out_dir={tmp_path}/o", **proxy), "nosuch/dataset", "without network")
+    assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input: the file, the line, the fix
+
+def test_hugging_face_datasets_are_streamed(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"content": TEXTS + [None], "n": list(range(301))}).to_parquet(str(tmp_path / "in/train.parquet"))
+    options = Options(str(tmp_path / "in"), text_field="content")
+    assert list(prepare.hub_documents(str(tmp_path / "in"), options)) == TEXTS + [""]
+    for wrong, words in ((dict(dataset_split="nosuch"), "nosuch"), (dict(dataset_config="nosuch"), "nosuch"),
+                         (dict(text_field="txt"), "there are: content, n"), (dict(text_field="n"), "not text but int")):
+        with pytest.raises(ConfigError, match=words) as error:
+            list(prepare.hub_documents(str(tmp_path / "in"), Options(**vars(options) | wrong)))
+        assert str(tmp_path / "in") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
+    ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b", "id": 1}\n', ["line 3", "'text'", "txt, id"]),
+    ("a.jsonl", b'{"text": "a"}\n[1]\n', ["line 2", "no field"]),
+    ("a.jsonl", b'{"text": 5}\n', ["line 1", "not text but int"]),
+    ("a.jsonl", b"[" * 200_000, ["line 1", "not valid JSON"]),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], ["cut short"]),
+    ("a.jsonl.gz", b'{"text": "a"}\n', ["damaged"]),
+    ("a.txt", b"PNG\0\0", ["NUL"]),
+    ("a.txt", b"", ["found 0"]),
+    ("a.txt", b"one line, no more", ["found 1"]),
+    ("a.parquet", b"PAR1 no parquet", ["damaged"]),
+])
+def test_bad_files(tmp_path, name, content, words):
+    if "parquet" in name:
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path, tmp_path / name)
+    message = str(error.value)
+    assert str(tmp_path / name) in message and "\n" not in message and all(word in message for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"content": TEXTS, "n": range(300)}), path)
+    for field, words in (("text", "there are: content, n"), ("n", "not text but int64")):
+        with pytest.raises(ConfigError, match=words):
+            make(tmp_path, path, text_field=field)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="a.parquet: .*damaged"):
+        make(tmp_path, path, text_field="content")
+
+
+@pytest.mark.parametrize("settings, words", [(dict(val_fraction=0.0), "val_fraction"), (dict(val_fraction=1.0), "val_fraction"),
+                                             (dict(bpe_vocab_size=256), "bpe_vocab_size"), (dict(max_tokens=0), "max_tokens")])
+def test_bad_settings(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), **settings)
+
+
+def test_bad_places(tmp_path, monkeypatch):
+    for missing in ("/no/such", "nothere.jsonl", "./nothere"):
+        with pytest.raises(ConfigError, match=f"{missing}: no such file or directory"):
+            make(tmp_path, missing)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    with pytest.raises(ConfigError, match="lies in the source itself"):
+        prepare.prepare(Options(str(folder), out_dir=str(folder / "sub")))
+    for module, source in (("pyarrow.parquet", "a.parquet"), ("datasets", "some/name")):
+        (tmp_path / "a.parquet").write_bytes(b"")
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=f"run: pip install {module.split('.')[0]}"):
+            make(tmp_path, tmp_path / source if "." in source else source)
+
+
+def test_command_line(tmp_path):
+    result = cli(write_jsonl(tmp_path / "a.jsonl", TEXTS), f"--out_dir={tmp_path / 'out'}")
+    assert result.returncode == 0 and "documents" in result.stdout
+    again = cli(tmp_path / "a.jsonl", f"--out_dir={tmp_path / 'out'}")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    one_line_error(cli("pysource", "--tokeniser=bpe"), "'tokeniser'", "'tokenizer'")
+    one_line_error(cli(), "SOURCE is missing")
+    one_line_error(cli(tmp_path / "a.jsonl", "--out_dir=/dev/null/x"), "/dev/null")
