@@ -8,7 +8,7 @@ Every script's command line goes through `configure`. A setting is a dataclass f
         source: str = setting(REQUIRED, "what to read", positional=True)
         seed: int = setting(0, "random seed")
 
-A config file (any positional argument that ends in .py, where the dataclass takes one) holds plain assignments
+A config file (named by the setting `config`, where the dataclass has one) holds plain assignments
 of literals and of arithmetic on them and on names assigned above. It is parsed, not run. A name that starts with _ is a
 helper for the lines below it, not a setting.
 """
@@ -45,6 +45,7 @@ def setting(default, meaning, positional=False):
 
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
           ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+TOO_DEEP = (MemoryError, RecursionError)  # what Python raises for deeply nested source
 UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
 
 
@@ -54,11 +55,11 @@ def evaluate(node, names):
         return node.value
     if isinstance(node, (ast.List, ast.Tuple)):
         return [evaluate(item, names) for item in node.elts]
-    if isinstance(node, ast.Dict) and None not in node.keys:
-        return {evaluate(k, names): evaluate(v, names) for k, v in zip(node.keys, node.values)}
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     try:
+        if isinstance(node, ast.Dict) and None not in node.keys:
+            return {evaluate(k, names): evaluate(v, names) for k, v in zip(node.keys, node.values)}
         if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
             return UNARY[type(node.op)](evaluate(node.operand, names))
         if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
@@ -78,8 +79,8 @@ def read_config(path):
             tree = ast.parse(f.read(), filename=path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read config file: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path}: line {getattr(error, 'lineno', '?')}: not valid: {error}") from None
+    except (SyntaxError, ValueError, *TOO_DEEP) as error:
+        raise ConfigError(f"{path}: line {getattr(error, 'lineno', '?')}: not valid: {error or 'nested too deep'}") from None
     values = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -89,7 +90,7 @@ def read_config(path):
                               f"not '{ast.unparse(node).splitlines()[0]}'")
         try:
             values[node.targets[0].id] = evaluate(node.value, values)
-        except ConfigError as error:
+        except (ConfigError, *TOO_DEEP) as error:
             raise ConfigError(f"{path}: line {node.lineno}: {error}") from None
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
@@ -106,8 +107,9 @@ def convert(name, value, kind):
             except ConfigError:
                 pass
     elif typing.get_origin(kind) is typing.Literal:
-        if value in typing.get_args(kind):
-            return value
+        for option in typing.get_args(kind):
+            if value == option and isinstance(value, bool) == isinstance(option, bool):
+                return option
         raise ConfigError(f"{name}: {value!r} is none of {', '.join(map(repr, typing.get_args(kind)))}")
     elif typing.get_origin(kind) is list:
         if isinstance(value, list):
@@ -133,13 +135,14 @@ def type_name(kind):
 
 def from_text(name, text, kind):
     """A command-line value: read as a literal where that fits the type, else as the text itself."""
+    if typing.get_origin(kind) is list and not text.lstrip().startswith(("[", "(")):  # --sizes=3,4 and --names=a,b
+        item_kind, = typing.get_args(kind)
+        return [from_text(f"{name}[{i}]", item.strip(), item_kind) for i, item in enumerate(text.split(",") if text else [])]
     words = {"true": True, "false": False, "none": None}
     try:
         value = words[text.lower()] if text.lower() in words else evaluate(ast.parse(text.strip(), mode="eval").body, {})
-    except (SyntaxError, ValueError, ConfigError):
+    except (SyntaxError, ValueError, ConfigError, *TOO_DEEP):
         value = text
-    if isinstance(value, (int, float)) and typing.get_origin(kind) is list:
-        value = [value]  # --sizes=3 is a list of one
     try:
         return convert(name, value, kind)
     except ConfigError:
@@ -179,9 +182,9 @@ def parse(cls, argv):
     for f in dataclasses.fields(cls):
         if f.metadata["positional"] and words:
             if typing.get_origin(kinds[f.name]) is list:  # takes all that is left
-                values[f.name], words = words, []
+                values[f.name], words = [from_text(f.name, word, typing.get_args(kinds[f.name])[0]) for word in words], []
             else:
-                values[f.name] = words.pop(0)
+                values[f.name] = from_text(f.name, words.pop(0), kinds[f.name])
     if words:
         raise ConfigError(f"do not know what to do with '{words[0]}' (settings are given as --key=value)")
     for word in argv:
@@ -191,9 +194,10 @@ def parse(cls, argv):
             if not equals and kinds[key] is not bool:
                 raise ConfigError(f"--{key} needs a value: --{key}=...")
             flags[key] = from_text(key, text if equals else "True", kinds[key])
+    values |= flags
     if path := values.get("config"):
         values = checked(cls, read_config(path), f"{path}: ") | values
-    return from_dict(cls, values | flags)
+    return from_dict(cls, values)
 
 
 def help_text(cls, script):
@@ -215,7 +219,7 @@ def configure(cls, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     script = sys.argv[0].rsplit("/", 1)[-1]
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, script))
+        print(help_text(cls, sys.argv[0]))
         raise SystemExit(0)
     try:
         return parse(cls, argv)
