@@ -27,6 +27,10 @@ def shades(values):
     return dict(zip(values, plt.cm.viridis(np.linspace(0.0, 0.85, len(values)))))
 
 
+def named(law):
+    return "interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " ")
+
+
 def levels(rows, name):
     return sorted({row[name] for row in rows})
 
@@ -39,11 +43,19 @@ def mean_loss(rows, name):
 
 
 def panels(count, height=3.4, sharey=False):
-    columns = min(count, 3)
-    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(3.5 * columns + 0.6, height * -(-count // columns)), squeeze=False, sharey=sharey)
+    columns = 2 if count == 4 else min(count, 3)
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(3.3 * columns + 0.6, height * -(-count // columns)), squeeze=False, sharey=sharey)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
+
+
+def log_axis(axis, values, which="x"):
+    """A log axis with up to five of the values as ticks, written short."""
+    picked = np.array(values)[np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).astype(int))]
+    getattr(axis, f"set_{which}scale")("log")
+    getattr(axis, f"set_{which}ticks")(picked, [short(v) for v in picked])
+    getattr(axis, f"{which}axis").set_minor_formatter("")
 
 
 def loss_against_D2(rows, laws, best):
@@ -67,11 +79,13 @@ def loss_against_D2(rows, laws, best):
                 if family in laws:
                     fine = np.geomspace(x[0], x[-1], 60)
                     axis.plot(fine, predict(family, laws[family]["params"], N=n, D=fine), lw=0.8, color=MARKS[family][1])
-        axis.set(xscale="log", yscale="log", xlabel="tokens: D2 (upcycled), D (from scratch)", title=f"N = {short(n)}")
+        log_axis(axis, sorted({row.get("D2", row.get("D")) for row in rows if row["N"] == n}))
+        axis.set(yscale="log", xlabel="tokens: D2 (upcycled), D (from scratch)", title=f"N = {short(n)}")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
     axes[0].set_ylabel("validation loss (nats a token)")
-    axes[0].legend(title="lines: interaction law" + (f"\ndashes: {best.removeprefix('upcycled.')}" if best != "upcycled" else ""), title_fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title_fontsize=8, alignment="left",
+                  title="lines: interaction law" + (f"\ndashes: {named(best)}" if best != "upcycled" else ""))
     return figure
 
 
@@ -94,10 +108,11 @@ def slope_against_D1(rows, laws):
             if law in laws:  # over the D2 that were measured, as the points are
                 axis.plot(d1s, [slope(d2 := np.array(levels([r for r in mine if r["D1"] == d], "D2")),
                                       predict(law, laws[law]["params"], N=n, D1=d, D2=d2))[0] for d in d1s],
-                          color=color, ls=dash, label="interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " "))
-        axis.set(xscale="log", xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
+                          color=color, ls=dash, label=named(law))
+        log_axis(axis, d1s)
+        axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
     axes[0].set_ylabel("local exponent  d ln L / d ln D2")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -115,16 +130,17 @@ def predicted_against_measured(laws, details):
                 held, error = detail["far"][name]
                 axis.plot([row["loss"] for row in held], 100 * np.expm1(-error), mark, ms=6, mfc="none", color="#c0392b", label=f"largest {name} held out")
         axis.axhline(0, color="black", lw=0.8)
-        axis.set(xlabel="measured loss (nats a token)", title=law.removeprefix("upcycled.").replace("_", " ").replace("upcycled", "interaction law"))
+        axis.set(xlabel="measured loss (nats a token)", title=named(law))
     axes[0].set_ylabel("predicted - measured (%)")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
 def residuals(details):
     f = details["fit"]
     names = [name for name in ("N", "D", "D1", "D2") if any(name in row for row in f.problem.rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names) + 0.5, 2.8), sharey=True)
+    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 1, 2.8), sharey=True, squeeze=False)
+    axes = axes[0]
     for axis, name in zip(axes, names):
         for k, (family, (mark, color)) in enumerate(MARKS.items()):
             mine = [(row[name], r) for row, r in zip(f.problem.rows, f.residual) if row["family"] == family and name in row]
@@ -132,26 +148,29 @@ def residuals(details):
                 x, r = np.array(mine).T
                 axis.plot(x * (1 + 0.06 * (k - 1)), 100 * r, mark, ms=3.5, color=color, alpha=0.8, label=family)
         axis.axhline(0, color="black", lw=0.8)
-        axis.set(xscale="log", xlabel=name)
+        log_axis(axis, levels([row for row in f.problem.rows if name in row], name))
+        axis.set_xlabel(name)
     axes[0].set_ylabel("measured - fitted (%)")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
 def alpha3_along_E(entry, profile):
-    figure, axis = plt.subplots(figsize=(4.2, 3))
-    axis.plot(profile["E"], profile["alpha3"], color="#c0392b")
+    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    near = [i for i, v in enumerate(profile["objective"]) if v < 1] or [0]
+    E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
+    axis.plot(E, alpha3, color="#c0392b")
     axis.axhline(0, color="black", lw=0.8)
     axis.axvspan(*entry["ci95"]["E"], color="#c0392b", alpha=0.12, lw=0, label="95 % interval of E")
     axis.plot(entry["params"]["E"], entry["params"]["alpha3"], "o", color="#c0392b", label="fit")
     axis.set(xlabel="E held at (nats a token)", ylabel="alpha3, all else refitted")
     other = axis.twinx()
-    other.plot(profile["E"], 100 * np.array(profile["objective"]), color="#888888", ls="--", label="objective above its minimum (right)")
+    other.plot(E, 100 * objective, color="#888888", ls="--", label="objective above its minimum (right)")
     other.set_ylabel("objective above its minimum (%)")
-    other.set_ylim(0, min(100 * max(profile["objective"]), 200))
+    other.set_ylim(0, 105)
     other.spines["right"].set_visible(True)
     handles = [sum(pair, []) for pair in zip(axis.get_legend_handles_labels(), other.get_legend_handles_labels())]
-    axis.legend(*handles, loc="best")
+    figure.legend(*handles, loc="outside upper center")
     return figure
 
 
@@ -168,8 +187,9 @@ def contours(rows, laws, best):
         axis.clabel(lines, fmt="%.2f", fontsize=7)
         mine = [row for row in up if row["N"] == n]
         axis.plot([row["D1"] for row in mine], [row["D2"] for row in mine], "D", ms=3, color="#3b6fb6", label="measured here")
-        name = "interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " ")
-        axis.set(xscale="log", yscale="log", xlabel="D1 (tokens)", title=f"{name}, N = {short(n)}")
+        log_axis(axis, levels(mine, "D1"))
+        log_axis(axis, levels(mine, "D2"), "y")
+        axis.set(xlabel="D1 (tokens)", title=f"{named(law)}, N = {short(n)}")
     axes[0].set_ylabel("D2 (tokens)")
     return figure
 
