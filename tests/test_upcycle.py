@@ -514,7 +514,7 @@ def test_what_mixtral_cannot_express_is_refused(tmp_path, key, value):
 
 def test_other_shapes_and_mixtures_are_refused(tmp_path, random_dense):
     other = write(tmp_path / "other", intermediate_size=72)
-    with pytest.raises(ConfigError, match="another shape"):
+    with pytest.raises(ConfigError, match="intermediate_size = 72, but 64"):
         upcycled(tmp_path, random_dense, merge_with=[other], method="merge")
     with pytest.raises(ConfigError, match="not a multiple of the 2 checkpoints"):
         upcycled(tmp_path, random_dense, merge_with=[random_dense], method="merge", num_local_experts=5)
@@ -652,9 +652,9 @@ u.upcycle(o)
 
 
 def test_memory_is_a_few_times_the_largest_tensor(tmp_path):
-    """Anonymous memory, sampled while 200 MB are written out of 30 MB, tensors of at most 4 MB."""
+    """Anonymous memory, sampled while 100 MB are written out of 25 MB, tensors of at most 4 MB."""
     source = tmp_path / "dense"
-    model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=2))
+    model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=1))
     save(source, model.bfloat16(), {})
     done = python("""
 import sys, threading, time, upcycle as u
@@ -677,7 +677,7 @@ for method in ("copy", "drop"):
     assert not done.returncode, done.stderr
     grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     largest = 2048 * 1024 * 2
-    assert sum(f.stat().st_size for f in (tmp_path / "copy").glob("*.safetensors")) > 8 * 3 * 2 * largest
+    assert sum(f.stat().st_size for f in (tmp_path / "copy").glob("*.safetensors")) > 8 * 3 * largest
     assert grown["copy"] < 2 * largest and grown["drop"] < 8 * largest  # drop computes in fp32
 
 
