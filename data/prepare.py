@@ -1,13 +1,13 @@
 """Text -> tokens: data/<name>/{train,val}.npy, each one flat array of token ids, and meta.json, which describes them.
 
     python data/prepare.py pysource                                   # Python sources of this installation, nothing to download
-    python data/prepare.py corpus.jsonl.gz --tokenizer=bpe            # .txt, .jsonl, .parquet (also .gz), or a directory of them
+    python data/prepare.py corpus.jsonl.gz --tokenizer=bpe            # or .txt, .parquet, a directory of them
     python data/prepare.py HuggingFaceFW/fineweb-edu --dataset_config=sample-10BT --tokenizer=gpt2 --max_tokens=1e9
 
 One way for every source: documents are tokenised as they come and appended to a spool on disk; each has the key
 sha256(seed, text). Sorted by key they are shuffled in an order that depends on nothing but seed and content, equal
 neighbours are exact duplicates, and the first ones, up to val_fraction of the text, are the validation set. So the
-split is by document, and the same whatever the tokenizer. Memory: about 50 bytes a document.
+split is by document, and the same whatever the tokenizer. Memory: about 100 bytes a document.
 """
 import array
 import contextlib
@@ -42,7 +42,7 @@ END_OF_TEXT = "<|endoftext|>"
 class Options:
     """Turn text into tokens: out_dir/{train,val}.npy and meta.json."""
     source: str = setting(REQUIRED, "pysource (Python sources of the standard library and of the packages in requirements.txt), "
-                          "a text, .jsonl or .parquet file (also .gz), a directory of them, or the name of a Hugging Face dataset",
+                          "a text, .jsonl(.gz) or .parquet file, a directory of them, or the name of a Hugging Face dataset",
                           positional=True)
     out_dir: str = setting("", "where to write; empty: data/<name of the source>")
     tokenizer: str = setting("bytes", "bytes (256 and end-of-text), bpe (byte-level, trained on the training documents), gpt2, "
@@ -124,7 +124,7 @@ class TokenizerFile:
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         candidates = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"]
         for name, key in (("config.json", "eos_token_id"), ("meta.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):  # not there, or of another shape
                 said = json.loads((path.parent / name).read_text()).get(key)
                 candidates.insert(0, said["content"] if isinstance(said, dict) else said[0] if isinstance(said, list) else said)
         ids = [c if isinstance(c, int) else self.tokenizer.token_to_id(c) for c in candidates if c is not None]
@@ -210,7 +210,7 @@ def pinned_versions():
 
 def pysource_files():
     stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.relative_to(stdlib).parts)]
+    files = [p for p in sorted(stdlib.rglob("*.py")) if not {"site-packages", "dist-packages"} & set(p.relative_to(stdlib).parts)]
     for name in pinned_versions():
         files += [Path(p.locate()) for p in importlib.metadata.files(name) or [] if p.suffix == ".py" and p.parts[0] != ".."]
     return files
@@ -315,6 +315,8 @@ def documents(options, seen):
         yield from hub_documents(options.source, options)
         return
     files = pysource_files() if options.source == "pysource" else local_files(source)
+    if arrow := [p for p in files if p.suffix == ".arrow"]:
+        raise ConfigError(f"{arrow[0]}: .arrow files cannot be read; write the dataset with to_parquet instead of save_to_disk")
     for i, path in enumerate(files):
         for text in read_file(path, options, seen, alone=path == source):
             seen.share = (i + min(seen.share, 1)) / len(files)
@@ -411,7 +413,8 @@ def build(options, folder):
     seen.duplicates = int(len(order) - distinct.sum())
     order = order[distinct]
     if len(order) < 2:
-        raise ConfigError(f"{options.source}: the split is by document and takes two different ones at least; found {len(order)}")
+        raise ConfigError(f"{options.source}: the split is by document and takes two different ones at least; found {len(order)} "
+                          f"({seen.empty} empty texts and {seen.binary_files} binary files left out)")
     text_bytes = np.cumsum(sizes[order])
     n_val = min(int(np.searchsorted(text_bytes, options.val_fraction * text_bytes[-1])) + 1, len(order) - 1)
     splits = {"train": order[n_val:], "val": order[:n_val]}
@@ -481,8 +484,9 @@ def prepare(options):
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"out_dir: {out} lies in the source itself; choose another with --out_dir=DIR")
     settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
-    settings |= {"inputs": stamps(source, Path(options.tokenizer)), "python": platform.python_version()}
-    settings |= {"packages": pinned_versions()} if options.source == "pysource" else {}
+    settings["inputs"] = stamps(source, Path(options.tokenizer))
+    if options.source == "pysource":
+        settings["versions"] = {"python": platform.python_version()} | pinned_versions()
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -495,7 +499,7 @@ def prepare(options):
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
         try:
-            meta = {"name": out.name} | build(options, partial) | {"settings": settings}
+            meta = {"name": out.resolve().name} | build(options, partial) | {"settings": settings}
             (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
             (out / "meta.json").unlink(missing_ok=True)  # first out and last in: where it is, all is complete
             if old.get("tokenizer") == "tokenizer.json":

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def test_pysource_is_the_pinned_packages_and_the_standard_library_alone(tmp_path
     packages = {f.split("site-packages/")[1].split("/")[0] for f in files if "site-packages/" in f}
     assert {"torch", "numpy", "tqdm", "safetensors"} <= packages
     assert not {"pytest", "_pytest", "hypothesis", "pip", "transformers", "datasets", "sympy", "networkx"} & packages
+    version = prepare.pinned_versions()["tqdm"]
     (tmp_path / "requirements.txt").write_text("# pinned\ntqdm==0.0.1\n")
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     with pytest.raises(ConfigError, match="tqdm is .* pins 0.0.1; run: pip install -r"):
@@ -172,10 +174,10 @@ def test_pysource_is_the_pinned_packages_and_the_standard_library_alone(tmp_path
     (tmp_path / "requirements.txt").write_text("surely-not-installed==1.0\n")
     with pytest.raises(ConfigError, match="surely-not-installed is not installed; run: pip install -r"):
         make(tmp_path, "pysource")
-    (tmp_path / "requirements.txt").write_text("tqdm==4.70.1\n")
+    (tmp_path / "requirements.txt").write_text(f"tqdm=={version}\n")
     monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(Path(json.__file__).parent))
     meta, _ = make(tmp_path, "pysource")
-    assert meta["settings"]["packages"] == {"tqdm": "4.70.1"}
+    assert meta["settings"]["versions"] == {"python": platform.python_version(), "tqdm": version}
     both = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
     assert Path(json.__file__).read_text() in both and Path(prepare.importlib.import_module("tqdm").__file__).read_text() in both
 
@@ -287,7 +289,7 @@ def test_load_tokens_without_a_directory_and_with_odd_meta(tmp_path):
 
 
 def test_import_is_cheap():
-    code = "import sys; from data.prepare import load_tokens; print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))"
+    code = "import sys, data.prepare; print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "set()"
 
 
@@ -386,6 +388,9 @@ def test_hugging_face_datasets_are_streamed(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict({"content": TEXTS + [None], "n": list(range(301))}).to_parquet(str(tmp_path / "in/train.parquet"))
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ConfigError, match="to_parquet instead of save_to_disk"):
+        make(tmp_path, tmp_path / "saved")
     options = Options(str(tmp_path / "in"), text_field="content")
     assert list(prepare.hub_documents(str(tmp_path / "in"), options)) == TEXTS + [""]
     for wrong, words in ((dict(dataset_split="nosuch"), "nosuch"), (dict(dataset_config="nosuch"), "nosuch"),
