@@ -100,13 +100,14 @@ class Problem:
     head: tuple | None = None  # effective data: rows of alpha, c, gamma; centred ln D1, ln D2; which rows use it; which have D1
     by_slot: np.ndarray = field(init=False)  # (K, p, n)
     low: np.ndarray = field(init=False)      # (p,) bounds that keep what is not identified finite: exponents within 3,
-    high: np.ndarray = field(init=False)     # (p,) a term at least a thousandth of the loss at the centre, a head start within e^7
+    high: np.ndarray = field(init=False)     # (p,) a term at least a millionth of the loss at the centre, a head start within e^7
 
     def __post_init__(self):
-        self.low = np.where(self.is_log, self.y.min() + math.log(1e-3), -3.0)
+        self.low = np.where(self.is_log, self.y.min() + math.log(1e-6), -3.0)
         self.high = np.where(self.is_log, self.y.max() + 3.0, 3.0)
         if self.head:
-            self.low[self.head[1]], self.high[self.head[1]] = -7.0, 7.0
+            _, c, gamma = self.head[:3]
+            self.low[c], self.high[c], self.low[gamma] = -7.0, 7.0, 0.01
         self.by_slot = np.where(self.slot[None, :, None] == np.arange(len(self.offset))[:, None, None], self.features, 0.0)
 
 
@@ -122,13 +123,13 @@ def variable(row, name):
         return math.nan
 
 
-def levels(rows, name):
+def count_levels(rows, name):
     return len({variable(row, name) for row in rows} - {math.nan})
 
 
 def n_levels(rows, system):
     """Levels of N of each family of the system."""
-    return [levels([row for row in rows if row["family"] == family], "N") for family in system]
+    return [count_levels([row for row in rows if row["family"] == family], "N") for family in system]
 
 
 def build(rows, system, share=("E",)):
@@ -141,7 +142,7 @@ def build(rows, system, share=("E",)):
     of_row = np.array([system[row["family"]] for row in rows])
     laws = {law: dict(LAWS[law]) for law in dict.fromkeys(system.values())}
     members = {law: [row for row, name in zip(rows, of_row) if name == law] for law in laws}
-    sizes = {law: levels(members[law], "N") for law in laws if "B" in laws[law] and "N" in laws[law]["B"]["beta"]}
+    sizes = {law: count_levels(members[law], "N") for law in laws if laws[law].get("B") == {"beta": "-N"}}
     solo, fixed = {law for law, count in sizes.items() if count == 1}, {law: {} for law in laws}
     for law, count in sizes.items():
         others = [c for name, c in sizes.items() if name not in solo] if "E" in share and law not in solo else [count]
@@ -273,8 +274,8 @@ def descend(problem, theta, delta, y=None, weights=None, free=None, max_steps=40
         hessian[:, np.arange(theta.shape[1]), np.arange(theta.shape[1])] += added
         step = np.linalg.solve(hessian, gradient)[:, :, 0]
         gain = (step * gradient[:, :, 0]).sum(axis=1)  # twice the decrease that the quadratic model promises, at least
-        target = np.clip(theta[live] + step, problem.low, problem.high)
-        target = np.where(open_, target, theta[live])
+        step = np.where(problem.is_log, np.log(np.maximum(1.0 + step, 0.1)), step)  # linear in the coefficient: 20 times fewer steps
+        target = np.where(open_, np.clip(theta[live] + step, problem.low, problem.high), theta[live])
         trial, trial_jacobian = evaluate(problem, target)
         with np.errstate(invalid="ignore"):
             trial_cost = (weights[live] * huber(y[live] - trial, delta)).sum(axis=1)
@@ -357,10 +358,10 @@ def fit(rows, system, share=("E",), delta="auto"):
     """The Fit of a system {family: law}: variable-projection starts, then Huber least squares on ln loss with the analytic
     Jacobian. delta "auto" is 1.345 robust standard deviations of the residuals."""
     problem = build(rows, system, share)
-    theta, cost = descend(problem, grid_starts(problem), 0.02 if delta == "auto" else max(delta, 0.005), max_steps=60, tolerance=1e-6)
+    theta, cost = descend(problem, grid_starts(problem), 0.02 if delta == "auto" else max(delta, 0.005), max_steps=10, tolerance=1e-4)
     theta = theta[np.argsort(cost)[:4]]
     width = delta
-    for _ in range(4):
+    for _ in range(3 if delta == "auto" else 1):
         if delta == "auto":
             width = max(1.345 * robust_sigma(problem.y - evaluate(problem, theta[:1])[0][0], len(problem.names)), 1e-7)
         theta, cost = descend(problem, theta, width)
@@ -511,7 +512,7 @@ def profile_E(fit, law):
     theta = np.tile(fit.theta, (len(values), 1))
     theta[:, place[0]] = np.log(values)
     theta, cost = descend(problem, theta, fit.delta, free=np.arange(theta.shape[1]) != place[0])
-    return {"E": values.tolist(), "alpha3": fit.params(law, theta)["alpha3"].tolist(), "objective": (cost / fit.cost - 1).tolist()}
+    return {"E": values.tolist(), "alpha3": fit.params(law, theta)["alpha3"].tolist(), "objective": (cost / max(fit.cost, 1e-300) - 1).tolist()}
 
 
 def aicc(fit):
@@ -570,7 +571,7 @@ def read_rows(paths, skip_bad=False):
     rows, dropped, seen = [], [], {}
     for path in paths:
         try:
-            with open(path, encoding="utf-8", errors="replace", newline="" if path.endswith(".csv") else None) as f:
+            with open(path, encoding="utf-8-sig", errors="replace", newline="" if path.endswith(".csv") else None) as f:
                 text = f.read()
         except OSError as error:
             raise RowError(f"{path}: {error.strerror}") from None
@@ -623,7 +624,7 @@ def missing(rows, system):
             lacks.append(f"has no {' or '.join(lost)} rows")
             continue
         for name in variables:
-            needed, has = 1 if name == "N" else 3, levels(mine, name)
+            needed, has = 1 if name == "N" else 3, count_levels(mine, name)
             if has < needed:
                 lacks.append(f"needs {needed} levels of {name}, has {has}")
     if not lacks:
@@ -701,7 +702,7 @@ def analyse(rows, options, fits, bar):
             "se_asymptotic": standard_errors(f, law), "n": int(here.sum()), "rmse_log": rms(f.residual[here]),
             "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)]), "extrapolation": {k: v and rms(v[1]) for k, v in far.items()},
             "aicc": aicc(f), "fitted_with": system, "shared": sorted(set(its) & {name for name in f.problem.names}),
-            "not_identified": {k: why for k, (_, why) in f.problem.fixed[law].items()} | unidentified(draws, f.problem.fixed[law]),
+            "not_identified": {k: why for k, (_, why) in f.problem.fixed[law].items()} | unidentified(f, law, draws),
             "huber_delta": f.delta, "params_at_delta_0.001": {k: float(v) for k, v in narrow.params(law).items()},
             "row_sd": math.sqrt(row), "trunk_sd": math.sqrt(trunk), "trunks": len(set(trunk_of(f.problem.rows))),
             "draws": {k: [float(f"{x:.7g}") for x in v] for k, v in draws.items()}}
@@ -713,18 +714,22 @@ def analyse(rows, options, fits, bar):
     return entries, details
 
 
-def unidentified(draws, fixed):
-    """{parameter: why} where the draws leave an exponent's sign or a coefficient's order of magnitude open."""
-    open_ends = {}
+def unidentified(fit, law, draws):
+    """{parameter: why} where the fit sits on a bound, or the draws leave an exponent's sign or a coefficient's size open."""
+    problem, why = fit.problem, {}
+    bound = (fit.theta <= problem.low) | (fit.theta >= problem.high)
+    at_bound = {name.rpartition(":")[2] for name, its in zip(problem.names, bound) if its and name.rpartition(":")[0] in ("", law)}
     for name, values in draws.items():
         low, high = np.quantile(values, [0.025, 0.975])
-        if name in fixed:
+        if name in problem.fixed[law]:
             continue
-        if low > 0 and high > 100 * low:
-            open_ends[name] = "its interval spans a factor of more than 100"
+        if name in at_bound:
+            why[name] = "not identified: at the bound of the fit"
+        elif low > 0 and high > 100 * low:
+            why[name] = "not identified: its interval spans a factor of more than 100"
         elif low < 0 < high and name != "alpha3":
-            open_ends[name] = "its sign is open"
-    return open_ends
+            why[name] = "not identified: its sign is open"
+    return why
 
 
 def code_version():
@@ -750,44 +755,10 @@ def mixtures(rows):
     found = []
     for family in FAMILIES:
         for key in ("data_sha256", "method", "num_local_experts", "num_experts_per_tok"):
-            values = {str(row[key]) for row in rows if row["family"] == family and key in row}
+            values = {ascii(row[key]).strip("'") for row in rows if row["family"] == family and key in row}
             if len(values) > 1:
                 found.append(f"{family} rows mix {len(values)} values of {key} ({', '.join(sorted(v[:12] for v in values))}); the laws take them as one")
     return found
-
-
-def percent(value):
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
-def table(entries):
-    """The comparison and the parameters: lines of two tables that read on a terminal and in Markdown."""
-    best = {}
-    for law, e in entries.items():
-        group = tuple(e["fitted_with"])
-        best[group] = min(best.get(group, math.inf), e["aicc"])
-    compared = ["| law | rows | in sample | trunk left out | to largest D or D1 | to largest D2 | to largest N | AICc - best |", "|---|---|---|---|---|---|---|---|"]
-    for law, e in entries.items():
-        far = e["extrapolation"]
-        compared.append(f"| {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {percent(far.get('D1', far.get('D')))} | "
-                     f"{percent(far.get('D2'))} | {percent(far.get('N'))} | {e['aicc'] - best[tuple(e['fitted_with'])]:.1f} |")
-    parameters = ["| law | parameter | estimate | 95 % interval | asymptotic s.e. | at delta 0.001 | |", "|---|---|---|---|---|---|---|"]
-    for law, e in entries.items():
-        for name, value in e["params"].items():
-            low, high = e["ci95"][name]
-            note = e["not_identified"].get(name, "shared" if name in e["shared"] else "")
-            if name == "alpha3":
-                note = f"p = {e['alpha3_p']:.2g}"
-            numbers = f"{low:.4g} .. {high:.4g} | {e['se_asymptotic'][name]:.2g} | {e['params_at_delta_0.001'][name]:.4g}" if low < high else "- | - | -"
-            parameters.append(f"| {law} | {name} | {value:.4g} | {numbers} | {note} |")
-    return aligned(compared), aligned(parameters)
-
-
-def aligned(lines):
-    """Lines of a Markdown table with their columns padded to one width."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["| " + " | ".join("-" * w if cell == "---" else cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in cells]
 
 
 def main(options):
@@ -819,7 +790,7 @@ def main(options):
     os.makedirs(options.out, exist_ok=True)
     with open(os.path.join(options.out, "laws.json"), "w", encoding="utf-8") as f:
         json.dump(out, f)
-    compared, parameters = table(entries)
+    compared, parameters = report.table(entries)
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
     report.report(rows, out, details, compared + [""] + parameters, notes, options.out)
     print("\n".join(compared + [""] + [line for i, line in enumerate(parameters) if i < 2 or line.split("|")[1].strip() in (*FAMILIES, best)] + [""]

@@ -20,6 +20,7 @@ from configurator import ConfigError, parse, run, setting
 from fit_laws import FAMILIES, RIVALS, covariance, evaluate, fit, parameter_names, predict, trunk_of
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
+ONLY_DENSE, BOTH = "dense", "dense, then upcycle"  # with SCRATCH the routes from nothing
 INTERVAL = [0.05, 0.95]
 
 
@@ -131,7 +132,7 @@ def crossings(x, difference):
 def overtaking(laws, law, N, D1, points=800):
     """Where a MoE from scratch overtakes the upcycled one, at equal tokens (and FLOPs) after the dense checkpoint.
 
-    {"D2_star": tokens or None, "interval": 90 % (inf: never), "never": share of draws without it, "regained": the second
+    {"D2_star": tokens or None, "interval": 90 % (None: never), "never": share of draws without it, "regained": the second
     root, where the upcycled model leads again, or None}. None where there is no law for the MoE from scratch.
     """
     x = np.geomspace(D1 * 1e-6, D1 * 1e9, points)
@@ -147,7 +148,7 @@ def overtaking(laws, law, N, D1, points=800):
     star = next((root for root, slope in roots if slope < 0), None)
     regained = next((root for root, slope in roots if slope > 0 and root > (star or math.inf)), None)
     drawn = np.array([first(d) for d in from_scratch[1] - upcycled[1]])
-    return {"D2_star": star, "interval": np.quantile(drawn, INTERVAL, method="inverted_cdf").tolist(), "never": float(np.isinf(drawn).mean()),
+    return {"D2_star": star, "interval": [v if math.isfinite(v) else None for v in np.quantile(drawn, INTERVAL, method="inverted_cdf")], "never": float(np.isinf(drawn).mean()),
             "regained": regained}
 
 
@@ -254,7 +255,7 @@ def plan_fresh(laws, content, law, N, flops, ratio):
     routes = {}
     if "dense" in laws:
         n = N or best_N(lambda n: predict("dense", laws["dense"]["params"], N=n, D=flops / (6 * n)), flops)
-        routes["dense"] = {"N": n, "D": flops / (6 * n)}, both(laws, "dense", N=n, D=flops / (6 * n))
+        routes[ONLY_DENSE] = {"N": n, "D": flops / (6 * n)}, both(laws, "dense", N=n, D=flops / (6 * n))
     if scratch(laws, law, N=1.0, D=1.0) is not None:
         n = N or best_N(lambda n: scratch(laws, law, N=n, D=flops / (6 * n * ratio))[0], flops)
         routes[SCRATCH] = {"N": n, "D": flops / (6 * n * ratio)}, scratch(laws, law, N=n, D=flops / (6 * n * ratio))
@@ -262,11 +263,11 @@ def plan_fresh(laws, content, law, N, flops, ratio):
     share = best_split(law, laws[law]["params"], flops, n, ratio)[0]
     plan = {"N": n, "D1": share * flops / (6 * n), "D2": (1 - share) * flops / (6 * n * ratio), "dense_share_of_flops": share,
             "dense_share_interval": np.quantile(best_split(law, laws[law]["draws"], flops, n, ratio)[0], INTERVAL).tolist()}
-    routes["dense, then upcycle"] = plan, both(laws, law, N=n, D1=plan["D1"], D2=plan["D2"])
+    routes[BOTH] = plan, both(laws, law, N=n, D1=plan["D1"], D2=plan["D2"])
     options = summarise(routes)
     ranges = content.get("ranges", {})
     warnings = outside(ranges, "upcycled", **{name: plan[name] for name in ("N", "D1", "D2")})
-    for name, family in (("dense", "dense"), (SCRATCH, "moe")):
+    for name, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe")):
         warnings += outside(ranges, family, **routes[name][0]) if name in routes else [f"no {family} law: {name} is left out"]
     return {"flops": flops, "options": {name: its | {"plan": its.pop("tokens")} for name, its in options.items()},
             "best": max(options, key=lambda name: options[name]["probability_best"]), "warnings": warnings}
@@ -388,7 +389,7 @@ def say_star(star):
     """D2* in words."""
     if star is None:
         return "no MoE law to compare with"
-    low, high = (f"{v:.3g}" if math.isfinite(v) else "never" for v in star["interval"])
+    low, high = ("never" if v is None else f"{v:.3g}" for v in star["interval"])
     never = f", never in {100 * star['never']:.0f} % of draws" if star["never"] else ""
     if star["D2_star"] is None:
         return f"never (90 % interval {low} .. {high}{never})"
@@ -420,7 +421,7 @@ def say_fresh(result):
     options = result["options"]
     lines = rows_of([("route", "plan", "loss", "90 % interval", "best in")] + [
         (name, say(o["plan"]), f"{o['loss']:.4f}", "{:.4f} .. {:.4f}".format(*o["interval"]), f"{100 * o['probability_best']:.1f} %") for name, o in options.items()])
-    share, (low, high) = options["dense, then upcycle"]["plan"]["dense_share_of_flops"], options["dense, then upcycle"]["plan"]["dense_share_interval"]
+    share, (low, high) = options[BOTH]["plan"]["dense_share_of_flops"], options[BOTH]["plan"]["dense_share_interval"]
     return lines + ["", f"Best: {result['best']}. Of an upcycled plan's FLOPs {100 * share:.1f} % go to dense training (90 % interval {100 * low:.1f} .. {100 * high:.1f} %)."]
 
 
@@ -440,7 +441,8 @@ def draw(curves, at, marks, path):
 
     figure, axis = plt.subplots(figsize=(5.6, 3.8), constrained_layout=True)
     x = np.geomspace(at / 30, at * 30, 41)
-    for (name, curve), color in zip(curves.items(), ("#3b6fb6", "#888888", "#222222")):
+    for name, curve in curves.items():
+        color = {UPCYCLE: "#3b6fb6", BOTH: "#3b6fb6", SCRATCH: "#222222"}.get(name, "#888888")
         loss, low, high = np.array([curve(v) for v in x]).T
         axis.plot(x, loss, color=color, label=name)
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
@@ -462,7 +464,7 @@ def main(options):
     if options.design:
         found = plan_design(laws, options)
         lines = [f"were {options.laws} true, with noise of {100 * options.noise:.2g} % a run and {100 * options.trunk_noise:.2g} % a trunk:", *say_design(found)]
-        print(json.dumps(found, allow_nan=False, default=float) if options.json else "\n".join(lines))
+        print(json.dumps(found) if options.json else "\n".join(lines))
         return
     N, D1, ratio = inputs(options)
     source = "given" if ratio else "from the laws file"

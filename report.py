@@ -1,4 +1,5 @@
 """Figures (PNG and PDF) and report.md of what fit_laws.py found."""
+import math
 import os
 
 import matplotlib
@@ -192,6 +193,40 @@ def contours(rows, laws, best):
         axis.set(xlabel="D1 (tokens)", title=f"{named(law)}, N = {short(n)}")
     axes[0].set_ylabel("D2 (tokens)")
     return figure
+
+
+def percent(value):
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def table(entries):
+    """The comparison and the parameters: lines of two tables that read on a terminal and in Markdown."""
+    best = {}
+    for law, e in entries.items():
+        group = tuple(e["fitted_with"])
+        best[group] = min(best.get(group, math.inf), e["aicc"])
+    compared = ["| law | rows | in sample | trunk left out | to largest D or D1 | to largest D2 | to largest N | AICc - best |", "|---|---|---|---|---|---|---|---|"]
+    for law, e in entries.items():
+        far = e["extrapolation"]
+        compared.append(f"| {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {percent(far.get('D1', far.get('D')))} | "
+                     f"{percent(far.get('D2'))} | {percent(far.get('N'))} | {e['aicc'] - best[tuple(e['fitted_with'])]:.1f} |")
+    parameters = ["| law | parameter | estimate | 95 % interval | asymptotic s.e. | at delta 0.001 | |", "|---|---|---|---|---|---|---|"]
+    for law, e in entries.items():
+        for name, value in e["params"].items():
+            low, high = e["ci95"][name]
+            note = e["not_identified"].get(name, "shared" if name in e["shared"] else "")
+            if name == "alpha3":
+                note = f"p = {e['alpha3_p']:.2g}"
+            numbers = f"{low:.4g} .. {high:.4g} | {e['se_asymptotic'][name]:.2g} | {e['params_at_delta_0.001'][name]:.4g}" if low < high else "- | - | -"
+            parameters.append(f"| {law} | {name} | {value:.4g} | {numbers} | {note} |")
+    return aligned(compared), aligned(parameters)
+
+
+def aligned(lines):
+    """Lines of a Markdown table with their columns padded to one width."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return ["| " + " | ".join("-" * w if cell == "---" else cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in cells]
 
 
 def findings(laws, ranges):

@@ -1,0 +1,93 @@
+"""Measure speed.
+
+    python bench.py laws      fitting scaling laws, on one core
+"""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from configurator import REQUIRED, run, setting
+
+
+def seconds(work, repeats=5):
+    """Median CPU time of `work()`, which does not count what else the machine does."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return float(np.median(times))
+
+
+def planted(laws, N, D, D1, D2, noise=0.005):
+    """Rows from laws {family: params} with noise in ln loss, one trunk a (N, D1)."""
+    from fit_laws import predict
+
+    random, rows = np.random.default_rng(0), []
+    for n in N:
+        for family, points in (("dense", [{"D": d} for d in D]), ("moe", [{"D": d} for d in D]), ("upcycled", [{"D1": a, "D2": b} for a in D1 for b in D2])):
+            for point in points if family in laws else ():
+                loss = predict(family, laws[family], N=n, **point) * np.exp(noise * random.standard_normal())
+                rows.append({"family": family, "N": n, "loss": float(loss), "trunk": f"{n}-{point.get('D1', '')}", **point})
+    return rows
+
+
+def customary_grid(rows, part):
+    """Seconds that the customary fit of the dense law would take: Huber loss (delta 1e-3), L-BFGS-B with finite differences from
+    4,500 starts (arXiv 2203.15556, appendix D.3), scaled from `part` of them drawn at random. Returns (seconds, best objective)."""
+    from itertools import product
+    from scipy.optimize import minimize
+    from scipy.special import huber, logsumexp
+
+    log_n, log_d, log_loss = (np.log([row[key] for row in rows]) for key in ("N", "D", "loss"))
+
+    def objective(t):
+        predicted = logsumexp([t[0] - t[3] * log_d, t[1] - t[4] * log_n, np.full_like(log_d, t[2])], axis=0)
+        return huber(1e-3, log_loss - predicted).sum()
+
+    starts = list(product(range(0, 30, 5), range(0, 30, 5), np.arange(-1, 1.5, 0.5), np.arange(0, 2.5, 0.5), np.arange(0, 2.5, 0.5)))
+    chosen = np.random.default_rng(0).choice(len(starts), part, replace=False)
+    begin = time.process_time()
+    best = min(minimize(objective, starts[i], method="L-BFGS-B").fun for i in chosen)
+    return (time.process_time() - begin) * len(starts) / part, best
+
+
+def laws():
+    """Fits on simulated rows of published size: time, and the customary grid of starts beside it."""
+    import json
+    from fit_laws import bootstrap, fit
+
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "liew2025.json"), encoding="utf-8") as f:
+        params = {law: entry["params"] for law, entry in json.load(f)["laws"].items()}
+    dense = planted({"dense": params["dense"]}, np.geomspace(1.5e7, 1e9, 12), np.geomspace(1e9, 4e11, 20), (), ())
+    three = planted(params, np.geomspace(1.5e7, 1e9, 5), np.geomspace(1e9, 1e11, 5), np.geomspace(1e9, 1e11, 5), np.geomspace(1e9, 1e11, 5))
+    system = {family: family for family in params}
+    ours = seconds(lambda: fit(dense, {"dense": "dense"}))
+    narrow = seconds(lambda: fit(dense, {"dense": "dense"}, delta=1e-3))
+    print(f"dense law, {len(dense)} rows: {1000 * ours:.1f} ms ({1000 * narrow:.1f} ms at Huber's delta 1e-3)")
+    print(f"three families, shared E, {len(three)} rows: {1000 * seconds(lambda: fit(three, system)):.1f} ms")
+    three_fit = fit(three, system)
+    print(f"1,000 trunk-bootstrap refits of it: {seconds(lambda: bootstrap(three_fit, 1000), repeats=1):.1f} s")
+    part = 45
+    grid, best = customary_grid(dense, part)
+    print(f"customary grid of 4,500 L-BFGS-B starts, finite differences, on the dense rows: {grid:.0f} s (scaled from {part} starts), "
+          f"{grid / narrow:,.0f} times ours at the same delta; its lowest objective {best:.6g}, ours {fit(dense, {'dense': 'dense'}, delta=1e-3).cost:.6g}")
+
+
+BENCHMARKS = {"laws": laws}
+
+
+@dataclass
+class Options:
+    """Run a benchmark and print what it measured."""
+    what: Literal[tuple(BENCHMARKS)] = setting(REQUIRED, "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items()), positional=True)
+
+
+if __name__ == "__main__":
+    run(lambda options: BENCHMARKS[options.what](), Options)
