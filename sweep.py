@@ -6,6 +6,7 @@ A trunk is trained once, at a stable learning rate; each point of the laws is a 
 trunk are also where upcycling starts. What is finished is skipped; a stop (Ctrl-C, SIGTERM) loses nothing, a kill only what
 came after the last checkpoint. Rows go to out_dir/rows.jsonl.
 """
+import contextlib
 import ctypes
 import dataclasses
 import multiprocessing
@@ -178,6 +179,13 @@ def worker(connection, number, study):
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
+
+    def tell(kind, value=None):
+        try:
+            connection.send((kind, value))
+        except OSError:
+            pass  # the parent is gone; what is under way is still to be saved
+
     while True:
         try:
             job = connection.recv()
@@ -186,14 +194,13 @@ def worker(connection, number, study):
         try:
             if job.upcycling and not os.path.isdir(job.upcycling.destination):
                 upcycle(job.upcycling)
-            connection.send(("done", train(job.settings, report=lambda tokens: connection.send(("tokens", tokens)))))
-        except Stopped:
-            connection.send(("stopped", None))
+            train(job.settings, report=lambda tokens: tell("tokens", tokens))
+            tell("done")
+        except (Stopped, KeyboardInterrupt):
+            tell("stopped")
             return
-        except Exception as error:
-            connection.send(("failed", f"{job.settings.out_dir}: {error}"))
-            if not isinstance(error, ConfigError):
-                raise
+        except ConfigError as error:
+            tell("failed", str(error))
 
 
 def tokens_done(job):
@@ -261,11 +268,15 @@ def sweep(study, jobs):
                     elif kind == "stopped":
                         asked.append(signal.SIGTERM)
     finally:
+        if asked:
+            for process in workers.values():
+                process.terminate()  # those under way save and answer
+        for connection in busy:
+            with contextlib.suppress(EOFError, OSError):
+                while connection.recv()[0] == "tokens":
+                    pass
         for connection, process in workers.items():
-            if asked and process.is_alive():
-                os.kill(process.pid, signal.SIGTERM)  # it saves and ends
-            connection.close() if not asked else None
-        for process in workers.values():
+            connection.close()  # the others end
             process.join()
         bar.close()
         for s, handler in handlers.items():

@@ -28,6 +28,7 @@ import checkpoint
 from configurator import ConfigError, progress, run, setting, write_config
 from data.prepare import load_tokens
 from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token, parameter_counts
+from upcycle import KNOBS
 
 
 @dataclass
@@ -418,7 +419,7 @@ def _train(c, report, rank, world, device, ddp, signals):
     row = {"family": family, "N": lineage["N"], "N_active": n["N_active"], "N_total": n["N_total"],
            **({"D1": lineage["D1"], "D2": seen} if family == "upcycled" else {"D": seen}), "loss": loss, "loss_se": se,
            "num_local_experts": c.num_local_experts, "num_experts_per_tok": c.num_experts_per_tok if c.num_local_experts else 0,
-           "method": lineage.get("method"), "seed": c.seed, "flops": seen * flops, "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"),
+           "method": lineage.get("method"), **{key: lineage[key] for key in KNOBS.get(lineage.get("method"), ())}, "seed": c.seed, "flops": seen * flops, "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"),
            "data_sha256": meta["data_sha256"], "git": git_version(), "torch": torch.__version__}
     if main:
         append_row(c.rows, row)

@@ -42,6 +42,9 @@ from configurator import REQUIRED, ConfigError, progress, run, setting
 from data.prepare import load_tokens
 from model import Transformer, effective_experts, parameter_counts
 
+KNOBS = {"noise": ("noise_std", "noise_fraction"), "drop": ("drop_ratio",), "drop_per_matrix": ("drop_ratio",),
+         "virtual_groups": ("granularity",), "merge": ("merge_shared",)}  # what tells two uses of a method apart
+
 
 @dataclass
 class Options:
@@ -514,7 +517,8 @@ def upcycle(o):
                               "tensors": len(s.tensors), "unused": s.unused} for s, t, hs in zip(sources, seen, hashes)]
         record["tensors"] = len(pieces)
         lineage = {"family": "upcycled", "N": record["N"], "D1": record["D1"], "source": o.source,
-                   "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed, "parent": first.state.get("lineage")}
+                   "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed,
+                   **{key: getattr(o, key) for key in KNOBS.get(o.method, ())}, "parent": first.state.get("lineage")}
         write_json(directory, "trainer_state.json", first.state | {"step": 0, "tokens": 0, "lineage": lineage})
         written = open_tensors(directory)
         if {(name, tuple(f.get_slice(name).get_shape())) for name, f in written.items()} != {(p.name, p.shape) for p in pieces}:

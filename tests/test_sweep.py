@@ -1,0 +1,174 @@
+"""A study in miniature: planned, run, killed, resumed, and the README's two commands."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+from configurator import ConfigError, parse
+from sweep import Study, describe, plan, planned_rows, study_totals
+from test_train import data, digests  # noqa: F401  (data is a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MINI = """
+'''The smallest study that has every part.'''
+_step = 128
+sizes = [{"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1},
+         {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}]
+D1 = [10 * _step, 20 * _step, 40 * _step]
+D2 = [10 * _step, 20 * _step, 40 * _step]
+D_dense = [10 * _step, 20 * _step, 40 * _step]
+num_local_experts = 4
+train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3, "eval_tokens": 1024}
+"""
+
+
+@pytest.fixture
+def mini(data, tmp_path):  # noqa: F811
+    path = tmp_path / "mini.py"
+    path.write_text(MINI.replace("DATA", data))
+    return path
+
+
+def study(mini, *flags):
+    return parse(Study, [str(mini), f"--out_dir={mini.parent / 'out'}", *flags])
+
+
+def test_plan_shares_trunks_and_counts_what_it_trains(mini):
+    s = study(mini)
+    jobs, rows = plan(s), planned_rows(s)
+    assert len(rows) == 2 * (3 + 3 + 3 * 3) == len({(r["family"], r["N"], r.get("D"), r.get("D1"), r.get("D2")) for r in rows})
+    assert [r["family"] for r in rows].count("upcycled") == 18
+    assert len(jobs) - len(rows) == 2 * (1 + 1 + 3)  # trunks
+    # by hand, in steps of one size: dense trunk to 40 and decays 2 + 4 + 8; moe trunk to 32, decays 2 + 4 + 8; upcycled 32 + 2 + 4 + 8, three times
+    assert study_totals(s)["tokens"] == 2 * 128 * ((40 + 14) + (32 + 14) + 3 * (32 + 14))
+    for job in jobs:
+        assert job.needs is None or any(os.path.normpath(job.needs).startswith(os.path.normpath(j.settings.out_dir) + os.sep) for j in jobs)
+    for r in rows:
+        assert r["N_total"] > r["N_active"] > r["N"] if r["family"] != "dense" else r["N_total"] == r["N"]
+    text = describe(s, jobs)
+    alone = 2 * 128 * ((10 + 20 + 40) + (10 + 20 + 40) + (3 * 70 + 3 * 70))
+    saved = 1 - study_totals(s)["tokens"] / alone
+    assert f"save {saved:.0%} of the tokens" in text and "0 of" in text
+
+
+def test_virtual_groups_keep_the_dense_N(mini):
+    s = study(mini)
+    s.methods = [{"method": "copy"}, {"method": "virtual_groups", "granularity": 2, "num_local_experts": 8, "num_experts_per_tok": 4}]
+    rows = [r for r in planned_rows(s) if r["family"] == "upcycled"]
+    assert len(rows) == 36 and {r["method"] for r in rows} == {"copy", "virtual_groups"} and len({r["N"] for r in rows}) == 2
+
+
+@pytest.mark.parametrize("line, message", [("D1 = []", "D1 is empty"), ("D2 = [10, 20]", "warm-up"), ("D1 = [1280, 1281]", "must differ"),
+                                           ("sizes = [{'hidden_size': 16, 'hiden': 3}]", "hiden"), ("decay_fraction = 1.5", "decay_fraction"),
+                                           ("methods = [{'method': 'magic'}]", "magic"), ("seeds = [0, 0]", "two seeds"), ("trian = {}", "did you mean 'train'")])
+def test_bad_studies_are_refused_by_name(mini, line, message):
+    mini.write_text(mini.read_text() + line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        plan(study(mini))
+
+
+def command(mini, *flags):
+    return [sys.executable, "sweep.py", str(mini), f"--out_dir={mini.parent / 'out'}", *flags]
+
+
+def test_interrupted_and_killed_sweeps_go_on_to_the_same_rows(mini, tmp_path):
+    out, rows = tmp_path / "out", tmp_path / "out" / "rows.jsonl"
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command(mini), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        before = len(rows.read_text().splitlines()) if rows.exists() else 0
+        while process.poll() is None and not (rows.exists() and len(rows.read_text().splitlines()) > before + 1):
+            time.sleep(0.01)
+        process.send_signal(number)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), text
+    result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    key = lambda r: (r["family"], r["N"], r.get("D"), r.get("D1"), r.get("D2"))  # noqa: E731
+    expected = {key(r): r for r in planned_rows(study(mini))}
+    assert sorted(map(str, map(key, found))) == sorted(map(str, expected))  # each once
+    for r in found:
+        plan_of = expected[key(r)]
+        assert all(r[k] == v for k, v in plan_of.items()), (r, plan_of)
+        assert 3 < r["loss"] < 6
+    # what was killed is what an uninterrupted sweep gives
+    straight = subprocess.run(command(mini, f"--out_dir={tmp_path / 'straight'}", "--workers=1"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert straight.returncode == 0, straight.stderr
+    losses = {key(r): r["loss"] for r in map(json.loads, (tmp_path / "straight" / "rows.jsonl").read_text().splitlines())}
+    assert losses == {key(r): r["loss"] for r in found}
+    before = digests(out)
+    again = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and digests(out) == before  # nothing is done twice
+
+
+def test_a_failing_run_is_reported_and_the_others_are_made(mini, tmp_path):
+    """A trunk whose checkpoint is damaged fails, with its branches; the rest of the study is there."""
+    s = study(mini)
+    trunk = next(j for j in plan(s) if j.row is None).settings.out_dir
+    assert subprocess.run(command(mini), cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    os.remove(tmp_path / "out" / "rows.jsonl")
+    broken = checkpoint.checkpoints(trunk)[0][1]
+    branch = next(j for j in plan(s) if j.row and j.needs == broken).settings.out_dir
+    import shutil
+    shutil.rmtree(branch)
+    path = os.path.join(broken, "model.safetensors")
+    os.truncate(path, os.path.getsize(path) // 2)
+    result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "not a complete safetensors file" in result.stderr and "Traceback" not in result.stderr
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == len(planned_rows(s)) - 1
+
+
+def test_dry_run_trains_nothing(mini, tmp_path):
+    result = subprocess.run(command(mini, "--dry_run"), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "shared trunks save" in result.stdout and not (tmp_path / "out").exists()
+
+
+def test_the_quick_study_is_what_the_readme_says(monkeypatch):
+    import sweep
+    monkeypatch.setattr(sweep, "load_tokens", lambda directory, split: (None, {"vocab_size": 257}))  # its data is not at hand in tests
+    rows = planned_rows(parse(Study, [str(ROOT / "config" / "study_quick.py")]))
+    upcycled = [r for r in rows if r["family"] == "upcycled"]
+    for axis in ("D1", "D2"):
+        found = {r[axis] for r in upcycled}
+        assert len(found) >= 4 and max(found) >= 8 * min(found)
+    assert len({r["N"] for r in rows}) >= 2 and len(rows) >= 40
+    assert re.search(rf"\b{len(rows)} (rows|runs)\b", (ROOT / "README.md").read_text())
+
+
+def test_make_study_end_to_end(mini, tmp_path):
+    """The README's command itself, on a small text and study: data, runs, laws, figures; then again, doing nothing."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i, part in enumerate((ROOT / "model.py").read_text().split("\n\n") * 2):
+        (text / f"{i}.txt").write_text(part + str(i))
+    mini.write_text(re.sub(r'"dataset": "[^"]*"', f'"dataset": "{tmp_path / "tokens"}"', mini.read_text()))
+    make = ["make", "-o", ".venv/runtime", f"PY={sys.executable}", f"DATA={text} --out_dir={tmp_path / 'tokens'} --val_fraction=0.1", f"STUDY={mini}",
+            f"OUT={tmp_path / 'out'}", "study"]
+    result = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    laws = json.load(open(tmp_path / "out" / "laws" / "laws.json"))
+    assert {"dense", "moe", "upcycled", "upcycled.no_interaction"} <= set(laws["laws"])
+    assert laws["laws"]["upcycled"]["n"] == 18
+    assert list((tmp_path / "out" / "laws").glob("*.png"))
+    rows = (tmp_path / "out" / "rows.jsonl").stat().st_mtime_ns
+    assert subprocess.run(make, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    assert (tmp_path / "out" / "rows.jsonl").stat().st_mtime_ns == rows
+
+
+def test_ci_and_readme_name_commands_that_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in ("study", "test"):
+        assert f"make {target}" in readme and re.search(rf"^{target}:", makefile, re.M)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    for script in re.findall(r"python (\w+(?:/\w+)?\.py)", readme):
+        assert (ROOT / script).exists(), script
+    for config in re.findall(r"config/\w+\.py", readme):
+        assert (ROOT / config).exists(), config

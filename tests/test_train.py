@@ -1,0 +1,377 @@
+"""The loop: exact resume, branches, ranks, schedule, stops and bad input; always on real training runs of a tiny model."""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train as train_module
+from configurator import ConfigError, read_config
+from model import flops_per_token
+from train import Stopped, Train, learning_rate, sequences, shuffled, train, validate
+from upcycle import Options, upcycle
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = 128  # tokens
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data set of this repository's own text, as data/prepare.py writes it."""
+    from data.prepare import Options as Prepare, prepare
+    folder, out = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("data") / "tokens"
+    for name in ("train.py", "model.py", "checkpoint.py", "upcycle.py", "sweep.py"):  # prepare splits by document
+        for i, part in enumerate((ROOT / name).read_text().split("\n\n")):
+            (folder / f"{name}{i}.txt").write_text(part)
+    prepare(Prepare(source=str(folder), out_dir=str(out), val_fraction=0.1))
+    return str(out)
+
+
+@pytest.fixture
+def tiny(data, tmp_path):
+    return Train(dataset=data, out_dir=str(tmp_path / "run"), rows=str(tmp_path / "rows.jsonl"), hidden_size=16, intermediate_size=32,
+                 num_hidden_layers=2, num_attention_heads=2, max_seq_len=16, tokens_per_step=STEP, max_tokens=20 * STEP, warmup_steps=3,
+                 decay_steps=6, eval_tokens=1024, save_every_seconds=0)
+
+
+def moe(c, **changes):
+    return dataclasses.replace(c, num_local_experts=4, **changes)
+
+
+def quiet(tokens):
+    pass
+
+
+def log(c):
+    return [json.loads(line) for line in open(os.path.join(c.out_dir, "log.jsonl"))]
+
+
+def digests(directory):
+    return {p.relative_to(directory): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).rglob("*") if p.is_file()}
+
+
+def same_state(a, b):
+    """Two checkpoint directories hold the same bits: weights, moments, state."""
+    assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
+    x, y = (torch.load(Path(d) / "optimizer.pt", weights_only=True) for d in (a, b))
+    assert x["step"] == y["step"] and all(torch.equal(x[k][n], y[k][n]) for k in ("exp_avg", "exp_avg_sq") for n in x[k])
+    assert checkpoint.read_state(a) == checkpoint.read_state(b)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pure functions
+
+def test_wsd_values():
+    c = Train(learning_rate=1.0, warmup_steps=4, decay_start=10, decay_steps=5, min_lr_ratio=0.0)
+    expected = [0.25, 0.5, 0.75] + [1.0] * 8 + [0.8, 0.6, 0.4, 0.2] + [0.0]
+    assert [learning_rate(s, c, 15) for s in range(16)] == pytest.approx(expected)
+    assert learning_rate(12, dataclasses.replace(c, min_lr_ratio=0.5), 15) == pytest.approx(0.8)
+    never = dataclasses.replace(c, decay_steps=0)
+    assert {learning_rate(s, never, 15) for s in range(3, 1000)} == {1.0}
+    assert [learning_rate(s, c, 15) for s in range(16)] == [learning_rate(s, c, 10**9) for s in range(16)]  # no horizon in it
+
+
+def test_cosine_values():
+    c = Train(learning_rate=1.0, warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
+    assert learning_rate(4, c, 24) == pytest.approx(1.0)
+    assert learning_rate(14, c, 24) == pytest.approx(0.55)
+    assert learning_rate(24, c, 24) == pytest.approx(0.1)
+    assert learning_rate(9, c, 24) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
+def test_stream_order_is_a_fresh_permutation_each_pass(n):
+    first, second, other = (shuffled(np.arange(s * n, s * n + n), n, seed) for s, seed in ((0, 7), (1, 7), (0, 8)))
+    for order in (first, second, other):
+        assert sorted(order.tolist()) == list(range(n))
+    if n >= 64:
+        assert (first != second).any() and (first != other).any() and (first != np.arange(n)).mean() > 0.9
+        assert abs(np.corrcoef(np.arange(n), first)[0, 1]) < 4 / math.sqrt(n)  # 4 standard errors of no correlation
+
+
+def test_stream_order_is_a_pure_function_of_the_index():
+    whole = shuffled(np.arange(300), 100, 3)
+    assert [int(shuffled(i, 100, 3)) for i in range(300)] == whole.tolist()
+    np.random.seed(0), torch.manual_seed(0)
+    assert (shuffled(np.arange(300), 100, 3) == whole).all()
+    places = np.concatenate([shuffled(10 + r * 4 + np.arange(4), 100, 3) for r in range(5)])  # five ranks' slices of one step
+    assert (places == shuffled(np.arange(10, 30), 100, 3)).all()
+
+
+def test_sequences_are_shifted_by_one_token():
+    tokens = np.arange(100, dtype=np.uint16)
+    ids, targets = sequences(tokens, [2, 0], 8, torch.device("cpu"))
+    assert ids.tolist() == [list(range(16, 24)), list(range(0, 8))] and targets.tolist() == [list(range(17, 25)), list(range(1, 9))]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs
+
+def test_a_run_learns_and_writes_its_row(tiny):
+    row = train(dataclasses.replace(tiny, max_tokens=150 * STEP, learning_rate=1e-2, decay_steps=30), report=quiet)
+    lines = log(tiny)
+    assert [line["step"] for line in lines] == list(range(1, 151))
+    assert np.mean([line["loss"] for line in lines[-10:]]) < lines[0]["loss"] - 1.5
+    assert json.loads(open(tiny.rows).read()) == row == json.load(open(os.path.join(tiny.out_dir, "row.json")))
+    assert row["family"] == "dense" and row["D"] == 150 * STEP and row["N"] == row["N_active"] == row["N_total"]
+    model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-150"))
+    assert row["flops"] == 150 * STEP * flops_per_token(model.config, 16)
+    tokens = np.load(os.path.join(tiny.dataset, "val.npy")).astype(np.int64)
+    each = []  # the row's loss once more, by hand
+    for i in range(1024 // 16):
+        piece = torch.from_numpy(tokens[16 * i:16 * i + 17])
+        logp = model(piece[None, :-1])[0].log_softmax(-1)
+        each.append(-logp[torch.arange(16), piece[1:]].mean().item())
+    assert row["loss"] == pytest.approx(np.mean(each), rel=1e-5)
+    assert row["loss_se"] == pytest.approx(np.std(each, ddof=1) / 8, rel=1e-4)
+    assert read_config(os.path.join(tiny.out_dir, "config.py"))["max_tokens"] == 150 * STEP
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "moe with bias"])
+def test_resume_is_bit_for_bit(tiny, tmp_path, kind):
+    c = tiny if kind == "dense" else moe(tiny, router_bias_update_rate=0.01 if "bias" in kind else 0.0)
+    c = dataclasses.replace(c, decay_start=14)
+    whole = dataclasses.replace(c, out_dir=str(tmp_path / "whole"))
+    train(whole, report=quiet)
+    train(dataclasses.replace(c, max_tokens=10 * STEP, rows=None), report=quiet)
+    train(dataclasses.replace(c, resume=True), report=quiet)
+    same_state(tmp_path / "whole" / "checkpoint-20", tmp_path / "run" / "checkpoint-20")
+    drop = ("tokens_per_s", "flops_per_s")
+    assert [{k: v for k, v in line.items() if k not in drop} for line in log(whole)] == \
+        [{k: v for k, v in line.items() if k not in drop} for line in log(c)]
+    if "bias" in kind:
+        assert any(b.any() for n, b in checkpoint.load_model(tmp_path / "run" / "checkpoint-20").named_buffers() if n.endswith("mlp.bias"))
+
+
+def test_accumulation_and_eval_leave_training_alone(tiny, tmp_path):
+    """Validation in between changes no bit; micro-batches change only the order of sums (fp32, 20 steps)."""
+    train(tiny, report=quiet)
+    train(dataclasses.replace(tiny, out_dir=str(tmp_path / "b"), eval_every_steps=1), report=quiet)
+    same_state(tmp_path / "run" / "checkpoint-20", tmp_path / "b" / "checkpoint-20")
+    train(dataclasses.replace(tiny, out_dir=str(tmp_path / "c"), micro_batch_size=2), report=quiet)
+    a, b = (np.array([line["loss"] for line in log(dataclasses.replace(tiny, out_dir=str(tmp_path / d)))]) for d in ("run", "c"))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_a_branch_reads_its_trunk_and_never_changes_it(tiny, tmp_path):
+    trunk = dataclasses.replace(tiny, rows=None, decay_steps=0, save_at_tokens=[8 * STEP, 14 * STEP])
+    assert train(trunk, report=quiet) is None and not os.path.exists(tiny.rows)
+    assert [s for s, _ in checkpoint.checkpoints(tiny.out_dir)] == [8, 14, 20]
+    before = digests(tiny.out_dir)
+    branch = dataclasses.replace(tiny, out_dir=str(tmp_path / "branch"), init_from=str(tmp_path / "run" / "checkpoint-14"), branch=True,
+                                 decay_start=14, decay_steps=6)
+    row = train(branch, report=quiet)
+    assert digests(tiny.out_dir) == before
+    assert row["D"] == 20 * STEP and row["trunk"] == "run"
+    straight = dataclasses.replace(tiny, out_dir=str(tmp_path / "straight"), decay_start=14, decay_steps=6)
+    train(straight, report=quiet)  # one run with the same schedule
+    same_state(tmp_path / "branch" / "checkpoint-20", tmp_path / "straight" / "checkpoint-20")
+    assert [line["step"] for line in log(branch)] == list(range(15, 21))
+
+
+@pytest.mark.parametrize("optimizer", ["reset", "copy"])
+def test_an_upcycled_run_goes_on_where_its_dense_trunk_stopped(tiny, tmp_path, optimizer):
+    train(dataclasses.replace(tiny, rows=None, decay_steps=0), report=quiet)
+    start = str(tmp_path / "start")
+    upcycle(Options(source=str(tmp_path / "run" / "checkpoint-20"), destination=start, num_local_experts=4, optimizer=optimizer, check=False))
+    run = dataclasses.replace(tiny, out_dir=str(tmp_path / "moe"), init_from=start, branch=optimizer == "copy", max_tokens=12 * STEP, decay_steps=4)
+    row = train(run, report=quiet)
+    assert (row["family"], row["D1"], row["D2"], row["method"]) == ("upcycled", 20 * STEP, 12 * STEP, "copy")
+    assert row["N"] == row["N_active"] - 2 * 3 * 16 * 32 - 2 * 4 * 16 < row["N_total"]  # one more active expert and the router, a layer
+    state = checkpoint.read_state(tmp_path / "moe" / "checkpoint-12")
+    assert state["sequence"] == 32 * STEP // 16 and state["tokens"] == 12 * STEP
+    dense = log(tiny)[-1]["loss"]
+    assert abs(log(run)[0]["loss"] - dense) < 0.5  # the function was preserved: it starts where the dense model was, not at ln 257
+    again = dataclasses.replace(run, out_dir=str(tmp_path / "again"), repeat_data=True)
+    train(again, report=quiet)
+    assert checkpoint.read_state(tmp_path / "again" / "checkpoint-12")["sequence"] == 12 * STEP // 16
+    assert log(again)[0]["loss"] != log(run)[0]["loss"]
+
+
+def torchrun(c, processes, tmp_path):
+    path = tmp_path / f"config{processes}.py"
+    from configurator import write_config
+    write_config(c, path)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone", "train.py", str(path)],
+                   cwd=ROOT, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+
+
+def test_two_processes_equal_one(tiny, tmp_path):
+    """Same tokens, MoE with balance loss: the sums' order differs, so fp32 rounding grows over 20 steps; nothing more."""
+    c = moe(tiny, router_aux_loss_coef=0.1, learning_rate=1e-3, eval_every_steps=5)
+    one = train(c, report=quiet)
+    two = dataclasses.replace(c, out_dir=str(tmp_path / "two"), rows=str(tmp_path / "rows2.jsonl"))
+    torchrun(two, 2, tmp_path)
+    for key in ("loss", "balance_loss", "z_loss", "grad_norm"):
+        a, b = ([line[key] for line in log(x)] for x in (c, two))
+        np.testing.assert_allclose(a, b, rtol=2e-4, err_msg=key)
+    assert json.loads(open(two.rows).read())["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert [line["router_load"] for line in log(two)][0] == [line["router_load"] for line in log(c)][0]
+
+
+def test_validation_is_shared_fixed_and_carries_its_error(tiny):
+    train(dataclasses.replace(tiny, rows=None), report=quiet)
+    model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-20"))
+    tokens = np.load(os.path.join(tiny.dataset, "val.npy"))
+    a = validate(model, tokens, 1024, 16, 64, torch.device("cpu"))
+    assert validate(model, tokens, 1024, 16, 5, torch.device("cpu")) == pytest.approx(a, rel=1e-6)
+
+
+def losses(c, **changes):
+    c = dataclasses.replace(c, max_tokens=6 * STEP, decay_steps=2, rows=None, **changes)
+    train(c, report=quiet)
+    return np.array([line["loss"] for line in log(c)])
+
+
+def test_bfloat16_runs_near_float32(tiny, tmp_path):
+    np.testing.assert_allclose(losses(moe(tiny), dtype="bfloat16"), losses(moe(tiny), out_dir=str(tmp_path / "plain")), rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_compiled_equals_eager(tiny, tmp_path, kind, monkeypatch):
+    c = dataclasses.replace(moe(tiny) if kind == "moe" else tiny, num_hidden_layers=1)
+    if kind == "moe":  # traced and differentiated as in a compiled run; generating its many kernels would take a minute
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
+    np.testing.assert_allclose(losses(c, compile=True), losses(c, out_dir=str(tmp_path / "plain")), rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stops
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
+    c = dataclasses.replace(tiny, save_at_tokens=[4 * STEP])
+    train(dataclasses.replace(c, max_tokens=4 * STEP, rows=None), report=quiet)
+    path = os.path.join(tiny.out_dir, "checkpoint-4")
+    before = digests(path)
+    with pytest.raises(ConfigError, match=r"at step \d+, token \d+.*checkpoint-4.*learning_rate"):
+        train(dataclasses.replace(c, resume=True, learning_rate=1e30), report=quiet)
+    assert digests(path) == before and len(checkpoint.checkpoints(tiny.out_dir)) == 1
+    assert not os.path.exists(tiny.rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_at_any_moment_then_resumed_equals_uninterrupted(tiny, tmp_path, number):
+    c = dataclasses.replace(tiny, max_tokens=300 * STEP, decay_steps=100, save_at_tokens=[k * 50 * STEP for k in range(1, 6)])
+    whole = dataclasses.replace(c, out_dir=str(tmp_path / "whole"))
+    train(whole, report=quiet)
+    from configurator import write_config
+    write_config(c, tmp_path / "c.py")
+    process = subprocess.Popen([sys.executable, "train.py", str(tmp_path / "c.py")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (os.path.exists(os.path.join(c.out_dir, "checkpoint-50")) or process.poll() is not None):
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number and "--resume goes on" in out
+        stopped_at = checkpoint.checkpoints(c.out_dir)[-1][0]
+        assert stopped_at == log(c)[-1]["step"]  # the step under way was finished and saved
+    train(dataclasses.replace(c, resume=True), report=quiet)
+    same_state(tmp_path / "whole" / "checkpoint-300", tmp_path / "run" / "checkpoint-300")
+    assert [line["step"] for line in log(c)] == list(range(1, 301))
+
+
+def test_a_signal_in_process_is_raised_as_stopped(tiny):
+    steps = []
+
+    def report(tokens):
+        steps.append(tokens)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(tiny, report=report)
+    assert [s for s, _ in checkpoint.checkpoints(tiny.out_dir)] == [6]  # it came between two steps: the next one is finished
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_passing_checkpoints_go_when_a_newer_one_is_complete(tiny):
+    c = dataclasses.replace(tiny, save_every_seconds=1, save_at_tokens=[2 * STEP])
+    train(c, report=lambda tokens: time.sleep(0.2))
+    assert [s for s, _ in checkpoint.checkpoints(c.out_dir)] == [2, 20]
+
+
+def test_a_finished_run_is_not_run_again_and_its_row_comes_once(tiny):
+    row = train(tiny, report=quiet)
+    before = digests(tiny.out_dir)
+    assert train(dataclasses.replace(tiny, resume=True), report=quiet) == row
+    assert digests(tiny.out_dir) == before
+    train_module.append_row(tiny.rows, row)
+    assert len(open(tiny.rows).readlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input
+
+def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
+    def fails(message, **changes):
+        with pytest.raises(ConfigError, match=message) as error:
+            train(dataclasses.replace(tiny, **changes), report=quiet)
+        assert "\n" not in str(error.value)
+    fails("prepare.py", dataset=str(tmp_path / "nothing"))
+    fails("multiple of max_seq_len", tokens_per_step=100)
+    fails("hidden_size", num_attention_heads=3)
+    fails("num_experts_per_tok", num_local_experts=1)
+    fails("no such checkpoint", init_from=str(tmp_path / "nothing"))
+    fails("too few tokens", max_seq_len=10**6, tokens_per_step=10**6)
+    train(tiny, report=quiet)
+    fails("holds a run already; --resume")
+    last = os.path.join(tiny.out_dir, "checkpoint-20")
+    other = {"out_dir": str(tmp_path / "other")}
+    fails("num_hidden_layers is 2 there, 5 is asked", init_from=last, num_hidden_layers=5, **other)
+    fails("was trained with max_seq_len = 16", init_from=last, max_seq_len=8, **other)
+    fails("max_position_embeddings", init_from=last, max_seq_len=32, **other)
+    os.remove(os.path.join(last, "optimizer.pt"))
+    fails("no optimizer.pt", init_from=last, branch=True, **other)
+
+
+def test_other_data_under_the_same_name_is_noticed_on_resume(tiny, tmp_path):
+    import shutil
+    copy = str(tmp_path / "tokens")
+    shutil.copytree(tiny.dataset, copy)
+    c = dataclasses.replace(tiny, dataset=copy, max_tokens=4 * STEP, rows=None)
+    train(c, report=quiet)
+    meta = json.load(open(os.path.join(copy, "meta.json")))
+    json.dump(meta | {"data_sha256": "0" * 64}, open(os.path.join(copy, "meta.json"), "w"))
+    with pytest.raises(ConfigError, match="other data"):
+        train(dataclasses.replace(c, resume=True, max_tokens=8 * STEP), report=quiet)
+
+
+def test_two_trainers_never_share_a_directory(tiny):
+    import fcntl
+    os.makedirs(tiny.out_dir)
+    with open(os.path.join(tiny.out_dir, ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            train(tiny, report=quiet)
+    train(dataclasses.replace(tiny, max_tokens=STEP, warmup_steps=0), report=quiet)
+
+
+def test_command_line_says_errors_in_one_line():
+    result = subprocess.run([sys.executable, "train.py", "--hiden_size=3"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "did you mean 'hidden_size'" in result.stderr
+
+
+def test_sample_prints_text_of_the_model(tiny, capsys):
+    import sample
+    train(dataclasses.replace(tiny, max_tokens=4 * STEP, rows=None), report=quiet)
+    options = sample.Sample(checkpoint=tiny.out_dir, prompt="def ", max_new_tokens=30, temperature=0)
+    sample.main(options)
+    first = capsys.readouterr().out
+    assert first.startswith("def ") and len(first) > 4
+    model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-4"))
+    ids = list(b"def ")
+    for token in sample.generate(model, ids, 30, 0, 0, 0):
+        assert token == model(torch.tensor([ids[-16:]]))[0, -1].argmax().item()  # greedy, over the window
+        ids.append(token)
