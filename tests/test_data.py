@@ -94,12 +94,15 @@ def test_order_and_split_depend_on_seed_and_content_only(tmp_path):
     assert set(decoded(tmp_path / "c/out", "val")) != set(decoded(tmp_path / "a/out", "val"))
 
 
-def test_validation_documents_are_the_same_for_every_tokenizer(tmp_path):
-    pytest.importorskip("tokenizers")
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    make(tmp_path / "a", source, val_fraction=0.2)
-    make(tmp_path / "b", source, val_fraction=0.2, tokenizer="bpe", bpe_vocab_size=280)
-    assert decoded(tmp_path / "a/out", "val") == decoded(tmp_path / "b/out", "val")
+def test_validation_documents_are_the_same_for_every_tokenizer(tmp_path, bpe):
+    numbers = np.random.default_rng(0).integers(0, 2**60, (150, 10))  # compress badly, TEXTS well
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS[:150] + [" ".join(map(str, row)) for row in numbers])
+    for fraction in (0.1, 0.3, 0.5):
+        val = []
+        for tokenizer in ("bytes", "bpe", str(bpe)):
+            make(tmp_path, source, val_fraction=fraction, tokenizer=tokenizer)
+            val.append(decoded(tmp_path / "out", "val"))
+        assert val[0] == val[1] == val[2]
 
 
 def test_all_formats_hold_the_same_documents(tmp_path):
@@ -216,6 +219,25 @@ def test_an_error_leaves_the_old_data_and_nothing_half_made(tmp_path):
     with pytest.raises(ConfigError):
         make(tmp_path / "new", source)
     assert not (tmp_path / "new/out").exists()
+
+
+@pytest.mark.parametrize("rename", [0, 1, 2])
+def test_stopped_between_renames_is_not_taken_for_complete(tmp_path, monkeypatch, rename):
+    source = write_jsonl(tmp_path / "a.jsonl", [f"{i:05}" for i in range(100)])  # equal lengths: any seed gives equal sizes
+    make(tmp_path, source, seed=0)
+    calls, replace = [], os.replace
+
+    def stop(*names):
+        calls.append(names)
+        if len(calls) > rename:
+            raise KeyboardInterrupt
+        replace(*names)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        make(tmp_path, source, seed=1)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_tokens(tmp_path / "out", "train")
+    assert make(tmp_path, source, seed=1)[1] and load_tokens(tmp_path / "out", "val")[1]["settings"]["seed"] == 1
 
 
 def test_killed_while_writing_then_run_again(tmp_path):
