@@ -236,6 +236,8 @@ def run(main, cls):
     except ConfigError as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         raise SystemExit(2)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
 
 
 class Lines:
