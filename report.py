@@ -81,7 +81,7 @@ def loss_against_D2(rows, laws, best):
                     fine = np.geomspace(x[0], x[-1], 60)
                     axis.plot(fine, predict(family, laws[family]["params"], N=n, D=fine), lw=0.8, color=MARKS[family][1])
         log_axis(axis, sorted({row.get("D2", row.get("D")) for row in rows if row["N"] == n}))
-        axis.set(yscale="log", xlabel="tokens: D2 (upcycled), D (from scratch)", title=f"N = {short(n)}")
+        axis.set(yscale="log", xlabel="D2 (from scratch: D), tokens", title=f"N = {short(n)}")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
     axes[0].set_ylabel("validation loss (nats a token)")
@@ -156,22 +156,25 @@ def residuals(details):
     return figure
 
 
-def alpha3_along_E(entry, profile):
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
-    near = [i for i, v in enumerate(profile["objective"]) if v < 1] or [0]
-    E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
-    axis.plot(E, alpha3, color="#c0392b")
-    axis.axhline(0, color="black", lw=0.8)
-    axis.axvspan(*entry["ci95"]["E"], color="#c0392b", alpha=0.12, lw=0, label="95 % interval of E")
-    axis.plot(entry["params"]["E"], entry["params"]["alpha3"], "o", color="#c0392b", label="fit")
-    axis.set(xlabel="E held at (nats a token)", ylabel="alpha3, all else refitted")
-    other = axis.twinx()
-    other.plot(E, 100 * objective, color="#888888", ls="--", label="objective above its minimum (right)")
-    other.set_ylabel("objective above its minimum (%)")
-    other.set_ylim(0, 105)
-    other.spines["right"].set_visible(True)
-    handles = [sum(pair, []) for pair in zip(axis.get_legend_handles_labels(), other.get_legend_handles_labels())]
-    figure.legend(*handles, loc="outside upper center")
+def alpha3_along_E(profiles):
+    figure, axes = panels(len(profiles), height=3.0)
+    for axis, (title, profile) in zip(axes, profiles.items()):
+        near = np.array(profile["objective"]) < 1
+        E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
+        axis.plot(E, alpha3, color="#c0392b", label="alpha3")
+        axis.plot(*profile["fit"], "o", color="#c0392b", label="fit")
+        axis.axhline(0, color="black", lw=0.8)
+        likely = E[objective < profile["inside"]]
+        if len(likely):
+            axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0, label="E within its 95 % likelihood interval")
+        axis.set(xlabel="E held at (nats a token)", title=title)
+        other = axis.twinx()
+        other.plot(E, 100 * objective, color="#888888", ls="--", label="objective above its minimum (right, %)")
+        other.set_ylim(0, 105)
+        other.spines["right"].set_visible(True)
+    axes[0].set_ylabel("alpha3, all else refitted")
+    handles = [sum(pair, []) for pair in zip(axes[0].get_legend_handles_labels(), other.get_legend_handles_labels())]
+    figure.legend(*handles, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -199,8 +202,8 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def table(entries):
-    """The comparison and the parameters: lines of two tables that read on a terminal and in Markdown."""
+def table(entries, sizes):
+    """The comparison, the parameters and the fits at each N: lines of three tables that read on a terminal and in Markdown."""
     best = {}
     for law, e in entries.items():
         group = tuple(e["fitted_with"])
@@ -219,13 +222,18 @@ def table(entries):
                 note = f"p = {e['alpha3_p']:.2g}"
             numbers = f"{low:.4g} .. {high:.4g} | {e['se_asymptotic'][name]:.2g} | {e['params_at_delta_0.001'][name]:.4g}" if low < high else "- | - | -"
             parameters.append(f"| {law} | {name} | {value:.4g} | {numbers} | {note} |")
-    return aligned(compared), aligned(parameters)
+    each = ["| at one N | law | rows | in sample | trunk left out | exponents, each with its asymptotic s.e. |", "|---|---|---|---|---|---|"] * bool(sizes)
+    for n, its in sizes.items():
+        for law, e in its.items():
+            exponents = ", ".join(f"{k} {v:.3g} ± {e['se_asymptotic'][k]:.1g}" for k, v in e["params"].items() if k.startswith(("alpha", "gamma")))
+            each.append(f"| {short(float(n))} | {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {exponents} |")
+    return aligned(compared), aligned(parameters), aligned(each)
 
 
 def aligned(lines):
     """Lines of a Markdown table with their columns padded to one width."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    width = [max(map(len, column)) for column in zip(*cells)]
     return ["| " + " | ".join("-" * w if cell == "---" else cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in cells]
 
 
@@ -254,7 +262,7 @@ def findings(laws, ranges):
     return said
 
 
-def report(rows, out, details, lines, notes, directory):
+def report(rows, out, details, profiles, lines, notes, directory):
     """Write report.md and every figure that the fitted laws allow: {figure name} in PNG and PDF."""
     laws = out["laws"]
     rivals = [law for law in STYLE if law in laws]
@@ -267,8 +275,10 @@ def report(rows, out, details, lines, notes, directory):
         figures["contours"] = (contours(rows, laws, best), "Predicted loss over (D1, D2).")
     main = details.get("upcycled") or next(iter(details.values()))
     figures["residuals"] = (residuals(main), "Residuals against each variable.")
-    if main["profile"]:
-        figures["alpha3_along_E"] = (alpha3_along_E(laws["upcycled"], main["profile"]), "alpha3 with E held at each value.")
+    shown = {"all N": main["profile"]} if main["profile"] else {}
+    shown |= {f"N = {short(n)} alone": profile for n, profile in profiles.items()}
+    if shown:
+        figures["alpha3_along_E"] = (alpha3_along_E(shown), "alpha3 with E held at each value.")
     for name, (figure, _) in figures.items():
         for kind in ("png", "pdf"):
             figure.savefig(os.path.join(directory, f"{name}.{kind}"), metadata={"CreationDate": None} if kind == "pdf" else {})
@@ -278,9 +288,7 @@ def report(rows, out, details, lines, notes, directory):
     text = ["# Scaling laws", "", f"{len(rows)} rows. Fitted ranges: {spans}.", "",
             f"Noise of ln loss: {100 * first['row_sd']:.2f} % a run, {100 * first['trunk_sd']:.2f} % a trunk ({first['trunks']} trunks). "
             f"Huber's delta {first['huber_delta']:.2g}. Intervals: trunk bootstrap, {len(next(iter(first['draws'].values())))} draws.", ""]
-    text += [f"- {sentence}" for sentence in findings(laws, out["ranges"])] + [f"- {note}" for note in notes] + [""] * bool(notes) + lines
-    if main["profile"] is None and "upcycled" in laws:
-        text += ["", "No profile along E: " + laws["upcycled"]["not_identified"].get("E", "the law has no E") + "."]
+    text += [f"- {said}" for said in [*findings(laws, out["ranges"]), *(f"warning: {note}" for note in notes)]] + ["", *lines]
     for name, (_, caption) in figures.items():
         text += ["", f"![{caption}]({name}.png)", "", caption]
     with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as f:
