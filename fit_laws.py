@@ -392,14 +392,15 @@ def trunk_of(rows):
 
 def variances(fit, trunks):
     """(row variance, trunk variance, their degrees of freedom) of ln loss, given each row's trunk (n,), by restricted maximum likelihood (REML): what is
-    left of the residuals when the fitted parameters are projected out, as row noise plus one random effect a trunk."""
+    left of the residuals when the fitted parameters are projected out, as row noise plus one random effect a trunk. Trunk
+    effects in directions that the law all but absorbs are left out of the estimate: there its misfit would pass for them."""
     jacobian = evaluate(fit.problem, fit.theta[None])[1][0]
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300))
     rest = basis[(size > 1e-9 * size[0]).sum():]  # (n - p, n) orthonormal
     effects = rest @ (trunks[:, None] == np.arange(trunks.max() + 1))
     visible, directions = np.linalg.eigh(effects @ effects.T)
     power = (directions.T @ (rest @ fit.residual)) ** 2 + 1e-30
-    visible = np.where(visible > 1e-9, visible, 0.0)
+    visible = np.where(visible > 1.0, visible, 0.0)
     if not len(power) or len(set(trunks)) == len(trunks):
         return power.mean() if len(power) else 0.0, 0.0, max(len(power), 1), 1
     ratio = np.array([0.0, *np.geomspace(1e-3, 1e3, 121)])[:, None]
@@ -421,7 +422,7 @@ def bootstrap(fit, draws=1000, seed=0, by_trunk=True, tick=lambda n: None):
     Redrawing whole trunks with replacement loses whole levels of N when a size has one trunk, and weighting trunks or flipping
     their signs cannot see how much that one trunk may be off. This bootstrap learns the trunk variance where levels do
     have company (REML over all families) and gives it to all; both variances are drawn from their chi-squared posterior.
-    In simulations of quick studies (12 trunks) and larger ones (48) its 95 % intervals covered 93 % and 96 % of the true values;
+    In simulations of quick studies (12 trunks) and larger ones (48) its 95 % intervals covered 94 % and 96 % of the true values;
     resampled trunks 78 % and 96 %, exponential trunk weights 63 % and 90 %, the wild cluster bootstrap (CR3) 79 % and 93 %.
     """
     problem, random = fit.problem, np.random.default_rng(seed)

@@ -122,8 +122,9 @@ def scratch(laws, law, **variables):
 # Crossings
 
 def crossings(x, difference):
-    """[(x of the root, sign of the slope)] of a curve on a grid, by linear interpolation in ln x."""
-    at = np.flatnonzero(np.diff(np.sign(difference)) != 0)
+    """[(x of the root, sign of the slope)] of a curve on a grid, by linear interpolation in ln x; curves that merge do not cross."""
+    sign = np.sign(difference) * (np.abs(difference) > 1e-9)
+    at = np.flatnonzero(sign[:-1] * sign[1:] < 0)
     lx = np.log(x)
     return [(float(np.exp(lx[i] - difference[i] * (lx[i + 1] - lx[i]) / (difference[i + 1] - difference[i]))),
              int(np.sign(difference[i + 1] - difference[i]))) for i in at]
@@ -279,7 +280,8 @@ def plan_fresh(laws, content, law, N, flops, ratio):
 def expected(laws, rows, noise, trunk_noise, N, D1):
     """What least squares on planned rows (no losses yet) will find, were these laws true, to first order in the noise.
 
-    {"rows", "trunks", "se_alpha3", "power" to reject alpha3 = 0 at 5 %, "D2_star" and its standard error in ln D2* at N, D1}.
+    {"rows", "trunks", "alpha3", "se_alpha3", "power" to reject alpha3 = 0 at 5 %, "D2_star" at N, D1 and the standard error
+    of its logarithm, nan where there is none}.
     """
     system = {family: family for family in FAMILIES if family in laws and any(row["family"] == family for row in rows)}
     if "upcycled" not in system:
@@ -288,7 +290,8 @@ def expected(laws, rows, noise, trunk_noise, N, D1):
             for row in rows if row["family"] in system]
     f = fit(rows, system)
     trunks = trunk_of(f.problem.rows)
-    cov = covariance(evaluate(f.problem, f.theta[None])[1][0], trunks, noise ** 2, trunk_noise ** 2)
+    free = (f.theta > f.problem.low) & (f.theta < f.problem.high)  # a term that these laws do not have stays out
+    cov = covariance(evaluate(f.problem, f.theta[None])[1][0] * free[:, None], trunks, noise ** 2, trunk_noise ** 2)
     place = f.problem.names.index("upcycled:alpha3")
     se, alpha3 = math.sqrt(cov[place, place]), f.params("upcycled")["alpha3"]
 
@@ -297,11 +300,10 @@ def expected(laws, rows, noise, trunk_noise, N, D1):
         found = overtaking(at, "upcycled", N, D1, points=4000)
         return math.log(found["D2_star"]) if found and found["D2_star"] else math.nan
 
-    step = 0.01 * np.sqrt(np.diag(cov))
-    slope = np.array([(star(f.theta + e) - star(f.theta - e)) / (2 * h) for e, h in zip(np.diag(step), step)])
+    slope = np.array([(star(f.theta + e) - star(f.theta - e)) / 2e-4 for e in 1e-4 * np.diag(free)])
     return {"rows": len(rows), "trunks": len(set(trunks)), "alpha3": float(alpha3), "se_alpha3": se,
             "power": float(norm.cdf(alpha3 / se - 1.96) + norm.cdf(-alpha3 / se - 1.96)),
-            "D2_star": math.exp(star(f.theta)), "se_ln_D2_star": math.sqrt(max(slope @ cov @ slope, 0.0))}
+            "D2_star": math.exp(star(f.theta)), "se_ln_D2_star": float(np.sqrt(slope @ cov @ slope))}
 
 
 def longer(levels):
@@ -390,7 +392,7 @@ def say_star(star):
     if star is None:
         return "no MoE law to compare with"
     low, high = ("never" if v is None else f"{v:.3g}" for v in star["interval"])
-    never = f", never in {100 * star['never']:.0f} % of draws" if star["never"] else ""
+    never = f", never in {100 * star['never']:.1f} % of draws" if star["never"] else ""
     if star["D2_star"] is None:
         return f"never (90 % interval {low} .. {high}{never})"
     far = f"; a second root at {star['regained']:.3g} is an artefact of the formula far outside any data" if star["regained"] else ""
@@ -464,7 +466,7 @@ def main(options):
     if options.design:
         found = plan_design(laws, options)
         lines = [f"were {options.laws} true, with noise of {100 * options.noise:.2g} % a run and {100 * options.trunk_noise:.2g} % a trunk:", *say_design(found)]
-        print(json.dumps(found) if options.json else "\n".join(lines))
+        print(json.dumps({k: {n: None if math.isnan(v) else v for n, v in e.items()} for k, e in found.items()}) if options.json else "\n".join(lines))
         return
     N, D1, ratio = inputs(options)
     source = "given" if ratio else "from the laws file"
