@@ -178,7 +178,19 @@ def from_dict(cls, values, where=""):
 def parse(cls, argv):
     """A `cls` from command-line words; the file named by its setting `config` comes under the flags. Raises ConfigError."""
     kinds = typing.get_type_hints(cls)
-    words, values, flags = [word for word in argv if not word.startswith("--")], {}, {}
+    words, values, flags, left = [], {}, {}, list(argv)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        checked(cls, {key: None} if key not in kinds else {})  # names the nearest key
+        if not equals:
+            if kinds[key] is not bool and (not left or left[0].startswith("--")):
+                raise ConfigError(f"--{key} needs a value: --{key}=...")
+            text = "True" if kinds[key] is bool else left.pop(0)  # --key value
+        flags[key] = from_text(key, text, kinds[key])
     for f in dataclasses.fields(cls):
         if f.metadata["positional"] and words:
             if typing.get_origin(kinds[f.name]) is list:  # takes all that is left
@@ -187,13 +199,6 @@ def parse(cls, argv):
                 values[f.name] = from_text(f.name, words.pop(0), kinds[f.name])
     if words:
         raise ConfigError(f"do not know what to do with '{words[0]}' (settings are given as --key=value)")
-    for word in argv:
-        if word.startswith("--"):
-            key, equals, text = word[2:].partition("=")
-            checked(cls, {key: None} if key not in kinds else {})  # names the nearest key
-            if not equals and kinds[key] is not bool:
-                raise ConfigError(f"--{key} needs a value: --{key}=...")
-            flags[key] = from_text(key, text if equals else "True", kinds[key])
     values |= flags
     if path := values.get("config"):
         values = checked(cls, read_config(path), f"{path}: ") | values

@@ -291,3 +291,16 @@ def test_a_real_script(tmp_path):
         return subprocess.run([sys.executable, "data/prepare.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert call("--help").stdout.startswith("usage: python data/prepare.py SOURCE [--key=value ...]")
     assert call("x", "--seeed=1").stderr == "prepare.py: unknown key 'seeed'; did you mean 'seed'? (--help lists all)\n"
+
+
+def test_a_value_may_stand_apart_from_its_key():
+    @dataclass
+    class Apart:
+        """Words."""
+        source: str = setting("", "what to read", positional=True)
+        steps: int = setting(1, "steps")
+        fast: bool = setting(False, "hurry")
+    assert parse(Apart, ["--steps", "5", "--fast", "here"]) == Apart(source="here", steps=5, fast=True)
+    assert parse(Apart, ["here", "--steps", "-5"]).steps == -5
+    with pytest.raises(ConfigError, match="--steps needs a value"):
+        parse(Apart, ["--steps", "--fast"])
