@@ -358,13 +358,13 @@ def fit(rows, system, share=("E",), delta="auto"):
     """The Fit of a system {family: law}: variable-projection starts, then Huber least squares on ln loss with the analytic
     Jacobian. delta "auto" is 1.345 robust standard deviations of the residuals."""
     problem = build(rows, system, share)
-    theta, cost = descend(problem, grid_starts(problem), 0.02 if delta == "auto" else max(delta, 0.005), max_steps=10, tolerance=1e-4)
-    theta = theta[np.argsort(cost)[:4]]
+    theta, cost = descend(problem, grid_starts(problem), 0.02 if delta == "auto" else max(delta, 0.005), max_steps=7, tolerance=1e-4)
+    theta = theta[np.argsort(cost)[:2]]
     width = delta
-    for _ in range(3 if delta == "auto" else 1):
+    for tolerance in (1e-5, 1e-5, 1e-11) if delta == "auto" else (1e-11,):
         if delta == "auto":
             width = max(1.345 * robust_sigma(problem.y - evaluate(problem, theta[:1])[0][0], len(problem.names)), 1e-7)
-        theta, cost = descend(problem, theta, width)
+        theta, cost = descend(problem, theta, width, tolerance=tolerance)
         theta = theta[[np.argmin(cost)]]
     theta = theta[0]
     inside = (theta > problem.low) & (theta < problem.high)
@@ -391,9 +391,12 @@ def trunk_of(rows):
 
 
 def variances(fit, trunks):
-    """(row variance, trunk variance, their degrees of freedom) of ln loss, given each row's trunk (n,), by restricted maximum likelihood (REML): what is
-    left of the residuals when the fitted parameters are projected out, as row noise plus one random effect a trunk. Trunk
-    effects in directions that the law all but absorbs are left out of the estimate: there its misfit would pass for them."""
+    """(row variance, trunk variance, their degrees of freedom) of ln loss, given each row's trunk (n,).
+
+    By restricted maximum likelihood (REML): what is left of the residuals when the fitted parameters are projected out, as row
+    noise plus one random effect a trunk. Directions of trunk effects that the law all but absorbs are left out: there its
+    misfit would pass for them.
+    """
     jacobian = evaluate(fit.problem, fit.theta[None])[1][0]
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300))
     rest = basis[(size > 1e-9 * size[0]).sum():]  # (n - p, n) orthonormal
@@ -811,8 +814,9 @@ def main(options):
     compared, parameters, each = report.table(entries, sizes)
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
     report.report(rows, out, details, profiles, [*compared, "", *parameters, "", *each], notes, options.out)
-    print("\n".join(compared + [""] + each + [""] + [line for i, line in enumerate(parameters) if i < 2 or line.split("|")[1].strip() in (*FAMILIES, best)] + [""]
-                    + [f"warning: {note}" for note in notes] + report.findings(entries, out["ranges"])))
+    shown = [line for i, line in enumerate(parameters) if i < 2 or wanted or line.split("|")[1].strip() in (*FAMILIES, best)]
+    for block in (compared, each, shown, report.findings(entries, out["ranges"]), [f"warning: {note}" for note in notes]):
+        print("\n".join(block) + "\n" * bool(block))
     print(f"{os.path.join(options.out, 'laws.json')}, report.md and figures written")
 
 

@@ -356,6 +356,7 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     assert laws["laws"]["moe"]["draws"]["alpha"] == pytest.approx(again.params("moe", F.bootstrap(again, 20))["alpha"], rel=1e-6)
     assert laws["version"] == 1 and laws["active_ratio"] == 1.5 and laws["ranges"]["upcycled"]["D1"] == pytest.approx([5e5, 8e6])
     assert set(laws["laws"]) == {"dense", "moe", *F.RIVALS}
+    assert len(laws["at_each_N"]) == 3 and all(set(its) == set(F.RIVALS) and its["upcycled"]["n"] == 12 for its in laws["at_each_N"].values())
     for law, entry in laws["laws"].items():
         assert list(entry["params"]) == list(entry["ci95"]) == list(entry["draws"]) == F.parameter_names(law)
         assert all(len(values) == 20 for values in entry["draws"].values())
