@@ -166,22 +166,22 @@ def worse_than_start(laws, law, N, D1):
 # Now: a dense checkpoint is there
 
 def losses_now(laws, law, N, D1, flops, ratio):
-    """{option: {"tokens", "loss", "draws"}} at equal training FLOPs from now on."""
+    """{option: {"tokens", "loss", "interval", "probability_best"}} at equal training FLOPs from now on."""
     dense, moe = flops / (6 * N), flops / (6 * N * ratio)
-    options = {UPCYCLE: (moe, both(laws, law, N=N, D1=D1, D2=moe))}
+    options = {UPCYCLE: ({"tokens": moe}, both(laws, law, N=N, D1=D1, D2=moe))}
     if "dense" in laws:
-        options[DENSE] = (dense, both(laws, "dense", N=N, D=D1 + dense))
+        options[DENSE] = {"tokens": dense}, both(laws, "dense", N=N, D=D1 + dense)
     if (from_scratch := scratch(laws, law, N=N, D=moe)) is not None:
-        options[SCRATCH] = (moe, from_scratch)
+        options[SCRATCH] = {"tokens": moe}, from_scratch
     return summarise(options)
 
 
 def summarise(options):
-    """{option: (tokens, (loss, draws))} -> each with its interval and the probability that it is the best."""
+    """{option: (what it does {...}, (loss, draws))} -> each with its loss, interval and the probability that it is the best."""
     table = np.stack([loss[1] for _, loss in options.values()])
     wins = np.bincount(table.argmin(axis=0), minlength=len(table)) / table.shape[1]
-    return {name: {"tokens": tokens, "loss": float(loss), "interval": np.quantile(draws, INTERVAL).tolist(), "probability_best": float(win)}
-            for (name, (tokens, (loss, draws))), win in zip(options.items(), wins)}
+    return {name: does | {"loss": float(loss), "interval": np.quantile(draws, INTERVAL).tolist(), "probability_best": float(win)}
+            for (name, (does, (loss, draws))), win in zip(options.items(), wins)}
 
 
 def outside(ranges, family, **values):
@@ -256,22 +256,21 @@ def plan_fresh(laws, content, law, N, flops, ratio):
     routes = {}
     if "dense" in laws:
         n = N or best_N(lambda n: predict("dense", laws["dense"]["params"], N=n, D=flops / (6 * n)), flops)
-        routes[ONLY_DENSE] = {"N": n, "D": flops / (6 * n)}, both(laws, "dense", N=n, D=flops / (6 * n))
+        routes[ONLY_DENSE] = {"plan": {"N": n, "D": flops / (6 * n)}}, both(laws, "dense", N=n, D=flops / (6 * n))
     if scratch(laws, law, N=1.0, D=1.0) is not None:
         n = N or best_N(lambda n: scratch(laws, law, N=n, D=flops / (6 * n * ratio))[0], flops)
-        routes[SCRATCH] = {"N": n, "D": flops / (6 * n * ratio)}, scratch(laws, law, N=n, D=flops / (6 * n * ratio))
+        routes[SCRATCH] = {"plan": {"N": n, "D": flops / (6 * n * ratio)}}, scratch(laws, law, N=n, D=flops / (6 * n * ratio))
     n = N or best_N(lambda n: best_split(law, laws[law]["params"], flops, n, ratio)[1], flops)
     share = best_split(law, laws[law]["params"], flops, n, ratio)[0]
     plan = {"N": n, "D1": share * flops / (6 * n), "D2": (1 - share) * flops / (6 * n * ratio), "dense_share_of_flops": share,
             "dense_share_interval": np.quantile(best_split(law, laws[law]["draws"], flops, n, ratio)[0], INTERVAL).tolist()}
-    routes[BOTH] = plan, both(laws, law, N=n, D1=plan["D1"], D2=plan["D2"])
+    routes[BOTH] = {"plan": plan}, both(laws, law, N=n, D1=plan["D1"], D2=plan["D2"])
     options = summarise(routes)
     ranges = content.get("ranges", {})
     warnings = outside(ranges, "upcycled", **{name: plan[name] for name in ("N", "D1", "D2")})
     for name, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe")):
-        warnings += outside(ranges, family, **routes[name][0]) if name in routes else [f"no {family} law: {name} is left out"]
-    return {"flops": flops, "options": {name: its | {"plan": its.pop("tokens")} for name, its in options.items()},
-            "best": max(options, key=lambda name: options[name]["probability_best"]), "warnings": warnings}
+        warnings += outside(ranges, family, **routes[name][0]["plan"]) if name in routes else [f"no {family} law: {name} is left out"]
+    return {"flops": flops, "options": options, "best": max(options, key=lambda name: options[name]["probability_best"]), "warnings": warnings}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_probabilities_sum_to_one_and_follow_the_draws():
         assert sum(o["probability_best"] for o in options.values()) == pytest.approx(1.0)
         assert all(o["interval"][0] <= o["loss"] <= o["interval"][1] for o in options.values())
     draws = [np.array([1.0, 3.0, 3.0, 3.0]), np.array([2.0, 2.0, 2.0, 4.0])]
-    summary = P.summarise({"a": (1.0, (2.0, draws[0])), "b": (1.0, (2.0, draws[1]))})
+    summary = P.summarise({"a": ({}, (2.0, draws[0])), "b": ({}, (2.0, draws[1]))})
     assert summary["a"]["probability_best"] == 0.5 == summary["b"]["probability_best"]
 
 
