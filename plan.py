@@ -149,8 +149,8 @@ def overtaking(laws, law, N, D1, points=800):
     star = next((root for root, slope in roots if slope < 0), None)
     regained = next((root for root, slope in roots if slope > 0 and root > (star or math.inf)), None)
     drawn = np.array([first(d) for d in from_scratch[1] - upcycled[1]])
-    return {"D2_star": star, "interval": [v if math.isfinite(v) else None for v in np.quantile(drawn, INTERVAL, method="inverted_cdf")], "never": float(np.isinf(drawn).mean()),
-            "regained": regained}
+    interval = [v if math.isfinite(v) else None for v in np.quantile(drawn, INTERVAL, method="inverted_cdf")]
+    return {"D2_star": star, "interval": interval, "never": float(np.isinf(drawn).mean()), "regained": regained}
 
 
 def worse_than_start(laws, law, N, D1):
@@ -193,8 +193,8 @@ def outside(ranges, family, **values):
             continue
         low, high = ranges[family][name]
         if not low <= value <= high:
-            factor = value / high if value > high else low / value
-            said.append(f"{name} = {value:.3g} is {factor:.3g} times {'above the largest' if value > high else 'below the smallest'} fitted ({family}: {high if value > high else low:.3g})")
+            factor, side, edge = (value / high, "above the largest", high) if value > high else (low / value, "below the smallest", low)
+            said.append(f"{name} = {value:.3g} is {factor:.3g} times {side} fitted ({family}: {edge:.3g})")
     return said
 
 
@@ -208,7 +208,8 @@ def plan_now(laws, content, law, N, D1, flops, ratio):
     warnings += outside(ranges, "moe", D=tokens) if SCRATCH in options else ["no MoE law: from scratch is left out"]
     floor = worse_than_start(laws, law, N, D1)
     if floor and tokens < floor:
-        warnings.insert(0, f"below D2 = {floor:.3g} this law puts the upcycled model above its own dense start: it does not hold there, upcycling is better than it says")
+        warnings.insert(0, f"below D2 = {floor:.3g} this law puts the upcycled model above its own dense start: it does not hold there, "
+                           "upcycling is better than it says")
     others = {}
     for other in (name for name in RIVALS if name in laws):
         its = losses_now(laws, other, N, D1, flops, ratio)
@@ -247,7 +248,8 @@ def best_N(loss, flops):
     """The N that minimises loss(N) for a budget: a grid over ln N, then Brent's method."""
     grid = np.linspace(math.log(1e3), math.log(flops / 6e3), 160)
     i = int(np.argmin([loss(math.exp(x)) for x in grid]))
-    found = minimize_scalar(lambda x: loss(math.exp(x)), bounds=(grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]), method="bounded", options={"xatol": 1e-9})
+    bounds = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+    found = minimize_scalar(lambda x: loss(math.exp(x)), bounds=bounds, method="bounded", options={"xatol": 1e-9})
     return math.exp(found.x)
 
 
@@ -398,21 +400,27 @@ def say_star(star):
     return f"{star['D2_star']:.3g} tokens (90 % interval {low} .. {high}{never}){far}"
 
 
+def say_loss(option):
+    return f"{option['loss']:.4f}", "{:.4f} .. {:.4f}".format(*option["interval"]), f"{100 * option['probability_best']:.1f} %"
+
+
 def say_now(result):
     options = result["options"]
     lines = rows_of([("option", "tokens", "loss", "90 % interval", "best in")] + [
-        (name, f"{o['tokens']:.3g}", f"{o['loss']:.4f}", "{:.4f} .. {:.4f}".format(*o["interval"]), f"{100 * o['probability_best']:.1f} %") for name, o in options.items()])
+        (name, f"{o['tokens']:.3g}", *say_loss(o)) for name, o in options.items()])
     best = result["best"]
     sure = options[best]["probability_best"]
     agree = [law for law, its in result["laws"].items() if its["best"] == best]
     second = min((name for name in options if name != best), key=lambda name: options[name]["loss"], default=None)
     word = "Clearly" if sure >= 0.95 else "Probably" if sure >= 0.8 else "A close call:"
-    lines += ["", f"{word} {best}: best in {100 * sure:.0f} % of draws" + (f", {options[second]['loss'] - options[best]['loss']:+.4f} nats ahead of: {second}" if second else "")
-              + f"; {len(agree)} of {len(result['laws'])} upcycled laws agree."]
+    lead = f", {options[second]['loss'] - options[best]['loss']:+.4f} nats ahead of: {second}" if second else ""
+    lines += ["", f"{word} {best}: best in {100 * sure:.0f} % of draws{lead}; {len(agree)} of {len(result['laws'])} upcycled laws agree."]
     lines += ["", "by each law: what is best, loss if upcycled, and D2*, where a MoE from scratch overtakes the upcycled one"]
-    lines += rows_of([("law", "best", "loss", "D2*")] + [(law, its["best"], f"{its['upcycled_loss']:.4f}", say_star(its["overtaking"])) for law, its in result["laws"].items()])
+    lines += rows_of([("law", "best", "loss", "D2*")] + [
+        (law, its["best"], f"{its['upcycled_loss']:.4f}", say_star(its["overtaking"])) for law, its in result["laws"].items()])
     for law, its in result["worth"].items():
-        lines.append(f"{law}: the dense checkpoint is worth {its['tokens']:.3g} tokens of MoE training (90 % interval {its['interval'][0]:.3g} .. {its['interval'][1]:.3g})")
+        low, high = its["interval"]
+        lines.append(f"{law}: the dense checkpoint is worth {its['tokens']:.3g} tokens of MoE training (90 % interval {low:.3g} .. {high:.3g})")
     return lines
 
 
@@ -421,9 +429,10 @@ def say_fresh(result):
         return ", ".join(f"{name} {plan[name]:.3g}" for name in ("N", "D", "D1", "D2") if name in plan)
     options = result["options"]
     lines = rows_of([("route", "plan", "loss", "90 % interval", "best in")] + [
-        (name, say(o["plan"]), f"{o['loss']:.4f}", "{:.4f} .. {:.4f}".format(*o["interval"]), f"{100 * o['probability_best']:.1f} %") for name, o in options.items()])
-    share, (low, high) = options[BOTH]["plan"]["dense_share_of_flops"], options[BOTH]["plan"]["dense_share_interval"]
-    return lines + ["", f"Best: {result['best']}. Of an upcycled plan's FLOPs {100 * share:.1f} % go to dense training (90 % interval {100 * low:.1f} .. {100 * high:.1f} %)."]
+        (name, say(o["plan"]), *say_loss(o)) for name, o in options.items()])
+    plan = options[BOTH]["plan"]
+    share, low, high = (100 * v for v in (plan["dense_share_of_flops"], *plan["dense_share_interval"]))
+    return lines + ["", f"Best: {result['best']}. Of an upcycled plan's FLOPs {share:.1f} % go to dense training (90 % interval {low:.1f} .. {high:.1f} %)."]
 
 
 def say_design(found):
