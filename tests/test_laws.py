@@ -315,7 +315,7 @@ def test_csv_and_jsonl_give_the_same_rows_and_repeats_count_once(tmp_path):
     assert [[x.get(k) for k in ("family", "N", "D", "D1", "D2", "loss")] for x in a] == [[x.get(k) for k in ("family", "N", "D", "D1", "D2", "loss")] for x in b]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=300) | st.lists(st.dictionaries(st.sampled_from(["family", "N", "D", "D1", "D2", "loss", "trunk", "N_active"]),
        st.sampled_from(["dense", "upcycled", "moe"]) | st.integers() | st.floats() | st.text(max_size=8) | st.none() | st.booleans() | st.lists(st.integers(), max_size=2)),
        max_size=4).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()), st.sampled_from(["jsonl", "csv"]))
