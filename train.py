@@ -322,7 +322,7 @@ def _train(c, report, rank, world, device, ddp, signals):
     if main:
         write_config(c, os.path.join(c.out_dir, "config.py"))
         truncate_log(log_path, step if source != c.init_from else -1)
-    keep_at = sorted({max(0, -(-(t - state["tokens"]) // c.tokens_per_step)) + step for t in c.save_at_tokens if t > state["tokens"]})
+    keep_at = {step + -(-(t - state["tokens"]) // c.tokens_per_step) for t in c.save_at_tokens}  # those behind included
     if main and report is None:
         print(f"{c.out_dir}: {family}, {n['N']:,} backbone parameters ({n['N_active']:,} active, {n['N_total']:,} total), step {step} of {max_steps}, "
               f"{world} x {device.type}, {accumulate} x {micro} sequences of {T}")
@@ -335,7 +335,7 @@ def _train(c, report, rank, world, device, ddp, signals):
             path = os.path.join(c.out_dir, f"checkpoint-{step}")
             if not os.path.exists(path):
                 checkpoint.save(path, model, state | {"step": step}, optimizer, c.dataset)
-            keep = set(keep_at) | {step, max_steps}
+            keep = keep_at | {step, max_steps}
             for old, directory in checkpoint.checkpoints(c.out_dir):  # a new one is complete: older passing ones can go
                 if old not in keep:
                     shutil.rmtree(directory)

@@ -281,6 +281,7 @@ def test_killed_at_any_moment_then_resumed_equals_uninterrupted(tiny, tmp_path, 
     train(dataclasses.replace(c, resume=True), report=quiet)
     same_state(tmp_path / "whole" / "checkpoint-300", tmp_path / "run" / "checkpoint-300")
     assert [line["step"] for line in log(c)] == list(range(1, 301))
+    assert [s for s, _ in checkpoint.checkpoints(c.out_dir)] == [50, 100, 150, 200, 250, 300]
 
 
 def test_a_signal_in_process_is_raised_as_stopped(tiny):
