@@ -29,6 +29,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -95,7 +96,7 @@ class Source:
             found = self.tensors[name].get_slice(name)
             if tuple(found.get_shape()) != shape:
                 raise ConfigError(f"{path}: {name} is {tuple(found.get_shape())}, config.json wants {shape}")
-            if self.read(name).dtype not in DTYPES.values():
+            if self.tensors[name].get_tensor(name).dtype not in DTYPES.values():
                 raise ConfigError(f"{path}: {name} is of type {found.get_dtype()}; only {', '.join(DTYPES)} can be upcycled")
         self.unused = sorted(set(self.tensors) - set(expected))
         for name in self.unused:  # position tables, and the copy of tied embeddings that some tools write
@@ -103,11 +104,20 @@ class Source:
                 raise ConfigError(f"{path}: tensor {name} has no place in Mixtral")
         index = os.path.join(path, "model.safetensors.index.json")
         single = os.path.exists(os.path.join(path, "model.safetensors"))
-        self.files = ["model.safetensors"] if single else sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = {} if single else read_json(index)["weight_map"]
+        self.files, self.at = sorted(set(weight_map.values())) or ["model.safetensors"], {}
+        for file in self.files:
+            f = open(os.path.join(path, file), "rb")
+            n = int.from_bytes(f.read(8), "little")
+            for name, entry in json.loads(f.read(n)).items():
+                if name in self.tensors and weight_map.get(name, file) == file:
+                    self.at[name] = f, 8 + n + entry["data_offsets"][0]
 
     def read(self, name):
-        """The tensor, memory-mapped."""
-        return self.tensors[name].get_tensor(name)
+        """The tensor, memory-mapped; `at` says where in which file."""
+        t = self.tensors[name].get_tensor(name)
+        t.at = self.at[name]
+        return t
 
 
 def layout(c, where=""):
@@ -266,7 +276,7 @@ def make_router(o, p):
 
 
 def make(o, sources, p):
-    """The tensor of a Piece; for copies it is the source's own memory map."""
+    """The tensor of a Piece; a copy is the very tensor that Source.read gave."""
     if p.old is None:
         t = make_router(o, p)
     elif p.e is not None:
@@ -299,6 +309,17 @@ def shards(pieces, shard_size):
     return result
 
 
+def copy_bytes(f, source, position, count):
+    """Append `count` bytes of an open file to f, inside the kernel: a third of the CPU time of writing out a memory map."""
+    f.flush()
+    while count:
+        sent = os.sendfile(f.fileno(), source.fileno(), position, count)
+        if not sent:
+            raise OSError(f"{source.name} ended early")
+        position, count = position + sent, count - sent
+    f.seek(0, os.SEEK_END)
+
+
 def write_shard(path, pieces, make_tensor, bar):
     """A safetensors file, header first, then each tensor as it is made: memory for one at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -310,12 +331,12 @@ def write_shard(path, pieces, make_tensor, bar):
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for p in pieces:
-            t = make_tensor(p).contiguous()
+            t = make_tensor(p)
             assert t.shape == p.shape and t.dtype == p.dtype, p.name
-            start = f.tell()
-            f.write(t.view(-1).view(torch.uint8).numpy())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(f.fileno(), start, t.nbytes, os.POSIX_FADV_DONTNEED)  # on to the disk now, not all at the end
+            if sys.platform == "linux" and hasattr(t, "at"):
+                copy_bytes(f, *t.at, t.nbytes)
+            else:
+                f.write(t.view(-1).view(torch.uint8).numpy())
             bar.update(t.nbytes)
 
 

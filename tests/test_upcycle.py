@@ -192,6 +192,10 @@ def test_redrawn_channels_follow_the_block_they_replace(tmp_path):
     save(tmp_path / "dense", model, {})
     path, _ = upcycled(tmp_path, str(tmp_path / "dense"), method="drop", drop_ratio=0.5)
     old, new = mlp(tmp_path / "dense"), experts(path)
+    drawn = [(new[i, e, w].T if w == "w2" else new[i, e, w])[(new[i, e, "w1"] != mlp(tmp_path / "dense", i)["w1"]).any(1)].flatten()
+             for i in (0, 1) for e in range(8) for w in ("w1", "w3", "w2")]
+    pairs = torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0)
+    assert pairs.abs().max() < 5 / math.sqrt(512 * 32)  # nothing is drawn twice
     redrawn = torch.zeros(1024)
     for e in range(8):
         changed = (new[0, e, "w1"] != old["w1"]).any(1)
