@@ -1,4 +1,5 @@
 # make study: from nothing to a fitted law.  make test: all tests, offline once installed.
+# make figures: every figure of the README, from the rows in results/.
 PYTHON = python3
 PY = .venv/bin/python
 DATA = pysource
@@ -13,6 +14,10 @@ study: .venv/runtime
 test: .venv/test
 	$(PY) -m pytest -q tests
 
+figures: .venv/runtime
+	for study in study_quick study_methods; do $(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; done
+	cp results/study_quick/laws.json laws/pysource_quick.json
+
 .venv/runtime: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -23,4 +28,4 @@ test: .venv/test
 	$(PY) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: study test
+.PHONY: study test figures

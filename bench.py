@@ -1,6 +1,7 @@
 """Measure speed.
 
     python bench.py laws      fitting scaling laws, on one core
+    python bench.py upcycle   a 0.65B Llama to 8 experts beside cp and sync of the same bytes; 16 GB in the temporary directory
 """
 import os
 
@@ -80,7 +81,66 @@ def laws():
           f"{grid / narrow:,.0f} times ours at the same delta; its lowest objective {best:.6g}, ours {fit(dense, {'dense': 'dense'}, delta=1e-3).cost:.6g}")
 
 
-BENCHMARKS = {"laws": laws}
+def upcycle(repeats=3):
+    """Upcycling a synthetic 0.65B Llama in bf16 to 8 experts: time beside cp and sync of the same bytes, and peak memory."""
+    import json
+    import shutil
+    import subprocess
+    import sys
+    import tempfile
+    import torch
+    from checkpoint import to_hf_config
+    from configurator import progress
+    from model import ModelConfig, parameter_counts
+    from upcycle import Piece, layout, write_weights
+
+    c = ModelConfig(vocab_size=32000, hidden_size=1536, intermediate_size=4096, num_hidden_layers=22, num_attention_heads=24, num_key_value_heads=8)
+    root = tempfile.mkdtemp(prefix="bench_upcycle_")
+    source, moe, copied = (os.path.join(root, name) for name in ("dense", "moe", "copied"))
+    times, peak, nothing = {"upcycle": [], "cp and sync": []}, 0, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        if shutil.disk_usage(root).free < 18e9:
+            print(f"skipped: 18 GB are needed in {os.path.dirname(root)}, {shutil.disk_usage(root).free / 1e9:.1f} GB are free")
+            return
+        os.mkdir(source)
+        pieces = [Piece(name, shape, torch.bfloat16, None) for views in layout(c).values() for name, shape in views]
+        with progress(sum(p.bytes for p in pieces), "synthetic Llama", "B") as bar:
+            write_weights(source, pieces, 10 ** 12, lambda p: torch.empty(p.shape).normal_(0, 0.02).bfloat16(), bar)
+        with open(os.path.join(source, "config.json"), "w", encoding="utf-8") as f:
+            json.dump(to_hf_config(c, "bfloat16"), f)
+        for _ in range(repeats):
+            for directory in (moe, copied):
+                shutil.rmtree(directory, ignore_errors=True)
+            os.sync()
+            begin = time.perf_counter()
+            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "upcycle.py")
+            process = subprocess.Popen([sys.executable, script, source, moe, "--check=false"], **nothing)
+            while process.poll() is None:
+                try:
+                    with open(f"/proc/{process.pid}/status", encoding="utf-8") as f:
+                        peak = max(peak, *(1024 * int(line.split()[1]) for line in f if line.startswith("RssAnon")), 0)
+                except OSError:
+                    pass
+                time.sleep(0.01)
+            times["upcycle"].append(time.perf_counter() - begin)
+            if process.returncode:
+                raise SystemExit("bench.py: upcycle.py failed")
+            os.sync()
+            begin = time.perf_counter()
+            shutil.rmtree(copied, ignore_errors=True)
+            subprocess.run(["cp", "-r", moe, copied], check=True)
+            os.sync()
+            times["cp and sync"].append(time.perf_counter() - begin)
+            print(f"upcycle {times['upcycle'][-1]:.1f} s, cp and sync {times['cp and sync'][-1]:.1f} s", flush=True)
+        size = sum(os.path.getsize(os.path.join(moe, name)) for name in os.listdir(moe))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    ours, cp = (float(np.median(times[name])) for name in times)
+    print(f"{parameter_counts(c)['total'] / 1e9:.2f}B Llama to 8 experts, {size / 1e9:.1f} GB written: {ours:.1f} s from start to synced, "
+          f"{ours / cp:.2f} times cp and sync (medians of {repeats}); at most {peak / 1e9:.2f} GB resident beyond mapped files")
+
+
+BENCHMARKS = {"laws": laws, "upcycle": upcycle}
 
 
 @dataclass

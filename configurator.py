@@ -18,7 +18,9 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import shutil
+import subprocess
 import sys
 import textwrap
 import types
@@ -243,6 +245,15 @@ def run(main, cls):
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)
+
+
+def code_version():
+    """Commit of the code, with + when it is modified; None outside a repository."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                              capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class Lines:

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +19,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import least_squares
 
-from configurator import REQUIRED, ConfigError, progress, run, setting
+from configurator import REQUIRED, ConfigError, code_version, progress, run, setting
 
 # ---------------------------------------------------------------------------------------------------------
 # The laws: {coefficient: {exponent: feature}}. "-D" is -ln D, "D1*D2" is ln D1 * ln D2, "-effective" is
@@ -753,15 +752,6 @@ def unidentified(fit, law, draws):
     return why
 
 
-def code_version():
-    """Commit of the code, with + when it is modified; None outside a repository."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                              capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def ranges(rows):
     """{family: {variable: [smallest, largest]}}."""
     out = {}
@@ -813,9 +803,10 @@ def main(options):
     import report  # which imports this file
     compared, parameters, each = report.table(entries, sizes)
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
-    report.report(rows, out, details, profiles, [*compared, "", *parameters, "", *each], notes, options.out)
+    methods = report.method_lines(report.method_differences(rows))
+    report.report(rows, out, details, profiles, [*compared, "", *parameters, "", *each, "", *methods], notes, options.out)
     shown = [line for i, line in enumerate(parameters) if i < 2 or wanted or line.split("|")[1].strip() in (*FAMILIES, best)]
-    for block in (compared, each, shown, report.findings(entries, out["ranges"]), [f"warning: {note}" for note in notes]):
+    for block in (compared, each, shown, methods, report.findings(entries, out["ranges"]), [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))
     print(f"{os.path.join(options.out, 'laws.json')}, report.md and figures written")
 

@@ -6,6 +6,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 from fit_laws import predict
 
@@ -198,6 +199,57 @@ def contours(rows, laws, best):
     return figure
 
 
+def method_label(row):
+    """What tells a row's method apart: drop 0.5, virtual groups G = 2, copy."""
+    detail = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ"}
+    return " ".join([str(row.get("method")).replace("_", " ")] + [form.format(row[key]) for key, form in detail.items() if row.get(key) is not None])
+
+
+def method_differences(rows):
+    """{method: {(N, D1, D2): [relative difference of loss from copy, one a seed]}}: pairs that share the dense trunk and its data."""
+    up = {(method_label(r), r["N"], r["D1"], r["D2"], r.get("seed")): r["loss"] for r in rows if r["family"] == "upcycled"}
+    out = {}
+    for (label, n, d1, d2, seed), loss in up.items():
+        base = up.get(("copy", n, d1, d2, seed))
+        if label != "copy" and base:
+            out.setdefault(label, {}).setdefault((n, d1, d2), []).append(loss / base - 1)
+    return out
+
+
+def interval(values):
+    """Mean and half of its 95 % t-interval; the half is nan for one value."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return np.mean(values), half
+
+
+def methods_against_copy(differences):
+    cells = sorted({cell for its in differences.values() for cell in its})
+    columns = sorted({cell[:2] for cell in cells})
+    figure, axes = panels(len(columns), sharey=True)
+    for axis, column in zip(axes, columns):
+        d2s = [cell[2] for cell in cells if cell[:2] == column]
+        for i, (label, its) in enumerate(differences.items()):
+            points = [interval(its[(*column, d2)]) for d2 in d2s]
+            x = np.array(d2s) * 1.06 ** (i - (len(differences) - 1) / 2)  # side by side
+            axis.errorbar(x, [100 * m for m, _ in points], [100 * h for _, h in points], fmt="o", ms=4, lw=1, color=plt.cm.tab10(i), label=label)
+        axis.axhline(0, color="black", lw=0.8)
+        log_axis(axis, d2s)
+        axis.set(xlabel="D2 (tokens after upcycling)", title=f"N = {short(column[0])}, D1 = {short(column[1])}")
+    axes[0].set_ylabel("validation loss against copy (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title="mean over seeds\nand 95 % interval", title_fontsize=8, alignment="left")
+    return figure
+
+
+def method_lines(differences):
+    """A table: each method's mean difference over all cells, one value a seed, with its 95 % t-interval over seeds."""
+    lines = ["| method | loss against copy | 95 % interval | seeds |", "|---|---|---|---|"] * bool(differences)
+    for label, its in differences.items():
+        seeds = [np.mean(s) for s in zip(*its.values())]
+        mean, half = interval(seeds)
+        lines.append(f"| {label} | {100 * mean:+.2f} % | {100 * (mean - half):+.2f} .. {100 * (mean + half):+.2f} % | {len(seeds)} |")
+    return aligned(lines)
+
+
 def percent(value):
     return "-" if value is None else f"{100 * value:.2f} %"
 
@@ -279,6 +331,8 @@ def report(rows, out, details, profiles, lines, notes, directory):
     shown |= {f"N = {short(n)} alone": profile for n, profile in profiles.items()}
     if shown:
         figures["alpha3_along_E"] = (alpha3_along_E(shown), "alpha3 with E held at each value.")
+    if differences := method_differences(rows):
+        figures["methods_against_copy"] = (methods_against_copy(differences), "Ways to upcycle against copying: runs of the same dense trunk and data, paired.")
     for name, (figure, _) in figures.items():
         for kind in ("png", "pdf"):
             figure.savefig(os.path.join(directory, f"{name}.{kind}"), metadata={"CreationDate": None} if kind == "pdf" else {})

@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import checkpoint
-from configurator import ConfigError, progress, run, setting, write_config
+from configurator import ConfigError, code_version, progress, run, setting, write_config
 from data.prepare import load_tokens
 from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token, parameter_counts
 from upcycle import KNOBS
@@ -237,15 +236,6 @@ def append_row(path, row):
             f.write(line)
 
 
-def git_version():
-    """Commit of the code, with + when it is modified; None outside a repository."""
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The run
 
@@ -420,7 +410,7 @@ def _train(c, report, rank, world, device, ddp, signals):
            **({"D1": lineage["D1"], "D2": seen} if family == "upcycled" else {"D": seen}), "loss": loss, "loss_se": se,
            "num_local_experts": c.num_local_experts, "num_experts_per_tok": c.num_experts_per_tok if c.num_local_experts else 0,
            "method": lineage.get("method"), **{key: lineage[key] for key in KNOBS.get(lineage.get("method"), ())}, "seed": c.seed, "flops": seen * flops, "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"),
-           "data_sha256": meta["data_sha256"], "git": git_version(), "torch": torch.__version__}
+           "data_sha256": meta["data_sha256"], "git": code_version(), "torch": torch.__version__}
     if main:
         append_row(c.rows, row)
         write_atomically(os.path.join(c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")

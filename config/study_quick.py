@@ -1,10 +1,11 @@
-"""The quick study: does the head start of upcycling fade? 2 sizes x 4 levels of D1 x 4 of D2, and the runs to compare with.
+"""The quick study: does the head start of upcycling fade? 3 sizes x 4 levels of D1 x 4 of D2, and the runs to compare with.
 
     python sweep.py config/study_quick.py        (or: make study, which also prepares the data and fits the laws)
 """
 out_dir = "out/study_quick"
 
 sizes = [
+    {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2},
     {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 3},
 ]
