@@ -127,7 +127,6 @@ def upcycle(repeats=3):
                 raise SystemExit("bench.py: upcycle.py failed")
             os.sync()
             begin = time.perf_counter()
-            shutil.rmtree(copied, ignore_errors=True)
             subprocess.run(["cp", "-r", moe, copied], check=True)
             os.sync()
             times["cp and sync"].append(time.perf_counter() - begin)
