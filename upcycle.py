@@ -393,7 +393,8 @@ def predict(o, source):
     E, k, G, F_ = o.num_local_experts, o.num_experts_per_tok, o.granularity, source.config.intermediate_size
     exact = o.method == "copy" or o.method == "virtual_groups" and k % G == 0 and E % G == 0
     r = round(o.drop_ratio * F_) / F_
-    kept, change = {"noise": (float(o.noise_std * o.noise_fraction == 0), o.noise_std * math.sqrt(o.noise_fraction)), "drop": (1 - r, math.sqrt(2 * r)),
+    noise = o.noise_std * math.sqrt(o.noise_fraction)
+    kept, change = {"noise": (float(noise == 0), noise), "drop": (1 - r, math.sqrt(2 * r)),
                     "drop_per_matrix": ((1 - r) ** 3, math.sqrt(2 * r))}.get(o.method, (1.0, 0.0))
     return {"relative_logit_difference": 0.0 if exact else None, "kl": 0.0 if exact else None, "channels_kept": kept, "weight_change": change}
 
@@ -441,19 +442,21 @@ def check_ids(o, source):
 def measure(source, directory, dtype, ids):
     """Both models on ids (B, T + 1): losses and KL in nats, largest relative difference of the logits, effective experts (L,)."""
     dense, moe = load_model(source.path, dtype), load_model(directory, dtype)
-    counts, sums, largest, difference = [0] * len(moe.layers), torch.zeros(3, dtype=torch.float64), 0.0, 0.0
+    counts, sums, largest, difference = [0] * len(moe.layers), torch.zeros(3, dtype=torch.float64), [], []
     for i, layer in enumerate(moe.layers):
         layer.mlp.register_forward_hook(lambda module, args, out, i=i: counts.__setitem__(i, counts[i] + out[1][0]))
     with progress(len(ids), "check", "sequence", delay=2) as bar:
         for row in ids.split(1):
             a, b = dense(row[:, :-1])[0], moe(row[:, :-1])[0]  # (T, V)
-            largest, difference = max(largest, a.abs().max().item()), max(difference, (a - b).abs().max().item())
+            largest.append(a.abs().max())
+            difference.append((a - b).abs().max())
             p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
             sums += torch.stack([F.nll_loss(p, row[0, 1:]), F.nll_loss(q, row[0, 1:]), (p.exp() * (p - q)).sum(-1).mean()])
             bar.update()
     before, after, kl = (sums / len(ids)).tolist()
     return {"loss_before": before, "loss_after": after, "kl": kl,
-            "relative_logit_difference": difference / largest, "effective_experts": effective_experts(torch.stack(counts)).tolist()}
+            "relative_logit_difference": (torch.stack(difference).max() / torch.stack(largest).max()).item(),
+            "effective_experts": effective_experts(torch.stack(counts)).tolist()}
 
 
 def proof(o, sources, directory, pieces, ids):
@@ -468,7 +471,7 @@ def proof(o, sources, directory, pieces, ids):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     if o.granularity & (o.granularity - 1):  # then G · down_proj rounds
         tolerance = max(tolerance, 8 * eps)
-    if predict(o, sources[0])["kl"] == 0 and result["relative_logit_difference"] > tolerance and not o.force:
+    if predict(o, sources[0])["kl"] == 0 and not result["relative_logit_difference"] <= tolerance and not o.force:  # nan included
         raise ConfigError(f"{o.destination}: not kept: logits differ by {result['relative_logit_difference']:.1e} of the largest, where "
                           f"--method={o.method} preserves the function (--force to keep it)")
     return result

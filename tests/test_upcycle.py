@@ -450,6 +450,7 @@ def test_moments_come_along(tmp_path, trained_dense, method):
 def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
     """A single group is the dense model under other parameters: AdamW's first moments must be those of its own gradients."""
     ids = tokens()
+
     def first_step(path):
         model = load_model(path, torch.float64)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0)
@@ -457,9 +458,7 @@ def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
         optimizer.step()
         return model, optimizer
     dense = str(tmp_path / "dense")
-    save(dense, first_step(random_dense)[0], {}, first_step(random_dense)[1])
     model, optimizer = first_step(random_dense)
-    shutil.rmtree(dense)
     save(dense, model, {}, optimizer)
     path, _ = upcycled(tmp_path, dense, method="virtual_groups", granularity=4, num_local_experts=4, num_experts_per_tok=4, optimizer="copy")
     model, optimizer = first_step(path)
@@ -611,12 +610,21 @@ def test_broken_sources_are_refused(tmp_path, lie):
     assert set(os.listdir(tmp_path)) == before
 
 
+def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
+    source = write(tmp_path / "dense")
+    t = load(Path(source) / "model.safetensors")
+    t[NAME][0, 0] = float("nan")
+    save_file(t, Path(source) / "model.safetensors")
+    with pytest.raises(ConfigError, match="logits differ by nan"):
+        upcycled(tmp_path, source, check=True)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Disk, memory, command line
 
 def test_no_room_says_what_is_needed(tmp_path, random_dense, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000))
-    with pytest.raises(ConfigError, match=r"disk is full.*0.00 GB needed|needed"):
+    with pytest.raises(ConfigError, match="disk is full .*GB needed"):
         upcycled(tmp_path, random_dense)
     assert not list(tmp_path.iterdir())
 
