@@ -188,6 +188,9 @@ def resolve(c, meta):
     if whole and source and not os.path.exists(os.path.join(source, "optimizer.pt")):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; leave --branch out to start from its weights")
     lineage = state.get("lineage") or {"family": "moe" if m.num_local_experts else "dense", "N": parameter_counts(m)["N"]}
+    if source and c.rows and (not state or lineage.get("D1", 0) is None):
+        raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row would be wrong: give --D1 to upcycle.py, "
+                          "or --rows=none")
     if state and not whole and state["tokens"]:  # a new schedule on weights that have seen tokens
         lineage = lineage | {"tokens_before": lineage.get("tokens_before", 0) + state["tokens"]}
     goes_on = state.get("data_sha256") == meta["data_sha256"] and (own or not c.repeat_data)

@@ -192,6 +192,10 @@ def test_an_upcycled_run_goes_on_where_its_dense_trunk_stopped(tiny, tmp_path, o
     assert state["sequence"] == 32 * STEP // 16 and state["tokens"] == 12 * STEP
     dense = log(tiny)[-1]["loss"]
     assert abs(log(run)[0]["loss"] - dense) < 0.5  # the function was preserved: it starts where the dense model was, not at ln 257
+    longer = dataclasses.replace(tiny, out_dir=str(tmp_path / "longer"), init_from=str(tmp_path / "run" / "checkpoint-20"))
+    assert train(longer, report=quiet)["D"] == 40 * STEP  # a new schedule on the same weights
+    record = upcycle(Options(source=str(tmp_path / "longer" / "checkpoint-20"), destination=start + "2", num_local_experts=4, check=False))
+    assert record["D1"] == 40 * STEP
     again = dataclasses.replace(run, out_dir=str(tmp_path / "again"), repeat_data=True)
     train(again, report=quiet)
     assert checkpoint.read_state(tmp_path / "again" / "checkpoint-12")["sequence"] == 12 * STEP // 16
@@ -335,6 +339,9 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     fails("max_position_embeddings", init_from=last, max_seq_len=32, **other)
     os.remove(os.path.join(last, "optimizer.pt"))
     fails("no optimizer.pt", init_from=last, branch=True, **other)
+    os.remove(os.path.join(last, "trainer_state.json"))  # a model from elsewhere
+    fails("how many tokens .* is not recorded.*--rows=none", init_from=last, **other)
+    assert train(dataclasses.replace(tiny, init_from=last, rows=None, **other), report=quiet) is None
 
 
 def test_other_data_under_the_same_name_is_noticed_on_resume(tiny, tmp_path):
