@@ -9,7 +9,11 @@ OUT = out/study_quick
 study: .venv/runtime
 	$(PY) data/prepare.py $(DATA)
 	$(PY) sweep.py $(STUDY) --out_dir=$(OUT)
-	$(PY) fit_laws.py $(OUT)/rows.jsonl --out=$(OUT)/laws
+	$(MAKE) --no-print-directory $(OUT)/laws/laws.json
+	@echo "rows: $(OUT)/rows.jsonl; laws, report.md and figures: $(OUT)/laws"
+
+$(OUT)/laws/laws.json: $(OUT)/rows.jsonl
+	$(PY) fit_laws.py $< --out=$(@D)
 
 test: .venv/test
 	$(PY) -m pytest -q tests

@@ -295,9 +295,11 @@ def load_moments(directory, model, optimizer):
 
 
 def read_state(directory):
-    """trainer_state.json, or {} for a directory that has none (a model from elsewhere)."""
+    """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's."""
     path = os.path.join(directory, "trainer_state.json")
-    return read_json(path) if os.path.exists(path) else {}
+    state = read_json(path) if os.path.exists(path) else {}
+    ours = isinstance(state.get("tokens"), int) and isinstance(state.get("lineage"), dict)
+    return state if ours else {}
 
 
 def checkpoints(out_dir):

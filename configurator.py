@@ -36,10 +36,10 @@ class ConfigError(Exception):
     """What is wrong with a setting or a file and how to mend it, in one line for the user."""
 
 
-def setting(default, meaning, positional=False):
-    """A dataclass field with its meaning; REQUIRED as default makes `configure` insist on a value."""
+def setting(default, meaning, positional=False, least=None, most=None):
+    """A dataclass field with its meaning and the range of its numbers; REQUIRED as default makes `configure` insist on a value."""
     make = {"default_factory": lambda: copy.copy(default)} if isinstance(default, (list, dict)) else {"default": default}
-    return field(**make, metadata={"meaning": meaning, "positional": positional})
+    return field(**make, metadata={"meaning": meaning, "positional": positional, "least": least, "most": most})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -162,9 +162,15 @@ def checked(cls, values, where=""):
             near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)
             raise ConfigError(f"{where}unknown key '{key}'; did you mean '{near[0]}'? (--help lists all)")
     try:
-        return {key: convert(key, value, kinds[key]) for key, value in values.items()}
+        result = {key: convert(key, value, kinds[key]) for key, value in values.items()}
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from None
+    for f in dataclasses.fields(cls):
+        least, most = f.metadata["least"], f.metadata["most"]
+        for number in result[f.name] if isinstance(result.get(f.name), list) else [result.get(f.name)]:
+            if number is not None and (least is not None and number < least or most is not None and number > most):
+                raise ConfigError(f"{where}{f.name}: {number!r} is not " + (f"at least {least}" if most is None else f"in {least} .. {most}"))
+    return result
 
 
 def from_dict(cls, values, where=""):
@@ -241,7 +247,8 @@ def run(main, cls):
     try:
         main(config)
     except ConfigError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one of many processes speaks
+            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)

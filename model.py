@@ -160,8 +160,10 @@ def experts_grouped(x, gate_up, down, ends):
 
 @torch.compiler.disable  # compiling grouped_mm works in bf16 alone (torch 2.13)
 def experts_eager(x, gate_up, down, ends):
-    """experts_grouped, or in fp64, which grouped_mm rejects, experts_loop."""
-    return (experts_loop if x.dtype == torch.float64 else experts_grouped)(x, gate_up, down, ends)
+    """experts_grouped where grouped_mm takes the type and the sizes (rows of whole 16 bytes; on CUDA bf16), else experts_loop."""
+    dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    fits = x.dtype in dtypes and all(t.shape[-1] * t.element_size() % 16 == 0 for t in (gate_up, down))
+    return (experts_grouped if fits else experts_loop)(x, gate_up, down, ends)
 
 
 def experts_loop(x, gate_up, down, ends):

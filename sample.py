@@ -17,9 +17,9 @@ class Sample:
     """Print text that a checkpoint writes."""
     checkpoint: str = setting(REQUIRED, "checkpoint directory, or a run's, whose newest is taken", positional=True)
     prompt: str = setting("def ", "text to go on from")
-    max_new_tokens: int = setting(400, "tokens to write")
-    temperature: float = setting(0.8, "0: always the likeliest token")
-    top_k: int = setting(50, "choose among that many; 0: among all")
+    max_new_tokens: int = setting(400, "tokens to write", least=0)
+    temperature: float = setting(0.8, "0: always the likeliest token", least=0)
+    top_k: int = setting(50, "choose among that many; 0: among all", least=0)
     seed: int = setting(0, "of the choices")
     tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: the one the checkpoint was trained with")
 

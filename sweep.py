@@ -9,15 +9,17 @@ came after the last checkpoint. Rows go to out_dir/rows.jsonl.
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import checkpoint
-from configurator import REQUIRED, ConfigError, from_dict, progress, run, setting
+from configurator import REQUIRED, ConfigError, from_dict, progress, read_config, run, setting
 from data.prepare import load_tokens
 from model import ModelConfig, flops_per_token, parameter_counts
 from train import MODEL_KEYS, Stopped, Train, append_row, train
@@ -34,14 +36,18 @@ class Study:
     D2: list[int] = setting([], "tokens after upcycling")
     D_dense: list[int] = setting([], "tokens of dense runs; empty: D1")
     D_moe: list[int] = setting([], "tokens of from-scratch MoE runs; empty: D1 and D2")
-    seeds: list[int] = setting([0], "every run is made once a seed")
+    seeds: list[int] = setting([0], "every run is made once a seed", least=0)
     methods: list[dict] = setting([{"method": "copy"}], "upcycling methods: {setting of upcycle.py: value} each")
     num_local_experts: int = setting(8, "experts of upcycled and MoE runs")
     num_experts_per_tok: int = setting(2, "experts a token uses")
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
-    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each (on GPUs: worker i on GPU i, modulo their number)")
+    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each (on GPUs: worker i on GPU i, modulo their number)", least=1)
     dry_run: bool = setting(False, "print the plan, train nothing")
+
+OURS = {"config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data", "num_local_experts", "num_experts_per_tok",
+        "max_tokens", "schedule", "decay_start", "decay_steps", "save_at_tokens"}  # what a study sets itself in a run
+MAY_CHANGE = {"config", "out_dir", "init_from", "rows", "trunk", "max_tokens", "save_at_tokens", "save_every_seconds", "device", *MODEL_KEYS}  # in a run's later parts
 
 
 @dataclass
@@ -57,7 +63,7 @@ class Job:
     @property
     def done(self):
         c = self.settings
-        return os.path.exists(os.path.join(c.out_dir, "row.json") if self.row else at(c.out_dir, c.max_tokens, c))
+        return all(map(os.path.exists, [os.path.join(c.out_dir, "row.json")] if self.row else [at(c.out_dir, t, c) for t in c.save_at_tokens]))
 
 
 def at(run_dir, tokens, c):
@@ -74,10 +80,18 @@ def plan(study):
             raise ConfigError(f"{study.config}: {key} is empty")
     if not 0 < study.decay_fraction < 1:
         raise ConfigError(f"{study.config}: decay_fraction = {study.decay_fraction} is not between 0 and 1")
+    if not study.seeds:
+        raise ConfigError(f"{study.config}: seeds is empty")
+    for values in (study.train, *study.sizes):
+        for key in values:
+            if key in OURS:
+                raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     jobs, seen = [], set()
     for seed in study.seeds:
         for size in study.sizes:
             base = from_dict(Train, study.train | size | {"seed": seed, "rows": None}, f"{study.config}: ")
+            if base.tokens_per_step % base.max_seq_len:
+                raise ConfigError(f"{study.config}: tokens_per_step = {base.tokens_per_step} is not a multiple of max_seq_len = {base.max_seq_len}")
             n = parameter_counts(model_of(base))["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
@@ -85,18 +99,21 @@ def plan(study):
             experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
             moe = dataclasses.replace(base, **experts)
             dense = f"dense-N{n}-s{seed}"
-            jobs += family(study, base, dense, {"family": "dense"}, study.D_dense or study.D1, keep=study.D1)
-            jobs += family(study, moe, f"moe-N{n}-s{seed}", {"family": "moe"}, study.D_moe or sorted({*study.D1, *study.D2}))
+            jobs += family(study, base, dense, {"family": "dense", "N": n}, study.D_dense or study.D1, keep=study.D1)
+            jobs += family(study, moe, f"moe-N{n}-s{seed}", {"family": "moe", "N": n}, study.D_moe or sorted({*study.D1, *study.D2}))
             for d1 in levels(study, base, study.D1):
-                for number, method in enumerate(study.methods):
+                for method in study.methods:
                     source = at(os.path.join(study.out_dir, dense), d1, base)
-                    label = "_".join(str(v) for v in method.values()) or f"method{number}"
+                    label = "-".join([method.get("method", "copy"), *(f"{key}_{value}" for key, value in method.items() if key != "method")])
                     name = f"upcycled-N{n}-s{seed}-D1_{d1}-{label}"
                     options = from_dict(UpcycleOptions, {"source": source, "destination": os.path.join(study.out_dir, name, "start"),
                                                           "check": False, "seed": seed} | experts | method, f"{study.config}: methods: ")
                     target = dataclasses.replace(moe, num_local_experts=options.num_local_experts, num_experts_per_tok=options.num_experts_per_tok,
                                                  intermediate_size=base.intermediate_size // options.granularity)
-                    jobs += family(study, target, name, {"family": "upcycled", "D1": d1, "method": options.method}, study.D2, upcycled=options)
+                    jobs += family(study, target, name, {"family": "upcycled", "N": n, "D1": d1, "method": options.method}, study.D2, upcycled=options)
+    names = [job.settings.out_dir for job in jobs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{study.config}: {twice[0]} would be two runs; are two of methods equal?")
     return jobs
 
 
@@ -124,15 +141,14 @@ def family(study, c, name, known, tokens, keep=(), upcycled=None):
     stops = sorted({start for _, start in points} | set(levels(study, c, keep) if keep else ()))
     first = {"init_from": upcycled.destination, "branch": upcycled.optimizer == "copy"} if upcycled else {}
     trunk = dataclasses.replace(c, out_dir=out, max_tokens=stops[-1], decay_steps=0, decay_start=0, save_at_tokens=stops, resume=True, **first)
-    if upcycled:  # the checkpoint knows its architecture
-        trunk = dataclasses.replace(trunk, **{key: Train.__dataclass_fields__[key].default for key in MODEL_KEYS})
+    plain = {key: Train.__dataclass_fields__[key].default for key in MODEL_KEYS}  # a checkpoint knows its architecture
+    if upcycled:
+        trunk = dataclasses.replace(trunk, **plain)
     jobs = [Job(trunk, upcycled.source if upcycled else None, stops[-1], stops[-1] * per_token, None, upcycled)]
-    n = known.get("N", counts["N"] if not upcycled else parameter_counts(dataclasses.replace(model, num_local_experts=0, intermediate_size=model.intermediate_size * upcycled.granularity))["N"])
     for end, start in points:
         branch = dataclasses.replace(trunk, out_dir=f"{out}-D{end}", init_from=at(out, start, c), branch=True, max_tokens=end, save_at_tokens=[],
-                                     decay_start=start // step, decay_steps=(end - start) // step, rows=os.path.join(study.out_dir, "rows.jsonl"),
-                                     **{key: Train.__dataclass_fields__[key].default for key in MODEL_KEYS})
-        row = known | {"N": n, "N_active": counts["N_active"], "N_total": counts["N_total"], ("D2" if upcycled else "D"): end,
+                                     decay_start=start // step, decay_steps=(end - start) // step, rows=os.path.join(study.out_dir, "rows.jsonl"), **plain)
+        row = known | {"N_active": counts["N_active"], "N_total": counts["N_total"], ("D2" if upcycled else "D"): end,
                        "trunk": name, "seed": c.seed, "flops": end * per_token}
         jobs.append(Job(branch, branch.init_from, end - start, (end - start) * per_token, row))
     return jobs
@@ -178,7 +194,7 @@ def worker(connection, number, study):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop, and save, when the parent is killed
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # where train() looks
 
     def tell(kind, value=None):
         try:
@@ -201,6 +217,20 @@ def worker(connection, number, study):
             return
         except ConfigError as error:
             tell("failed", str(error))
+        except Exception as error:  # the other runs go on
+            tell("failed", f"{job.settings.out_dir}: {type(error).__name__}: {error}")
+            traceback.print_exc()
+
+
+def check_unchanged(job):
+    """Raises ConfigError when the run was begun with other settings: its row would not be of this study."""
+    path = os.path.join(job.settings.out_dir, "config.py")
+    if os.path.exists(path):
+        before, now = read_config(path), dataclasses.asdict(job.settings)
+        sizes = set() if job.settings.init_from else set(MODEL_KEYS)  # resolved from the checkpoint otherwise
+        for key in now.keys() - (MAY_CHANGE - sizes):
+            if now[key] is not None and before.get(key) != now[key]:  # None is resolved by the run
+                raise ConfigError(f"{path}: {key} was {before.get(key)!r}, the study now says {now[key]!r}; take another --out_dir, or delete that run")
 
 
 def tokens_done(job):
@@ -221,6 +251,18 @@ def ahead(jobs):
 
 def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped on SIGTERM or Ctrl-C."""
+    os.makedirs(study.out_dir, exist_ok=True)
+    with open(os.path.join(study.out_dir, ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{study.out_dir}: another sweep is running there") from None
+        return _sweep(study, jobs)
+
+
+def _sweep(study, jobs):
+    for job in jobs:
+        check_unchanged(job)
     for job in jobs:  # a finished run whose row was lost to a kill between its two files
         if job.row and job.done:
             append_row(job.settings.rows, checkpoint.read_json(os.path.join(job.settings.out_dir, "row.json")))
@@ -249,7 +291,7 @@ def sweep(study, jobs):
                         busy[connection] = job
                         connection.send(job)
             if not busy:
-                failed += [f"{j.settings.out_dir}: not run, {j.needs} is missing" for j in todo]
+                failed += [f"{j.settings.out_dir}: not run, {j.needs or 'its start'} was not made" for j in todo]
                 break
             for connection in wait(list(busy), timeout=0.5):
                 try:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from configurator import ConfigError, code_version, progress, run, setting, write_config
-from data.prepare import load_tokens
+from data.prepare import load_tokens, locate
 from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token, parameter_counts
 from upcycle import KNOBS
 
@@ -38,45 +38,46 @@ class Train:
     rows: str | None = setting("out/rows.jsonl", "file to which the finished run appends its row; none: write no row (a trunk)")
     trunk: str | None = setting(None, "name of the training trunk this run belongs to; none: the run branched from, or out_dir")
     dataset: str = setting("data/pysource", "directory that data/prepare.py wrote, or its name under data/")
-    seed: int = setting(0, "of the weights and of the order of the data")
+    seed: int = setting(0, "of the weights and of the order of the data", least=0)
     init_from: str | None = setting(None, "checkpoint directory to start from: its weights, in a new schedule")
     branch: bool = setting(False, "take the whole state of init_from (step, tokens, optimizer), not its weights alone")
     resume: bool = setting(False, "go on from the newest complete checkpoint in out_dir; nothing there: start")
     repeat_data: bool = setting(False, "start the token stream anew instead of where init_from stopped")
 
-    hidden_size: int = setting(64, "width of the residual stream")
-    intermediate_size: int = setting(176, "width of the MLP, or of each expert")
-    num_hidden_layers: int = setting(4, "layers")
-    num_attention_heads: int = setting(4, "attention heads")
-    num_key_value_heads: int | None = setting(None, "key-value heads; none: as many as attention heads")
+    hidden_size: int = setting(64, "width of the residual stream", least=1)
+    intermediate_size: int = setting(176, "width of the MLP, or of each expert", least=1)
+    num_hidden_layers: int = setting(4, "layers", least=1)
+    num_attention_heads: int = setting(4, "attention heads", least=1)
+    num_key_value_heads: int | None = setting(None, "key-value heads; none: as many as attention heads", least=1)
     tie_word_embeddings: bool = setting(True, "use the token embedding as the output head")
-    rope_theta: float = setting(10000.0, "base of the rotary embedding")
-    initializer_range: float = setting(0.02, "standard deviation of fresh weights")
-    num_local_experts: int = setting(0, "experts a layer; 0: dense")
-    num_experts_per_tok: int = setting(2, "experts a token uses")
+    rope_theta: float = setting(10000.0, "base of the rotary embedding", least=1)
+    initializer_range: float = setting(0.02, "standard deviation of fresh weights", least=0)
+    num_local_experts: int = setting(0, "experts a layer; 0: dense", least=0)
+    num_experts_per_tok: int = setting(2, "experts a token uses", least=1)
 
-    max_tokens: int = setting(2_000_000, "tokens to train on, those of a branched checkpoint included")
-    tokens_per_step: int = setting(2048, "tokens of one optimizer step, over all ranks")
-    micro_batch_size: int = setting(64, "sequences of one forward pass on one rank, at most; the rest accumulates")
-    max_seq_len: int = setting(128, "tokens in a sequence")
-    learning_rate: float = setting(3e-3, "peak learning rate")
+    max_tokens: int = setting(2_000_000, "tokens to train on, those of a branched checkpoint included", least=1)
+    tokens_per_step: int = setting(2048, "tokens of one optimizer step, over all ranks", least=1)
+    micro_batch_size: int = setting(64, "sequences of one forward pass on one rank, at most; the rest accumulates, "
+                                    "and the balance loss is taken over one pass of all ranks", least=1)
+    max_seq_len: int = setting(128, "tokens in a sequence", least=1)
+    learning_rate: float = setting(3e-3, "peak learning rate", least=0)
     schedule: Literal["wsd", "cosine"] = setting("wsd", "warmup-stable-decay, or cosine over the whole run")
-    warmup_steps: int = setting(50, "steps of linear warm-up")
-    decay_start: int | None = setting(None, "step at which the linear decay starts (wsd); none: so that it ends with the run")
-    decay_steps: int | None = setting(None, "steps of decay (wsd); 0: none; none: a fifth of the run")
-    min_lr_ratio: float = setting(0.0, "where the decay ends, as a share of learning_rate")
-    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
-    beta1: float = setting(0.9, "AdamW's")
-    beta2: float = setting(0.95, "AdamW's")
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
-    router_aux_loss_coef: float = setting(0.01, "coefficient of the balance loss (1 = balanced)")
-    router_z_loss_coef: float = setting(0.001, "coefficient of the router's z-loss")
-    router_bias_update_rate: float = setting(0.0, "loss-free balancing: step of the routers' selection bias (arXiv 2408.15664); 0: no bias")
+    warmup_steps: int = setting(50, "steps of linear warm-up", least=0)
+    decay_start: int | None = setting(None, "step at which the linear decay starts (wsd); none: so that it ends with the run", least=0)
+    decay_steps: int | None = setting(None, "steps of decay (wsd); 0: none; none: from decay_start to the end, else a fifth of the run", least=0)
+    min_lr_ratio: float = setting(0.0, "where the decay ends, as a share of learning_rate", least=0, most=1)
+    weight_decay: float = setting(0.1, "AdamW's, on matrices only", least=0)
+    beta1: float = setting(0.9, "AdamW's", least=0, most=0.9999)
+    beta2: float = setting(0.95, "AdamW's", least=0, most=0.99999)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
+    router_aux_loss_coef: float = setting(0.01, "coefficient of the balance loss (1 = balanced)", least=0)
+    router_z_loss_coef: float = setting(0.001, "coefficient of the router's z-loss", least=0)
+    router_bias_update_rate: float = setting(0.0, "loss-free balancing: step of the routers' selection bias (arXiv 2408.15664); 0: no bias", least=0)
 
-    eval_tokens: int = setting(262_144, "validation tokens, always the same ones")
-    eval_every_steps: int = setting(0, "steps between validations; 0: only at the end")
-    save_at_tokens: list[int] = setting([], "token counts at which to keep a checkpoint (rounded up to a step)")
-    save_every_seconds: int = setting(600, "seconds between checkpoints to resume from, the newest kept; 0: none")
+    eval_tokens: int = setting(262_144, "validation tokens, always the same ones", least=1)
+    eval_every_steps: int = setting(0, "steps between validations; 0: only at the end", least=0)
+    save_at_tokens: list[int] = setting([], "token counts at which to keep a checkpoint (rounded up to a step)", least=1)
+    save_every_seconds: int = setting(600, "seconds between checkpoints to resume from, the newest kept; 0: none", least=0)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of matrix products; weights and their sums stay float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     compile: bool = setting(False, "torch.compile the model (pays on long runs)")
@@ -162,9 +163,8 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
 
 def resolve(c, meta):
     """(settings with nothing left open, ModelConfig, state, checkpoint to load or None). Raises ConfigError."""
-    saved = checkpoint.checkpoints(c.out_dir)
-    source = saved[-1][1] if c.resume and saved else c.init_from
-    own = source is not None and source != c.init_from
+    own = newest(c) if c.resume else None
+    source = own or c.init_from
     state = checkpoint.read_state(source) if source else {}
     if source:
         m = checkpoint.read_config(source)
@@ -185,6 +185,9 @@ def resolve(c, meta):
         except ValueError as error:
             raise ConfigError(str(error)) from None
     whole = own or c.branch
+    needed = ("step", "sequence", "data_seed", "max_seq_len") if "data_sha256" in state else ("step",) if state or own else ()
+    if any(key not in state for key in needed):
+        raise ConfigError(f"{source}: trainer_state.json is not complete")
     if whole and source and not os.path.exists(os.path.join(source, "optimizer.pt")):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; leave --branch out to start from its weights")
     lineage = state.get("lineage") or {"family": "moe" if m.num_local_experts else "dense", "N": parameter_counts(m)["N"]}
@@ -204,19 +207,38 @@ def resolve(c, meta):
              "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"], "max_seq_len": c.max_seq_len,
              "lineage": lineage}
     max_steps = state["step"] + -(-(c.max_tokens - state["tokens"]) // c.tokens_per_step)
+    if max_steps < state["step"] or max_steps == state["step"] and not own:
+        raise ConfigError(f"{source}: has seen {state['tokens']:,} tokens already, max_tokens = {c.max_tokens:,} leaves nothing to train")
     if c.decay_steps is None:
-        c = dataclasses.replace(c, decay_steps=max_steps // 5)
+        c = dataclasses.replace(c, decay_steps=max_steps // 5 if c.decay_start is None else max(0, max_steps - c.decay_start))
     if c.decay_start is None:
         c = dataclasses.replace(c, decay_start=max_steps - c.decay_steps)
-    trunk = c.trunk or os.path.basename(os.path.dirname(os.path.abspath(c.init_from)) if c.branch else os.path.abspath(c.out_dir))
+    start = os.path.split(os.path.abspath(c.init_from or ""))
+    trunk = c.trunk or os.path.basename(start[0] if c.branch and start[1].startswith("checkpoint-") else os.path.abspath(c.out_dir))
     return dataclasses.replace(c, trunk=trunk), m, state, source, max_steps
+
+
+def newest(c):
+    """The checkpoint of its own that a resumed run goes on from: the newest, or, where a level was added to save_at_tokens since,
+    the newest before the first that is missing; None where there is none."""
+    saved = dict(checkpoint.checkpoints(c.out_dir))
+    first = checkpoint.read_state(c.init_from).get("step", 0) if c.branch else 0
+    missing = [step for step in (-(-t // c.tokens_per_step) for t in c.save_at_tokens) if step not in saved and step > first]
+    return saved.get(max((step for step in saved if not missing or step < min(missing)), default=None))
 
 
 def truncate_log(path, step):
     """Drop what log.jsonl says of steps after `step`: they are about to be run again."""
     if os.path.exists(path):
+        kept = []
         with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+            for line in f:
+                try:
+                    if not line.endswith("\n") or json.loads(line)["step"] > step:
+                        break
+                except (ValueError, TypeError, KeyError):  # cut by a crash of the machine
+                    break
+                kept.append(line)
         write_atomically(path, "".join(kept))
 
 
@@ -243,32 +265,32 @@ def append_row(path, row):
 # The run
 
 def train(c, report=None):
-    """Run the settings `c` to their end and return the row (or None where c.rows is none).
+    """Run the settings `c` to their end and return the row (or None where c.rows is none); its flops are those of D or D2.
 
     report(tokens): called after each step in place of the progress line. Raises ConfigError for settings or files that do not
     fit and for a loss that is not finite, Stopped after SIGTERM or Ctrl-C.
     """
     ddp = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     cuda = c.device == "cuda" or (c.device == "auto" and torch.cuda.is_available())
-    started_group = ddp and not dist.is_initialized()
-    if started_group:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch sees no GPU here")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    started_group = ddp and not dist.is_initialized()
+    if started_group:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
     signals = []
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         with contextlib.ExitStack() as stack:
-            if rank == 0:
-                os.makedirs(c.out_dir, exist_ok=True)
-                lock = stack.enter_context(open(os.path.join(c.out_dir, ".lock"), "w"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise ConfigError(f"{c.out_dir}: another process is training there") from None
+            problem = [claim(c, stack) if rank == 0 else None]
+            if ddp:
+                dist.broadcast_object_list(problem)
+            if problem[0]:
+                raise ConfigError(problem[0])
             return _train(c, report, rank, world, device, ddp, signals)
     finally:
         for s, handler in handlers.items():
@@ -277,10 +299,29 @@ def train(c, report=None):
             dist.destroy_process_group()
 
 
+def claim(c, stack):
+    """Make out_dir and lock it while `stack` lasts, and see that the rows can be written. Returns what is wrong, or None."""
+    try:
+        os.makedirs(c.out_dir, exist_ok=True)
+        lock = stack.enter_context(open(os.path.join(c.out_dir, ".lock"), "w"))
+        if c.rows:
+            os.makedirs(os.path.dirname(c.rows) or ".", exist_ok=True)
+            if os.path.isdir(c.rows) or not os.access(c.rows if os.path.exists(c.rows) else os.path.dirname(c.rows) or ".", os.W_OK):
+                return f"{c.rows}: rows cannot be written there"
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"{c.out_dir}: another process is training there"
+    except OSError as error:
+        return f"{error.filename}: cannot be written: {error.strerror}"
+
+
 def _train(c, report, rank, world, device, ddp, signals):
     done = os.path.join(c.out_dir, "row.json")
     if c.resume and os.path.exists(done):
-        return checkpoint.read_json(done)
+        row = checkpoint.read_json(done)
+        if rank == 0 and report is None:
+            print(f"{done}: finished already, loss {row['loss']:.4f}; another out_dir starts anew")
+        return row
     if not c.resume and checkpoint.checkpoints(c.out_dir):
         raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it, or choose another out_dir")
     tokens, meta = load_tokens(c.dataset, "train")
@@ -289,9 +330,11 @@ def _train(c, report, rank, world, device, ddp, signals):
     T, available = c.max_seq_len, (len(tokens) - 1) // c.max_seq_len
     if available < 1 or len(val_tokens) <= T:
         raise ConfigError(f"{c.dataset}: too few tokens for one sequence of max_seq_len = {T}")
+    if c.eval_tokens < T:
+        raise ConfigError(f"eval_tokens = {c.eval_tokens} is less than one sequence, max_seq_len = {T}")
     per_rank, odd = divmod(c.tokens_per_step, T * world)
     micro = min(c.micro_batch_size, per_rank)
-    if odd or per_rank % max(micro, 1):
+    if odd or not per_rank or per_rank % micro:
         raise ConfigError(f"tokens_per_step = {c.tokens_per_step} is not a multiple of max_seq_len {T} x {world} ranks x micro_batch_size {micro}")
     accumulate = per_rank // micro
 
@@ -308,7 +351,8 @@ def _train(c, report, rank, world, device, ddp, signals):
     family, n, flops = lineage["family"], parameter_counts(model_config), flops_per_token(model_config, T)
     forward = torch.compile(model, dynamic=False) if c.compile else model
     if ddp:
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
+                                                            broadcast_buffers=False)  # every rank computes the same ones
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
     main = rank == 0
     log_path = os.path.join(c.out_dir, "log.jsonl")
@@ -321,16 +365,18 @@ def _train(c, report, rank, world, device, ddp, signals):
               f"{world} x {device.type}, {accumulate} x {micro} sequences of {T}")
         if state["sequence"] + (max_steps - step) * c.tokens_per_step // T > available:
             print(f"{c.dataset}: {available * T:,} training tokens are fewer than this run needs; some come again")
+        if c.schedule == "wsd" and c.decay_steps and c.decay_start + c.decay_steps != max_steps:
+            print(f"note: the decay ends at step {c.decay_start + c.decay_steps}, the run at {max_steps}")
     bar = progress(max_steps * c.tokens_per_step, family, "tok", initial=step * c.tokens_per_step) if main and report is None else None
 
     def save():
         if main:
             path = os.path.join(c.out_dir, f"checkpoint-{step}")
             if not os.path.exists(path):
-                checkpoint.save(path, model, state | {"step": step}, optimizer, c.dataset)
-            keep = keep_at | {step, max_steps}
-            for old, directory in checkpoint.checkpoints(c.out_dir):  # a new one is complete: older passing ones can go
-                if old not in keep:
+                passing = {} if step in keep_at or step == max_steps else {"passing": True}
+                checkpoint.save(path, model, state | {"step": step} | passing, optimizer, locate(c.dataset))
+            for old, directory in checkpoint.checkpoints(c.out_dir):  # a newer one is complete: those to resume from can go
+                if old < step and checkpoint.read_state(directory).get("passing"):
                     shutil.rmtree(directory)
 
     model.train()
@@ -394,7 +440,7 @@ def _train(c, report, rank, world, device, ddp, signals):
                 log.write(json.dumps(line) + "\n")
             if step in keep_at or step == max_steps or save_now or stop:
                 save()
-                saved_at = time.perf_counter()
+                clock = saved_at = time.perf_counter()
             if bar is not None:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update(c.tokens_per_step)

@@ -59,12 +59,17 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------
 # What train.py, sweep.py and sample.py use
 
+def locate(directory):
+    """The path of a data set given as a path or as a name under data/."""
+    return Path(directory) if Path(directory).is_dir() else DATA / directory
+
+
 def load_tokens(directory, split):
     """(tokens, meta): the memory-mapped ids, shape (tokens,), unsigned, of `split` (train|val), and the dict in meta.json.
 
     `directory` is a path, or a name under data/. Raises ConfigError when anything is missing, cut short or not as meta.json says.
     """
-    folder = Path(directory) if Path(directory).is_dir() else DATA / directory
+    folder = locate(directory)
     fix = f"make it with: python data/prepare.py {Path(directory).name}"
     path = folder / "meta.json"
     try:

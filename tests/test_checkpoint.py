@@ -13,6 +13,8 @@ from configurator import ConfigError
 from model import Transformer
 from test_model import DENSE, MOE, random_model
 
+STATE = {"step": 1, "tokens": 20, "lineage": {"family": "moe"}}
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -21,7 +23,7 @@ def saved(tmp_path):
     loss, _ = model(torch.arange(20).view(1, 20), torch.arange(1, 21).view(1, 20))
     loss.backward()
     optimizer.step()
-    checkpoint.save(tmp_path / "c", model, {"step": 1}, optimizer)
+    checkpoint.save(tmp_path / "c", model, STATE, optimizer)
     return tmp_path / "c", model, optimizer
 
 
@@ -34,7 +36,7 @@ def test_weights_state_and_moments_come_back_bit_for_bit(saved):
     for p, q in zip(model.parameters(), again.parameters()):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[p][key], fresh.state[q][key])
-    assert checkpoint.read_state(path) == {"step": 1}
+    assert checkpoint.read_state(path) == STATE
     torch.load(path / "optimizer.pt", weights_only=True)
 
 
@@ -158,3 +160,8 @@ def test_tokenizer_files_come_along(tmp_path):
     checkpoint.save(tmp_path / "c", random_model(**DENSE), {}, tokenizer_from=tmp_path / "data")
     assert (tmp_path / "c" / "tokenizer.json").exists()
     assert isinstance(checkpoint.load_model(tmp_path / "c"), Transformer)
+
+
+def test_another_tools_trainer_state_is_no_state(saved):
+    (saved[0] / "trainer_state.json").write_text('{"epoch": 1.0, "global_step": 500, "log_history": []}')
+    assert checkpoint.read_state(saved[0]) == {}

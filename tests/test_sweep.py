@@ -29,6 +29,17 @@ num_local_experts = 4
 train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3, "eval_tokens": 1024}
 """
 
+MINI_ONE = """
+_step = 128
+sizes = [{"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}]
+D1 = [10 * _step, 40 * _step]
+D2 = [10 * _step]
+D_dense = [10 * _step]
+D_moe = [10 * _step]
+num_local_experts = 4
+train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3, "eval_tokens": 1024}
+"""
+
 
 @pytest.fixture
 def mini(data, tmp_path):  # noqa: F811
@@ -68,7 +79,10 @@ def test_virtual_groups_keep_the_dense_N(mini):
 
 @pytest.mark.parametrize("line, message", [("D1 = []", "D1 is empty"), ("D2 = [10, 20]", "warm-up"), ("D1 = [1280, 1281]", "must differ"),
                                            ("sizes = [{'hidden_size': 16, 'hiden': 3}]", "hiden"), ("decay_fraction = 1.5", "decay_fraction"),
-                                           ("methods = [{'method': 'magic'}]", "magic"), ("seeds = [0, 0]", "two seeds"), ("trian = {}", "did you mean 'train'")])
+                                           ("methods = [{'method': 'magic'}]", "magic"), ("seeds = [0, 0]", "two seeds"), ("seeds = []", "seeds is empty"), ("seeds = [-1]", "at least 0"),
+                                           ("workers = 0", "workers"), ("train = {'schedule': 'cosine'}", "schedule is set by the study"),
+                                           ("methods = [{'method': 'copy'}, {'method': 'copy'}]", "two runs"), ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
+                                           ("trian = {}", "did you mean 'train'")])
 def test_bad_studies_are_refused_by_name(mini, line, message):
     mini.write_text(mini.read_text() + line + "\n")
     with pytest.raises(ConfigError, match=message):
@@ -124,6 +138,21 @@ def test_a_failing_run_is_reported_and_the_others_are_made(mini, tmp_path):
     result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "not a complete safetensors file" in result.stderr and "Traceback" not in result.stderr
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == len(planned_rows(s)) - 1
+
+
+def test_a_study_grows_by_a_level_and_refuses_other_settings(mini):
+    small = MINI_ONE.replace("DATA", re.search('"dataset": "([^"]*)"', mini.read_text())[1])
+    mini.write_text(small)
+    assert subprocess.run(command(mini), cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    before = {json.dumps(r, sort_keys=True) for r in map(json.loads, open(mini.parent / "out" / "rows.jsonl"))}
+    mini.write_text(small.replace("D1 = [10 * _step, 40 * _step]", "D1 = [10 * _step, 20 * _step, 40 * _step]"))
+    result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = [json.dumps(r, sort_keys=True) for r in map(json.loads, open(mini.parent / "out" / "rows.jsonl"))]
+    assert before < set(rows) and len(rows) == len(planned_rows(study(mini)))
+    mini.write_text(small.replace('"warmup_steps": 3', '"warmup_steps": 4'))
+    result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "warmup_steps was 3, the study now says 4" in result.stderr
 
 
 def test_dry_run_trains_nothing(mini, tmp_path):
