@@ -49,6 +49,9 @@ LAWS = {
 }
 FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}  # what a row must have
 SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
+KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity")  # columns that tell ways of upcycling apart
+INTERVALS = ("parametric bootstrap: fitted losses with redrawn row noise and a random effect per trunk, variances estimated by REML; runs "
+             "upcycled from one dense trunk at different D1 count as trunks of their own, so with one seed that trunk's own noise is not in the intervals")
 RIVALS = [name for name in LAWS if name.startswith("upcycled") and "sparsity" not in name]
 
 
@@ -96,14 +99,15 @@ class Problem:
     y: np.ndarray          # (n,) ln loss
     fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
     layout: dict           # {law: (its rows (n,), {coefficient's place in p: {exponent's place: values to start from}})}
+    limit: np.ndarray      # (p,) bound on the size of an exponent
     head: tuple | None = None  # effective data: rows of alpha, c, gamma; centred ln D1, ln D2; which rows use it; which have D1
     by_slot: np.ndarray = field(init=False)  # (K, p, n)
-    low: np.ndarray = field(init=False)      # (p,) bounds that keep what is not identified finite: exponents within 3,
+    low: np.ndarray = field(init=False)      # (p,) bounds that keep what is not identified finite: exponents within 3 (of a product .3),
     high: np.ndarray = field(init=False)     # (p,) a term at least a millionth of the loss at the centre, a head start within e^7
 
     def __post_init__(self):
-        self.low = np.where(self.is_log, self.y.min() + math.log(1e-6), -3.0)
-        self.high = np.where(self.is_log, self.y.max() + 3.0, 3.0)
+        self.low = np.where(self.is_log, self.y.min() + math.log(1e-6), -self.limit)
+        self.high = np.where(self.is_log, self.y.max() + 3.0, self.limit)
         if self.head:
             _, c, gamma = self.head[:3]
             self.low[c], self.high[c], self.low[gamma] = -7.0, 7.0, 0.01
@@ -135,7 +139,7 @@ def build(rows, system, share=("E",)):
     """The Problem of fitting `system` = {family: law} to the rows of those families, at once, laws sharing the named parameters.
 
     One level of N: the B-term folds into an E of the law's own. Two levels of N in every law that shares E: E and B N^-beta
-    cannot be told apart, E is 0.
+    cannot be told apart, E is 0. Raises ConfigError where laws would share a coefficient but not its exponents.
     """
     rows = [row for row in rows if row["family"] in system]
     of_row = np.array([system[row["family"]] for row in rows])
@@ -152,6 +156,13 @@ def build(rows, system, share=("E",)):
             del laws[law]["E"]
             fixed[law] = {"E": (0.0, "two levels of N do not separate E from B N^-beta")}
 
+    for name in share:
+        users = [law for law in laws if law not in solo and name in laws[law]]
+        forms = [laws[law][name] for law in users]
+        if len(forms) > 1 and any(form != forms[0] or not set(form) <= set(share) for form in forms):
+            raise ConfigError(f"--share: {', '.join(users)} can share {name} only where its exponents are the same and shared too "
+                              f"({', '.join(forms[0])}): else what is shared depends on the unit of counting")
+
     features_used = {v for law in laws.values() for e in law.values() for f in e.values() for v in parse_feature(f)[1]}
     logs = {v: np.log([variable(row, v) for row in rows]) for v in features_used - {"effective"}}
     center = {v: np.nanmean(value) for v, value in logs.items()}
@@ -167,7 +178,7 @@ def build(rows, system, share=("E",)):
             log_names.append(is_log)
         return index[full]
 
-    head, linear, constant, layout = None, [], [], {}
+    head, linear, constant, products, layout = None, [], [], [], {}
     for law, terms in laws.items():
         here = of_row == law
         layout[law] = (here, {})
@@ -200,17 +211,20 @@ def build(rows, system, share=("E",)):
                 else:
                     v, w = factors
                     grid[j] = (-0.03, 0.0, 0.03)
+                    products.append(j)
                     linear += [(a, j, sign * center[v] * center[w]),
                                (single[v][0], j, -sign * center[w] * single[v][1]),
                                (single[w][0], j, -sign * center[v] * single[w][1])]
     to_raw, to_raw0 = np.eye(len(index)), np.zeros(len(index))
+    limit = np.full(len(index), 3.0)
+    limit[products] = 0.3  # at 3 a raw coefficient overflows
     for i, j, value in linear:
         if to_raw[i, j] == 0:  # laws that share both parameters agree
             to_raw[i, j] = value
     for i, value in constant:
         to_raw0[i] = value
     return Problem(rows, system, list(index), np.array(log_names), np.array(slot), np.array(features), np.array([offset[s] for s in slots]),
-                   to_raw, to_raw0, np.log([row["loss"] for row in rows]), fixed, layout, head)
+                   to_raw, to_raw0, np.log([row["loss"] for row in rows]), fixed, layout, limit, head)
 
 
 def log_terms(problem, theta):
@@ -492,7 +506,7 @@ def extrapolate(rows, system, law, name, share, delta):
     """Held-out rows of the law at the largest level of variable `name`, and ln measured - ln predicted by a fit without that
     level (for N: without it in any family). None where too little is left to fit."""
     families = [family for family, its in system.items() if its == law]
-    family = families[-1]
+    family = "upcycled" if "upcycled" in families else families[-1]
     top = max(variable(row, name) for row in rows if row["family"] == family)
     held = [row for row in rows if row["family"] == family and row[name] == top]
     kept = [row for row in rows if not ((row["family"] == family or name == "N") and row.get(name, 0) >= top)]
@@ -519,9 +533,9 @@ def profile_E(fit, law):
 
 
 def aicc(fit):
-    """Akaike's criterion with its small-sample correction, Gaussian in ln loss, over all rows of the system."""
+    """Akaike's criterion with its small-sample correction, Gaussian in ln loss, over all rows of the system, more than p + 2."""
     n, k = len(fit.residual), len(fit.theta) + 1
-    return n * math.log((fit.residual ** 2).mean() + 1e-300) + 2 * k + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf)
+    return n * math.log((fit.residual ** 2).mean() + 1e-300) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -550,7 +564,8 @@ def clean(raw):
         raise ValueError("not a JSON object")
     if not isinstance(raw.get("family"), str) or raw["family"] not in FAMILIES:
         raise ValueError(f"family {raw.get('family')!r} is none of {', '.join(FAMILIES)}")
-    row = {key: value for key, value in raw.items() if isinstance(key, str) and value not in (None, "")}
+    foreign = {"D", "D1", "D2"} - set(FAMILIES[raw["family"]])  # a table gives them a 0 or nan
+    row = {key: value for key, value in raw.items() if isinstance(key, str) and key not in foreign and value not in (None, "")}
     for key in (*FAMILIES[row["family"]], "loss"):
         if key not in row:
             raise ValueError(f"{key} is missing")
@@ -562,6 +577,11 @@ def clean(raw):
         try:
             row[key] = number(row[key])
         except (KeyError, ValueError):
+            row.pop(key, None)
+    for key in KNOBS:
+        try:
+            row[key] = float(row[key])
+        except (KeyError, TypeError, ValueError, OverflowError):
             row.pop(key, None)
     return row
 
@@ -598,8 +618,8 @@ def read_rows(paths, skip_bad=False):
                     row = clean(json.loads(raw) if isinstance(raw, str) else raw)
                 except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(f"not valid JSON ({error})") from None
-                key = tuple(repr(row.get(k)) for k in ("family", "N", "D", "D1", "D2", "seed", "method", "trunk", "data_sha256",
-                                                       "num_local_experts", "num_experts_per_tok"))
+                key = tuple(str(row.get(k)) for k in ("family", "N", "D", "D1", "D2", "seed", "method", *KNOBS, "trunk", "data_sha256",
+                                                      "num_local_experts", "num_experts_per_tok"))
                 if key not in seen:
                     seen[key] = row["loss"], f"{path}:{line}"
                     rows.append(row)
@@ -632,8 +652,8 @@ def missing(rows, system):
                 lacks.append(f"needs {needed} levels of {name}, has {has}")
     if not lacks:
         problem = build(rows, system)
-        if len(problem.y) < len(problem.names) + 2:
-            lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters")
+        if len(problem.y) < len(problem.names) + 3:
+            lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {len(problem.names) + 3}")
     return lacks
 
 
@@ -648,8 +668,8 @@ class Options:
     laws: str = setting("", "laws to fit, comma-separated; empty: all that the rows allow")
     share: str = setting("E", "parameters that dense, MoE and upcycled laws have in common, comma-separated; none: nothing")
     delta: Literal["auto"] | float = setting("auto", "Huber's delta on log residuals; auto: 1.345 robust standard deviations")
-    draws: int = setting(1000, "bootstrap draws")
-    seed: int = setting(0, "seed of the bootstrap")
+    draws: int = setting(1000, "bootstrap draws", least=20)
+    seed: int = setting(0, "seed of the bootstrap", least=0)
     skip_bad: bool = setting(False, "drop bad rows and count them, instead of stopping at the first")
 
 
@@ -678,6 +698,14 @@ def plan_fits(rows, wanted=()):
     return fits, lacks
 
 
+def shared_names(options):
+    return tuple(name for name in map(str.strip, options.share.split(",")) if name not in ("", "none"))
+
+
+def rounded(params):
+    return {k: [float(f"{x:.7g}") for x in v] if np.ndim(v) else float(v) for k, v in params.items()}
+
+
 def rms(values):
     values = np.asarray(values)
     return float(np.sqrt((values ** 2).mean())) if len(values) else None
@@ -685,7 +713,7 @@ def rms(values):
 
 def analyse(rows, options, fits, bar):
     """{law: its entry in laws.json} and {law: what figures need: its Fit, left-out errors, extrapolations, profile of E}."""
-    share = tuple(name for name in options.share.split(",") if name != "none")
+    share = shared_names(options)
     entries, details, cache = {}, {}, {}
     for law, (system, mine) in fits.items():
         key = tuple(system.items()) + (len(mine),)
@@ -700,15 +728,18 @@ def analyse(rows, options, fits, bar):
         far = {name: extrapolate(mine, system, law, name, its, options.delta) for name in variables}
         row, trunk, _, trunk_df = variances(f, trunk_of(f.problem.rows))
         entries[law] = {
-            "params": {k: float(v) for k, v in params.items()},
+            "params": rounded(params),
             "ci95": {k: np.quantile(v, [0.025, 0.975]).tolist() for k, v in draws.items()},
             "se_asymptotic": standard_errors(f, law), "n": int(here.sum()), "rmse_log": rms(f.residual[here]),
             "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)]), "extrapolation": {k: v and rms(v[1]) for k, v in far.items()},
-            "aicc": aicc(f), "fitted_with": system, "shared": sorted(set(its) & {name for name in f.problem.names}),
-            "not_identified": {k: why for k, (_, why) in f.problem.fixed[law].items()} | unidentified(f, law, draws),
-            "huber_delta": f.delta, "params_at_delta_0.001": {k: float(v) for k, v in narrow.params(law).items()},
+            "aicc": aicc(f), "n_with": len(f.residual), "fitted_with": system, "shared": sorted(set(its) & {name for name in f.problem.names}),
+            "not_identified": {k: why for k, (_, why) in f.problem.fixed[law].items()} | unidentified(f, law, theta),
+            "huber_delta": f.delta, "params_at_delta_0.001": rounded(narrow.params(law)),
             "row_sd": math.sqrt(row), "trunk_sd": math.sqrt(trunk), "trunks": len(set(trunk_of(f.problem.rows))),
-            "draws": {k: [float(f"{x:.7g}") for x in v] for k, v in draws.items()}}
+            "draws": rounded(draws)}
+        if law in RIVALS:  # compare it with these: of the same fit, draw by draw
+            entries[law]["beside"] = {other: {"params": rounded(f.params(other)), "draws": rounded(f.params(other, theta))}
+                                      for other in dict.fromkeys(system.values()) if other != law}
         if "alpha3" in draws:
             below = int((draws["alpha3"] <= 0).sum())
             entries[law]["alpha3_p"] = min(1.0, 2 * (min(below, options.draws - below) + 1) / (options.draws + 1))
@@ -727,24 +758,26 @@ def at_each_N(rows, options):
             f = fit(mine, system, (), options.delta)
             here, left_out = np.array([system[row["family"]] == law for row in f.problem.rows]), leave_trunk_out(f)
             found.setdefault(f"{n:.6g}", {})[law] = {
-                "params": {k: float(v) for k, v in f.params(law).items()}, "se_asymptotic": standard_errors(f, law), "n": int(here.sum()),
+                "params": rounded(f.params(law)), "se_asymptotic": standard_errors(f, law), "n": int(here.sum()),
                 "rmse_log": rms(f.residual[here]), "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)])}
             if law == "upcycled":
                 profiles[n] = profile_E(f, law)
     return found, profiles
 
 
-def unidentified(fit, law, draws):
-    """{parameter: why} where the fit sits on a bound, or the draws leave an exponent's sign or a coefficient's size open."""
-    problem, why = fit.problem, {}
-    bound = (fit.theta <= problem.low) | (fit.theta >= problem.high)
+def unidentified(fit, law, theta):
+    """{parameter: why} where the fit or an end of its interval (theta: draws) sits on a bound, or an exponent's sign or a
+    coefficient's size is open."""
+    problem, why, draws = fit.problem, {}, fit.params(law, theta)
+    low, high = np.quantile(theta, [0.025, 0.975], axis=0)
+    bound = (np.minimum(fit.theta, low) <= problem.low) | (np.maximum(fit.theta, high) >= problem.high)
     at_bound = {name.rpartition(":")[2] for name, its in zip(problem.names, bound) if its and name.rpartition(":")[0] in ("", law)}
     for name, values in draws.items():
         low, high = np.quantile(values, [0.025, 0.975])
         if name in problem.fixed[law]:
             continue
         if name in at_bound:
-            why[name] = "not identified: at the bound of the fit"
+            why[name] = "not identified: it or its interval at a bound of the fit"
         elif low > 0 and high > 100 * low:
             why[name] = "not identified: its interval spans a factor of more than 100"
         elif low < 0 < high and name != "alpha3":
@@ -778,8 +811,11 @@ def main(options):
     for name in wanted:
         if name not in LAWS:
             raise ConfigError(f"--laws: no law '{name}'; there are {', '.join(LAWS)}")
-    if options.draws < 20:
-        raise ConfigError(f"--draws={options.draws}: fewer than 20 give no interval")
+    if options.delta != "auto" and options.delta <= 0:
+        raise ConfigError(f"--delta={options.delta:g} is not positive; auto, or a size of log residuals such as 0.001")
+    for name in shared_names(options):
+        if name not in parameter_names("dense"):
+            raise ConfigError(f"--share: '{name}' is none of {', '.join(parameter_names('dense'))}")
     fits, lacks = plan_fits(rows, wanted)
     if wanted and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
@@ -789,17 +825,23 @@ def main(options):
         raise ConfigError(f"{', '.join(options.rows)}: no law can be fitted to these {len(rows)} rows")
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
     notes += mixtures(rows)
+    try:
+        os.makedirs(options.out, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
     systems = {tuple(system.items()) for system, _ in fits.values()}
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
         entries, details = analyse(rows, options, fits, bar)
+    open_ = {law: [k for k, why in e["not_identified"].items() if why.startswith("not identified")] for law, e in entries.items()}
+    if said := [f"{law} ({', '.join(names)})" for law, names in open_.items() if names]:
+        notes.append("these rows do not identify " + ", ".join(said) + ": single values mean nothing there, and plans by them little")
     sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
     content = hashlib.sha256("".join(sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)).encode()).hexdigest()
-    out = {"version": 1, "laws": entries, "at_each_N": sizes, "ranges": ranges(rows), "data_sha256": content, "git": code_version()}
+    out = {"version": 1, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows), "data_sha256": content, "git": code_version()}
     if ratios := [row["N_active"] / row["N"] for row in rows if row["family"] != "dense" and "N_active" in row]:
         out["active_ratio"] = float(np.mean(ratios))
-    os.makedirs(options.out, exist_ok=True)
     with open(os.path.join(options.out, "laws.json"), "w", encoding="utf-8") as f:
-        json.dump(out, f)
+        json.dump(out, f, allow_nan=False)
     import report  # which imports this file
     compared, parameters, each = report.table(entries, sizes)
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")

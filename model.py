@@ -61,7 +61,8 @@ class ModelConfig:
 def parameter_counts(c):
     """Parameters of a ModelConfig by group, and the sums the laws use.
 
-    N: non-embedding parameters of the dense model with this backbone (one expert as its MLP, no router).
+    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (What was upcycled to
+    slices of its MLP has a larger N, that of its dense model, which its lineage records.)
     N_active, N_total: non-embedding parameters of this model that a token uses, and all of them (equal to N if dense).
     """
     L, D, E = c.num_hidden_layers, c.hidden_size, c.num_local_experts

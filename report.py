@@ -185,15 +185,15 @@ def contours(rows, laws, best):
     show = [law for law in dict.fromkeys(("upcycled", best)) if law in laws]
     d1, d2 = (np.geomspace(levels(up, name)[0] / 2, levels(up, name)[-1] * 2, 80) for name in ("D1", "D2"))
     losses = {law: predict(law, laws[law]["params"], N=n, D1=d1[None, :], D2=d2[:, None]) for law in show}
-    at = np.linspace(min(v.min() for v in losses.values()), max(v.max() for v in losses.values()), 14)
+    inside = [v[np.ix_(*((g >= levels(up, name)[0]) & (g <= levels(up, name)[-1]) for g, name in ((d2, "D2"), (d1, "D1"))))] for v in losses.values()]
+    at = np.unique(np.quantile(np.concatenate([v.ravel() for v in inside]), np.linspace(0.02, 0.98, 10)))  # where the data are
     figure, axes = panels(len(show), sharey=True)
     for axis, law in zip(axes, show):
-        lines = axis.contour(d1, d2, losses[law], levels=at, cmap="viridis", linewidths=1.2)
-        axis.clabel(lines, fmt="%.2f", fontsize=7)
         mine = [row for row in up if row["N"] == n]
-        axis.plot([row["D1"] for row in mine], [row["D2"] for row in mine], "D", ms=3, color="#3b6fb6", label="measured here")
         log_axis(axis, levels(mine, "D1"))
-        log_axis(axis, levels(mine, "D2"), "y")
+        log_axis(axis, levels(mine, "D2"), "y")  # before the labels are placed
+        axis.clabel(axis.contour(d1, d2, losses[law], levels=at, cmap="viridis", linewidths=1.2), fmt="%.2f", fontsize=7)
+        axis.plot([row["D1"] for row in mine], [row["D2"] for row in mine], "D", ms=3, color="#3b6fb6", label="measured here")
         axis.set(xlabel="D1 (tokens)", title=f"{named(law)}, N = {short(n)}")
     axes[0].set_ylabel("D2 (tokens)")
     return figure
@@ -206,18 +206,20 @@ def method_label(row):
 
 
 def method_differences(rows):
-    """{method: {(N, D1, D2): [relative difference of loss from copy, one a seed]}}: pairs that share the dense trunk and its data."""
-    up = {(method_label(r), r["N"], r["D1"], r["D2"], r.get("seed")): r["loss"] for r in rows if r["family"] == "upcycled"}
+    """{method: {(N, D1, D2): {seed: relative difference of loss from copy}}}: pairs that share the dense trunk and its data."""
+    up = {(method_label(r), r["N"], r["D1"], r["D2"], str(r.get("seed")), r.get("data_sha256")): r["loss"] for r in rows if r["family"] == "upcycled"}
     out = {}
-    for (label, n, d1, d2, seed), loss in up.items():
-        base = up.get(("copy", n, d1, d2, seed))
+    for (label, n, d1, d2, seed, data), loss in up.items():
+        base = up.get(("copy", n, d1, d2, seed, data))
         if label != "copy" and base:
-            out.setdefault(label, {}).setdefault((n, d1, d2), []).append(loss / base - 1)
+            out.setdefault(label, {}).setdefault((n, d1, d2), {})[seed] = loss / base - 1
     return out
 
 
 def interval(values):
-    """Mean and half of its 95 % t-interval; the half is nan for one value."""
+    """Mean and half of its 95 % t-interval; the half is nan for one value, both for none."""
+    if not values:
+        return np.nan, np.nan
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return np.mean(values), half
 
@@ -229,7 +231,7 @@ def methods_against_copy(differences):
     for axis, column in zip(axes, columns):
         d2s = [cell[2] for cell in cells if cell[:2] == column]
         for i, (label, its) in enumerate(differences.items()):
-            points = [interval(its[(*column, d2)]) for d2 in d2s]
+            points = [interval(list(its.get((*column, d2), {}).values())) for d2 in d2s]
             x = np.array(d2s) * 1.06 ** (i - (len(differences) - 1) / 2)  # side by side
             axis.errorbar(x, [100 * m for m, _ in points], [100 * h for _, h in points], fmt="o", ms=4, lw=1, color=plt.cm.tab10(i), label=label)
         axis.axhline(0, color="black", lw=0.8)
@@ -241,13 +243,20 @@ def methods_against_copy(differences):
 
 
 def method_lines(differences):
-    """A table: each method's mean difference over all cells, one value a seed, with its 95 % t-interval over seeds."""
-    lines = ["| method | loss against copy | 95 % interval | seeds |", "|---|---|---|---|"] * bool(differences)
+    """A table: each method's mean difference over cells (N, D1, D2), one value a seed that has them all, with its 95 % t-interval over seeds."""
+    lines = ["| method | loss against copy | 95 % interval | seeds | cells |", "|---|---|---|---|---|"] * bool(differences)
     for label, its in differences.items():
-        seeds = [np.mean(s) for s in zip(*its.values())]
-        mean, half = interval(seeds)
-        lines.append(f"| {label} | {100 * mean:+.2f} % | {100 * (mean - half):+.2f} .. {100 * (mean + half):+.2f} % | {len(seeds)} |")
+        whole = set.intersection(*map(set, its.values()))
+        mean, half = interval([np.mean([cell[seed] for cell in its.values()]) for seed in whole])
+        numbers = f"{100 * mean:+.2f} % | {100 * (mean - half):+.2f} .. {100 * (mean + half):+.2f} %" if len(whole) > 1 else \
+                  f"{100 * mean:+.2f} % | -" if whole else "no seed has every cell | -"
+        lines.append(f"| {label} | {numbers} | {len(whole)} | {len(its)} |")
     return aligned(lines)
+
+
+def say_p(entry):
+    floor = 2 / (len(entry["draws"]["alpha3"]) + 1)
+    return f"p {'<=' if entry['alpha3_p'] <= floor * 1.001 else '='} {entry['alpha3_p']:.2g}"
 
 
 def percent(value):
@@ -258,20 +267,21 @@ def table(entries, sizes):
     """The comparison, the parameters and the fits at each N: lines of three tables that read on a terminal and in Markdown."""
     best = {}
     for law, e in entries.items():
-        group = tuple(e["fitted_with"])
+        group = *e["fitted_with"], e["n_with"]
         best[group] = min(best.get(group, math.inf), e["aicc"])
     compared = ["| law | rows | in sample | trunk left out | to largest D or D1 | to largest D2 | to largest N | AICc - best |", "|---|---|---|---|---|---|---|---|"]
     for law, e in entries.items():
         far = e["extrapolation"]
+        behind = "-" if law in ("dense", "moe") else f"{e['aicc'] - best[*e['fitted_with'], e['n_with']]:.1f}"  # theirs is their system's
         compared.append(f"| {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {percent(far.get('D1', far.get('D')))} | "
-                     f"{percent(far.get('D2'))} | {percent(far.get('N'))} | {e['aicc'] - best[tuple(e['fitted_with'])]:.1f} |")
+                     f"{percent(far.get('D2'))} | {percent(far.get('N'))} | {behind} |")
     parameters = ["| law | parameter | estimate | 95 % interval | asymptotic s.e. | at delta 0.001 | |", "|---|---|---|---|---|---|---|"]
     for law, e in entries.items():
         for name, value in e["params"].items():
             low, high = e["ci95"][name]
             note = e["not_identified"].get(name, "shared" if name in e["shared"] else "")
             if name == "alpha3":
-                note = f"p = {e['alpha3_p']:.2g}"
+                note = "; ".join(filter(None, [say_p(e), note]))
             numbers = f"{low:.4g} .. {high:.4g} | {e['se_asymptotic'][name]:.2g} | {e['params_at_delta_0.001'][name]:.4g}" if low < high else "- | - | -"
             parameters.append(f"| {law} | {name} | {value:.4g} | {numbers} | {note} |")
     each = ["| at one N | law | rows | in sample | trunk left out | exponents, each with its asymptotic s.e. |", "|---|---|---|---|---|---|"] * bool(sizes)
@@ -296,7 +306,7 @@ def findings(laws, ranges):
         e = laws["upcycled"]
         (low, high), p = e["ci95"]["alpha3"], e["params"]
         ends = [-p["alpha2"] + p["alpha3"] * np.log(d) for d in ranges["upcycled"]["D1"]]
-        said.append(f"alpha3 = {p['alpha3']:.3g} ({low:.3g} .. {high:.3g}, p = {e['alpha3_p']:.2g}): from D1 = {short(ranges['upcycled']['D1'][0])} to "
+        said.append(f"alpha3 = {p['alpha3']:.3g} ({low:.3g} .. {high:.3g}, {say_p(e)}): from D1 = {short(ranges['upcycled']['D1'][0])} to "
                     f"{short(ranges['upcycled']['D1'][1])} the exponent of D2 goes from {ends[0]:.3f} to {ends[1]:.3f}.")
     for name in ("D1", "D2", "N"):
         errors = {law: laws[law]["extrapolation"].get(name) for law in STYLE if law in laws and laws[law]["extrapolation"].get(name) is not None}
@@ -309,7 +319,8 @@ def findings(laws, ranges):
             for d1 in ranges["upcycled"]["D1"]:
                 worth = np.quantile(np.array(draws["c"]) * d1 ** np.array(draws["gamma"]), [0.025, 0.975])
                 said.append(f"Under {law} a dense checkpoint of {short(d1)} tokens is worth {short(p['c'] * d1 ** p['gamma'])} "
-                            f"({short(worth[0])} .. {short(worth[1])}) tokens of MoE training.")
+                            f"({short(worth[0])} .. {short(worth[1])}) tokens of " + ("MoE training." if law.endswith("_shared") else
+                                                                                     "upcycled training (fitted apart from the MoE from scratch)."))
             break
     return said
 
@@ -341,7 +352,7 @@ def report(rows, out, details, profiles, lines, notes, directory):
     first = next(iter(laws.values()))
     text = ["# Scaling laws", "", f"{len(rows)} rows. Fitted ranges: {spans}.", "",
             f"Noise of ln loss: {100 * first['row_sd']:.2f} % a run, {100 * first['trunk_sd']:.2f} % a trunk ({first['trunks']} trunks). "
-            f"Huber's delta {first['huber_delta']:.2g}. Intervals: trunk bootstrap, {len(next(iter(first['draws'].values())))} draws.", ""]
+            f"Huber's delta {first['huber_delta']:.2g}. Intervals: {len(next(iter(first['draws'].values())))} draws, {out['intervals']}.", ""]
     text += [f"- {said}" for said in [*findings(laws, out["ranges"]), *(f"warning: {note}" for note in notes)]] + ["", *lines]
     for name, (_, caption) in figures.items():
         text += ["", f"![{caption}]({name}.png)", "", caption]

@@ -3,8 +3,8 @@
     python sweep.py config/study_quick.py [--dry_run]
 
 A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays. Points of one dense
-trunk are also where upcycling starts. What is finished is skipped; a stop (Ctrl-C, SIGTERM) loses nothing, a kill only what
-came after the last checkpoint. Rows go to out_dir/rows.jsonl.
+trunk are also where upcycling starts. What is finished is skipped; a stop (Ctrl-C, SIGTERM) or, on Linux, a kill of this process
+loses at most the step under way, a kill of a worker what came after its last checkpoint (save_every_seconds). Rows go to out_dir/rows.jsonl.
 """
 import contextlib
 import ctypes
@@ -42,12 +42,14 @@ class Study:
     num_experts_per_tok: int = setting(2, "experts a token uses")
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
-    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each (on GPUs: worker i on GPU i, modulo their number)", least=1)
+    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each (on GPUs: worker i on GPU i, modulo their number)",
+                           least=1)
     dry_run: bool = setting(False, "print the plan, train nothing")
 
 OURS = {"config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data", "num_local_experts", "num_experts_per_tok",
         "max_tokens", "schedule", "decay_start", "decay_steps", "save_at_tokens"}  # what a study sets itself in a run
-MAY_CHANGE = {"config", "out_dir", "init_from", "rows", "trunk", "max_tokens", "save_at_tokens", "save_every_seconds", "device", *MODEL_KEYS}  # in a run's later parts
+MAY_CHANGE = {"config", "out_dir", "init_from", "rows", "trunk", "max_tokens", "save_at_tokens", "save_every_seconds", "device",
+              *MODEL_KEYS}  # in a run's later parts
 
 
 @dataclass
@@ -110,7 +112,8 @@ def plan(study):
                                                           "check": False, "seed": seed} | experts | method, f"{study.config}: methods: ")
                     target = dataclasses.replace(moe, num_local_experts=options.num_local_experts, num_experts_per_tok=options.num_experts_per_tok,
                                                  intermediate_size=base.intermediate_size // options.granularity)
-                    jobs += family(study, target, name, {"family": "upcycled", "N": n, "D1": d1, "method": options.method}, study.D2, upcycled=options)
+                    known = {"family": "upcycled", "N": n, "D1": d1, "method": options.method}
+                    jobs += family(study, target, name, known, study.D2, upcycled=options)
     names = [job.settings.out_dir for job in jobs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{study.config}: {twice[0]} would be two runs; are two of methods equal?")
@@ -128,7 +131,8 @@ def levels(study, c, tokens):
     """Token counts rounded to whole steps. Raises ConfigError when two become one or none is left."""
     rounded = [round(t / c.tokens_per_step) * c.tokens_per_step for t in tokens]
     if len(set(rounded)) < len(rounded) or min(rounded) <= c.warmup_steps * c.tokens_per_step:
-        raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of {c.tokens_per_step} tokens and exceed {c.warmup_steps} warm-up steps")
+        raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of {c.tokens_per_step} tokens and exceed "
+                          f"{c.warmup_steps} warm-up steps")
     return rounded
 
 
@@ -146,8 +150,9 @@ def family(study, c, name, known, tokens, keep=(), upcycled=None):
         trunk = dataclasses.replace(trunk, **plain)
     jobs = [Job(trunk, upcycled.source if upcycled else None, stops[-1], stops[-1] * per_token, None, upcycled)]
     for end, start in points:
-        branch = dataclasses.replace(trunk, out_dir=f"{out}-D{end}", init_from=at(out, start, c), branch=True, max_tokens=end, save_at_tokens=[],
-                                     decay_start=start // step, decay_steps=(end - start) // step, rows=os.path.join(study.out_dir, "rows.jsonl"), **plain)
+        branch = dataclasses.replace(trunk, out_dir=f"{out}-D{end}", init_from=at(out, start, c), branch=True, max_tokens=end,
+                                     save_at_tokens=[], decay_start=start // step, decay_steps=(end - start) // step,
+                                     rows=os.path.join(study.out_dir, "rows.jsonl"), **plain)
         row = known | {"N_active": counts["N_active"], "N_total": counts["N_total"], ("D2" if upcycled else "D"): end,
                        "trunk": name, "seed": c.seed, "flops": end * per_token}
         jobs.append(Job(branch, branch.init_from, end - start, (end - start) * per_token, row))
@@ -230,7 +235,8 @@ def check_unchanged(job):
         sizes = set() if job.settings.init_from else set(MODEL_KEYS)  # resolved from the checkpoint otherwise
         for key in now.keys() - (MAY_CHANGE - sizes):
             if now[key] is not None and before.get(key) != now[key]:  # None is resolved by the run
-                raise ConfigError(f"{path}: {key} was {before.get(key)!r}, the study now says {now[key]!r}; take another --out_dir, or delete that run")
+                raise ConfigError(f"{path}: {key} was {before.get(key)!r}, the study now says {now[key]!r}; take another --out_dir, "
+                                  "or delete that run")
 
 
 def tokens_done(job):

@@ -361,8 +361,8 @@ def _train(c, report, rank, world, device, ddp, signals):
         truncate_log(log_path, step if source != c.init_from else -1)
     keep_at = {step + -(-(t - state["tokens"]) // c.tokens_per_step) for t in c.save_at_tokens}  # those behind included
     if main and report is None:
-        print(f"{c.out_dir}: {family}, {n['N']:,} backbone parameters ({n['N_active']:,} active, {n['N_total']:,} total), step {step} of {max_steps}, "
-              f"{world} x {device.type}, {accumulate} x {micro} sequences of {T}")
+        print(f"{c.out_dir}: {family}, {n['N']:,} backbone parameters ({n['N_active']:,} active, {n['N_total']:,} total), "
+              f"step {step} of {max_steps}, {world} x {device.type}, {accumulate} x {micro} sequences of {T}")
         if state["sequence"] + (max_steps - step) * c.tokens_per_step // T > available:
             print(f"{c.dataset}: {available * T:,} training tokens are fewer than this run needs; some come again")
         if c.schedule == "wsd" and c.decay_steps and c.decay_start + c.decay_steps != max_steps:
@@ -413,8 +413,9 @@ def _train(c, report, rank, world, device, ddp, signals):
             loss, balance, z_loss, stop, save_now = sums.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 last = checkpoint.checkpoints(c.out_dir)
-                raise ConfigError(f"{c.out_dir}: loss {loss:g}, gradient norm {float(norm):g} at step {step}, token {state['tokens']}; stopped before "
-                                  f"the update. Last good checkpoint: {last[-1][1] if last else 'none'}; try a lower learning_rate than {c.learning_rate:g}")
+                raise ConfigError(f"{c.out_dir}: loss {loss:g}, gradient norm {float(norm):g} at step {step}, token {state['tokens']}; stopped "
+                                  f"before the update. Last good checkpoint: {last[-1][1] if last else 'none'}; try a lower learning_rate "
+                                  f"than {c.learning_rate:g}")
             optimizer.step()
             optimizer.zero_grad()
             if router and c.router_bias_update_rate:
@@ -430,8 +431,10 @@ def _train(c, report, rank, world, device, ddp, signals):
                 line = {"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": float(norm),
                         "tokens_per_s": round(speed), "flops_per_s": round(speed * flops)}
                 if router:
-                    line |= {"balance_loss": balance, "z_loss": z_loss, "effective_experts": [round(e, 3) for e in effective_experts(counts).tolist()],
-                             "router_load": [[round(s, 4) for s in row] for row in (counts / counts.sum(-1, keepdim=True)).tolist()]}
+                    load = counts / counts.sum(-1, keepdim=True)  # (L, E)
+                    line |= {"balance_loss": balance, "z_loss": z_loss,
+                             "effective_experts": [round(e, 3) for e in effective_experts(counts).tolist()],
+                             "router_load": [[round(share, 4) for share in layer] for layer in load.tolist()]}
             if c.eval_every_steps and step % c.eval_every_steps == 0:
                 val, _ = validate(model, val_tokens, c.eval_tokens, T, micro, device, autocast)
                 if main:
@@ -455,11 +458,13 @@ def _train(c, report, rank, world, device, ddp, signals):
 
     loss, se = validate(model, val_tokens, c.eval_tokens, T, micro, device, autocast)
     seen = state["tokens"] + lineage.get("tokens_before", 0)
+    method = lineage.get("method")
     row = {"family": family, "N": lineage["N"], "N_active": n["N_active"], "N_total": n["N_total"],
            **({"D1": lineage["D1"], "D2": seen} if family == "upcycled" else {"D": seen}), "loss": loss, "loss_se": se,
            "num_local_experts": c.num_local_experts, "num_experts_per_tok": c.num_experts_per_tok if c.num_local_experts else 0,
-           "method": lineage.get("method"), **{key: lineage[key] for key in KNOBS.get(lineage.get("method"), ())}, "seed": c.seed, "flops": seen * flops, "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"),
-           "data_sha256": meta["data_sha256"], "git": code_version(), "torch": torch.__version__}
+           "method": method, **{key: lineage[key] for key in KNOBS.get(method, ())}, "seed": c.seed, "flops": seen * flops,
+           "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"), "data_sha256": meta["data_sha256"],
+           "git": code_version(), "torch": torch.__version__}
     if main:
         append_row(c.rows, row)
         write_atomically(os.path.join(c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")

@@ -519,7 +519,7 @@ def upcycle(o):
     moe = dataclasses.replace(dense, num_local_experts=o.num_local_experts, num_experts_per_tok=o.num_experts_per_tok,
                               intermediate_size=dense.intermediate_size // o.granularity)
     shard_size, pieces = parse_size(o.shard_size), plan(first, moe)
-    seen = [s.state["tokens"] + s.state.get("lineage", {}).get("tokens_before", 0) if isinstance(s.state.get("tokens"), int) else None for s in sources]
+    seen = [s.state["tokens"] + s.state["lineage"].get("tokens_before", 0) if s.state else None for s in sources]
     check_bytes = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"])
     record = {"method": o.method, "seed": o.seed, "N": parameter_counts(dense)["N"],
               "D1": o.D1 if o.D1 is not None else None if None in seen else sum(seen),
