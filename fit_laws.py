@@ -832,9 +832,9 @@ def main(options):
     systems = {tuple(system.items()) for system, _ in fits.values()}
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
         entries, details = analyse(rows, options, fits, bar)
-    open_ = {law: [k for k, why in e["not_identified"].items() if why.startswith("not identified")] for law, e in entries.items()}
-    if said := [f"{law} ({', '.join(names)})" for law, names in open_.items() if names]:
-        notes.append("these rows do not identify " + ", ".join(said) + ": single values mean nothing there, and plans by them little")
+    unclear = {law: [k for k, why in e["not_identified"].items() if why.endswith(("bound of the fit", "sign is open"))] for law, e in entries.items()}
+    if said := [f"{law} ({', '.join(names)})" for law, names in unclear.items() if names]:
+        notes.append("these rows do not identify " + ", ".join(said) + "; outside the data those laws say little")
     sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
     content = hashlib.sha256("".join(sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)).encode()).hexdigest()
     out = {"version": 1, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows), "data_sha256": content, "git": code_version()}

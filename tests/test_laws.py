@@ -11,6 +11,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import least_squares
 
 import fit_laws as F
+import report
+from configurator import parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 with open(os.path.join(ROOT, "laws", "liew2025.json")) as file:
@@ -145,10 +147,13 @@ def test_jacobian_is_that_of_finite_differences(system):
         assert np.abs(numeric - jacobian[:, j]).max() < 1e-8, problem.names[j]
 
 
-@pytest.mark.parametrize("system", SYSTEMS[:3])
-def test_engine_and_formula_predict_alike(system):
+@pytest.mark.parametrize("system, share", [(system, ("E",)) for system in SYSTEMS[:3]] + [
+    (THREE, share) for share in ((), ("B", "beta"), ("E", "beta"), ("E", "B", "beta"), ("alpha",))] + [({"dense": "dense", "moe": "moe"}, ("A", "alpha"))])
+def test_engine_and_formula_predict_alike(system, share):
     rows = simulate(TABLE2, noise=0.1)
-    fit = F.fit(rows, system)
+    fit = F.fit(rows, system, share)
+    for name in share:
+        assert len({float(fit.params(law)[name]) for law in set(system.values()) if name in fit.params(law)}) == 1
     for family, law in system.items():
         here = np.array([row["family"] == family for row in fit.problem.rows])
         mine = [row for row in rows if row["family"] == family]
@@ -156,6 +161,12 @@ def test_engine_and_formula_predict_alike(system):
         if "effective" in law and family == "moe":
             point = {"N": point["N"], "D1": 0.0, "D2": point["D"]}
         assert np.allclose(np.log(F.predict(law, fit.params(law), **point)), (fit.problem.y - fit.residual)[here], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("share, system", [(("E", "B"), THREE), (("A",), THREE), (("A", "alpha"), THREE), (("A", "alpha"), SHARED)])
+def test_a_coefficient_is_shared_only_with_its_exponents(share, system):
+    with pytest.raises(F.ConfigError, match=f"can share {share[-1] if share[-1] != 'alpha' else 'A'} only where its exponents"):
+        F.fit(simulate(TABLE2), system, share)
 
 
 def test_no_random_start_finds_a_lower_objective():
@@ -259,6 +270,23 @@ def test_a_true_law_extrapolates_and_a_wrong_one_does_not():
         assert np.abs(wrong).max() > 1e-3
 
 
+def test_shared_law_extrapolates_upcycled_rows_where_the_moe_has_too_few_levels():
+    rows = simulate(HEAD_START, SHARED, D=DATA[::2], D1=np.geomspace(1e9, 1e11, 4))
+    rows = [row for row in rows if not (row["family"] == "moe" and row["D"] == DATA[2])]
+    system = F.plan_fits(rows)[0]["upcycled.effective_data_shared"][0]
+    for name in ("D1", "D2", "N"):
+        held, error = F.extrapolate(rows, system, "upcycled.effective_data_shared", name, ("E",), "auto")
+        assert {row["family"] for row in held} == {"upcycled"} and np.abs(error).max() < 1e-5
+
+
+def test_a_parameter_at_a_bound_or_whose_interval_reaches_it_is_not_identified():
+    fit = F.fit(simulate(TABLE2, {"dense": "dense"}, noise=0.001), {"dense": "dense"})
+    place, theta = fit.problem.names.index("dense:beta"), np.tile(fit.theta, (100, 1))
+    assert "beta" not in F.unidentified(fit, "dense", theta)
+    theta[:4, place] = fit.problem.high[place]
+    assert "bound" in F.unidentified(fit, "dense", theta)["beta"]
+
+
 def test_held_out_rows_do_not_reach_the_fit():
     rows = simulate(TABLE2, D1=np.geomspace(1e9, 1e11, 4), noise=0.003)
     top = max(row["D1"] for row in rows if "D1" in row)
@@ -315,6 +343,37 @@ def test_csv_and_jsonl_give_the_same_rows_and_repeats_count_once(tmp_path):
     assert [[x.get(k) for k in ("family", "N", "D", "D1", "D2", "loss")] for x in a] == [[x.get(k) for k in ("family", "N", "D", "D1", "D2", "loss")] for x in b]
 
 
+def test_columns_of_other_families_and_knobs_of_the_method(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("family,N,D,D1,D2,loss,method,drop_ratio\ndense,1e6,1e9,0,nan,3,,\nupcycled,1e6,2e9,1e9,1e9,2.9,drop,0.5\nupcycled,1e6,0,1e9,1e9,2.8,drop,0.25\n")
+    rows, _ = F.read_rows([str(path)])
+    assert [set(row) & {"D", "D1", "D2"} for row in rows] == [{"D"}, {"D1", "D2"}, {"D1", "D2"}]
+    assert [report.method_label(row) for row in rows[1:]] == ["drop 0.5", "drop 0.25"]
+
+
+NUMBERS = st.sampled_from([1, 2.0, "3", 1e6, 1e300, 1e-300, 5e-324, 1.7e308])
+
+
+@settings(max_examples=150)
+@given(st.lists(st.fixed_dictionaries({"family": st.sampled_from(list(F.FAMILIES)), "N": NUMBERS, "D": NUMBERS, "D1": NUMBERS, "D2": NUMBERS, "loss": NUMBERS},
+                                      optional={"trunk": st.integers(0, 3), "N_active": NUMBERS, "N_total": NUMBERS}), min_size=1, max_size=24))
+def test_whatever_rows_can_be_read_can_be_planned(rows):
+    fits, lacks = F.plan_fits([F.clean(row) for row in rows])
+    assert set(fits) | set(lacks) == set(F.LAWS)
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 2 ** 32 - 1))
+def test_the_fewest_rows_that_are_accepted_can_be_fitted(seed):
+    random = np.random.default_rng(seed)
+    rows = [F.clean({"family": family, "N": 1e6, "D": d, "D1": d, "D2": e, "loss": float(random.lognormal(1, 1))})
+            for family in F.FAMILIES for d in (1e7, 1e8, 1e9) for e in (1e7, 1e8, 1e9)]
+    rows = [row for row in rows if random.random() < 0.7]
+    for law, (system, mine) in F.plan_fits(rows)[0].items():
+        fit = F.fit(mine, system)
+        assert math.isfinite(F.aicc(fit)) and all(map(math.isfinite, fit.params(law).values()))
+
+
 @settings(max_examples=150)
 @given(st.binary(max_size=300) | st.lists(st.dictionaries(st.sampled_from(["family", "N", "D", "D1", "D2", "loss", "trunk", "N_active"]),
        st.sampled_from(["dense", "upcycled", "moe"]) | st.integers() | st.floats() | st.text(max_size=8) | st.none() | st.booleans() | st.lists(st.integers(), max_size=2)),
@@ -335,7 +394,7 @@ def test_missing_levels_are_named():
     assert F.missing(simulate(TABLE2, D=DATA[:2]), {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
     assert F.missing(simulate(TABLE2, D1=DATA[:1]), {"upcycled": "upcycled"}) == ["needs 3 levels of D1, has 1"]
     assert F.missing(simulate(TABLE2, {"dense": "dense"}), THREE) == ["has no moe rows", "has no upcycled rows"]
-    assert F.missing(simulate(TABLE2, N=[1e8], D=DATA[:3]), {"dense": "dense"}) == ["has 3 rows for 3 parameters"]
+    assert F.missing(simulate(TABLE2, N=[1e8], D=DATA[:3]), {"dense": "dense"}) == ["has 3 rows for 3 parameters, needs 6"]
     fits, lacks = F.plan_fits(simulate(TABLE2, {"dense": "dense", "upcycled": "upcycled"}))
     assert "upcycled.additive" in fits and fits["upcycled"][0] == {"dense": "dense", "upcycled": "upcycled"}
     assert lacks["moe"] == lacks["upcycled.effective_data_shared"] == "has no moe rows" and "levels of experts" in F.plan_fits(simulate(TABLE2))[1]["moe.joint"]
@@ -357,23 +416,47 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     assert laws["version"] == 1 and laws["active_ratio"] == 1.5 and laws["ranges"]["upcycled"]["D1"] == pytest.approx([5e5, 8e6])
     assert set(laws["laws"]) == {"dense", "moe", *F.RIVALS}
     assert len(laws["at_each_N"]) == 3 and all(set(its) == set(F.RIVALS) and its["upcycled"]["n"] == 12 for its in laws["at_each_N"].values())
+    for law in F.RIVALS:  # each with the laws of its own fit
+        beside = laws["laws"][law]["beside"]
+        assert set(beside) == ({"dense"} if law.endswith("_shared") else {"dense", "moe"})
+        assert all(len(values) == 20 for entry in beside.values() for values in entry["draws"].values())
+    assert laws["laws"]["upcycled"]["beside"]["moe"]["params"] == laws["laws"]["moe"]["params"] != laws["laws"]["upcycled.additive"]["beside"]["moe"]["params"]
     for law, entry in laws["laws"].items():
         assert list(entry["params"]) == list(entry["ci95"]) == list(entry["draws"]) == F.parameter_names(law)
         assert all(len(values) == 20 for values in entry["draws"].values())
         assert entry["n"] == sum(entry["fitted_with"].get(row["family"]) == law for row in rows)
     figures = {"loss_against_D2", "slope_against_D1", "predicted_against_measured", "contours", "residuals", "alpha3_along_E"}
-    report = (tmp_path / "a" / "report.md").read_text()
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "parametric bootstrap" in text and "p <= 0.095" in text
     for name in figures:
-        assert (tmp_path / "a" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "a" / f"{name}.pdf").stat().st_size > 5000 and f"]({name}.png)" in report
+        assert (tmp_path / "a" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "a" / f"{name}.pdf").stat().st_size > 5000 and f"]({name}.png)" in text
+
+
+def test_methods_are_paired_by_seed_and_may_miss_cells():
+    def row(method, seed, d2, loss, **knobs):
+        return {"family": "upcycled", "N": 1e6, "D1": 1e7, "D2": d2, "seed": seed, "method": method, "loss": loss, **knobs}
+    rows = [row("copy", seed, d2, 2.0 + seed) for seed in range(3) for d2 in (1e6, 2e6)]
+    rows += [row("noise", seed, d2, (2.0 + seed) * 1.01, noise_std=0.1) for seed in (2, 0) for d2 in (2e6, 1e6)]
+    rows += [row("drop", 1, 1e6, 3.3, drop_ratio=0.5)]
+    differences = report.method_differences(rows)
+    assert {cell[2]: its for cell, its in differences["noise 0.1 σ"].items()} == {d2: pytest.approx({"0": 0.01, "2": 0.01}) for d2 in (1e6, 2e6)}
+    lines = report.method_lines(differences)
+    assert "+1.00 %" in lines[2] and "| 2     | 2" in lines[2] and "+10.00 %" in lines[3] and "nan" not in "".join(lines)
+    report.plt.close(report.methods_against_copy(differences))
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("family,N,D,loss\ndense,1e6,1e9,3\ndense,1e6,2e9,2.9\n")
-    for options, said in ((dict(laws="dense"), "--laws: dense needs 3 levels of D, has 2"), (dict(laws="dens"), "no law 'dens'"), (dict(draws=3), "--draws=3"),
-                          (dict(), "no law can be fitted"), (dict(rows=[str(tmp_path / "none.csv")]), "No such file")):
+    for words, said in ((["--laws=dense"], "--laws: dense needs 3 levels of D, has 2"), (["--laws=dens"], "no law 'dens'"), (["--draws=3"], "draws: 3 is not at least 20"),
+                        ([], "no law can be fitted"), ([str(tmp_path / "none.csv")], "No such file"), (["--delta=0"], "--delta=0 is not positive"), (["--seed=-1"], "seed: -1"),
+                        (["--share=E,alpha9"], "'alpha9' is none of A, alpha, B, beta, E")):
         with pytest.raises(F.ConfigError, match=said):
-            F.main(F.Options(**dict(rows=[str(path)], out=str(tmp_path / "out")) | options))
+            F.main(parse(F.Options, [str(path), f"--out={tmp_path / 'out'}", *words]))
+    full = tmp_path / "full.jsonl"
+    full.write_text("".join(json.dumps(row) + "\n" for row in simulate(TABLE2, {"dense": "dense"})))
+    with pytest.raises(F.ConfigError, match="cannot be a directory"):
+        F.main(parse(F.Options, [str(full), f"--out={path}"]))
     done = subprocess.run([sys.executable, os.path.join(ROOT, "fit_laws.py"), str(path), "--laws=dense"], capture_output=True, text=True)
     assert done.returncode == 2 and "has 2" in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
