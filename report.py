@@ -201,8 +201,9 @@ def contours(rows, laws, best):
 
 def method_label(row):
     """What tells a row's method apart: drop 0.5, virtual groups G = 2, copy."""
-    detail = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ"}
-    return " ".join([str(row.get("method")).replace("_", " ")] + [form.format(row[key]) for key, form in detail.items() if row.get(key) is not None])
+    detail = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ", "noise_fraction": "on {:g}"}
+    return " ".join([str(row.get("method")).replace("_", " ")] + [
+        form.format(row[key]) for key, form in detail.items() if row.get(key) is not None and (key, row[key]) != ("noise_fraction", 1)])
 
 
 def method_differences(rows):

@@ -10,6 +10,7 @@ import pytest
 
 import fit_laws
 import plan as P
+from configurator import from_dict
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE2 = os.path.join(ROOT, "laws", "liew2025.json")
@@ -118,7 +119,58 @@ def test_distance_outside_the_fitted_range_is_said():
     assert "not known" in P.outside(ranges, "upcycled", D1=1e9)[0]
 
 
+def constant(**params):
+    return {"params": params, "draws": {name: np.full(1000, value) for name, value in params.items()}}
+
+
+def test_from_scratch_that_leads_from_the_start_is_not_said_to_come_never():
+    laws = LAWS | {"upcycled": constant(A=32.0, alpha1=0.0, alpha2=0.161, alpha3=0.0, B=9.0, beta=0.080, E=0.165)}  # the MoE law and more
+    found = P.overtaking(laws, "upcycled", 1e9, 1e10)
+    assert found["D2_star"] == 0.0 == found["interval"][1] and found["from_start"] == 1.0 and found["never"] == 0.0 and found["regained"] is None
+    assert P.say_star(found).startswith("from the start")
+
+
+def test_second_root_is_an_artefact_only_above_the_fitted_range():
+    star = P.overtaking(LAWS, "upcycled", 1e9, 1e11)
+    assert star["regained_far"] and "artefact" in P.say_star(star)
+    inside = P.overtaking(LAWS, "upcycled", 1e9, 1e11, span=[1e9, 1e15])
+    assert inside["regained"] == pytest.approx(star["regained"], rel=1e-3) and not inside["regained_far"]
+    assert "artefact" not in P.say_star(inside) and "second root" in P.say_star(inside)
+
+
+def test_each_law_is_compared_with_those_of_its_own_fit():
+    rival = LAWS["upcycled"] | {"beside": {"moe": constant(A=32.0, alpha=0.161, B=7.05, beta=0.080, E=9.0), "dense": constant(A=8.83, alpha=0.088, B=12.3, beta=0.116, E=8.0)}}
+    laws = LAWS | {"upcycled": rival}
+    options = P.losses_now(laws, "upcycled", 1e9, 1e11, 1e20, 5 / 3)
+    assert options[P.SCRATCH]["loss"] == pytest.approx(32.0 * 1e10 ** -0.161 + 7.05 * 1e9 ** -0.080 + 9.0)
+    assert options[P.DENSE]["loss"] == pytest.approx(8.83 * (1e11 + 1e20 / 6e9) ** -0.088 + 12.3 * 1e9 ** -0.116 + 8.0)
+    assert P.overtaking(laws, "upcycled", 1e9, 1e11)["never"] == 1.0 and P.worse_than_start(laws, "upcycled", 1e9, 1e11) is None
+    assert P.plan_fresh(laws, CONTENT, "upcycled", 1e9, 1e21, 5 / 3)["options"]["dense"]["loss"] > 8
+
+
+def test_N_is_checked_against_every_family():
+    ranges = {family: {name: [1e8, 1e13] for name in fit_laws.FAMILIES[family]} for family in fit_laws.FAMILIES} | {"dense": {"N": [1e7, 1e8], "D": [1e8, 1e13]}}
+    assert P.plan_now(LAWS, {"ranges": ranges}, "upcycled", 1e9, 1e11, 1e21, 5 / 3)["warnings"] == ["N = 1e+09 is 10 times above the largest fitted (dense: 1e+08)"]
+
+
 # From nothing
+
+def test_fresh_refuses_an_optimum_at_the_end_of_the_search():
+    falling = constant(**LAWS["upcycled"]["params"] | {"alpha1": -0.1})  # dense training does harm
+    result = P.plan_fresh(LAWS | {"upcycled": falling}, CONTENT, "upcycled", 1e9, 1e21, 5 / 3)
+    assert P.BOTH not in result["options"] and "no interior optimum" in result["refused"][P.BOTH] and result["best"] == P.SCRATCH
+    assert "no plan" in "".join(P.say_fresh(result))
+    small = constant(A=8.83, alpha=0.088, B=1e-9, beta=0.1, E=0.165)  # the smallest model is best
+    result = P.plan_fresh(LAWS | {"dense": small}, CONTENT, "upcycled", 0.0, 1e21, 5 / 3)
+    assert "the search in N" in result["refused"][P.ONLY_DENSE] and set(result["options"]) == {P.SCRATCH, P.BOTH}
+
+
+def test_fresh_says_when_the_plan_is_far_outside_the_fitted_range():
+    for top, far in ((1e11, False), (1e9, True)):
+        ranges = {family: {name: [1e8, top] for name in names} for family, names in fit_laws.FAMILIES.items()}
+        result = P.plan_fresh(LAWS, {"ranges": ranges}, "upcycled", 1e9, 1e21, 5 / 3)
+        assert bool(result["options"][result["best"]]["far"]) == far == ("do not rely on it" in "".join(P.say_fresh(result)))
+
 
 def test_fresh_split_is_the_closed_form_without_interaction():
     params = LAWS["upcycled"]["params"] | {"alpha3": 0.0}
@@ -189,7 +241,7 @@ def command(*words):
 
 
 def run(capsys, **options):
-    P.main(P.Options(laws=TABLE2, **options))
+    P.main(P.Options(**{"laws": TABLE2} | options))
     return capsys.readouterr().out
 
 
@@ -205,6 +257,23 @@ def test_command_recommends_and_draws(tmp_path, capsys):
     assert "go to dense training" in run(capsys, fresh=True, flops=1e21, figure="")
 
 
+def test_experts_are_not_silently_ignored_where_the_rows_tell_the_ratio(tmp_path, capsys):
+    path = tmp_path / "laws.json"
+    path.write_text(json.dumps(CONTENT | {"active_ratio": 1.7}))
+    options = dict(laws=str(path), N=1e9, D1=1e11, tokens=5e10, figure="")
+    assert "N_active = 1.700 N (mean of the laws file's rows)" in run(capsys, **options)
+    assert "N_active = 3.000 N (given)" in (out := run(capsys, **options, active_ratio=3.0)) and "but the laws were fitted on a MoE with 1.700 N" in out
+    with pytest.raises(P.ConfigError, match="--num_experts_per_tok has no effect"):
+        run(capsys, **options, num_experts_per_tok=4)
+
+
+def test_design_holds_the_question_still_while_the_study_grows(tmp_path):
+    found = P.plan_design(LAWS, P.Options(design=os.path.join(ROOT, "config", "study_quick.py")))
+    assert len(found) == 4 and len({(e["N"], e["D1"]) for e in found.values()}) == 1 and len({f"{e['D2_star']:.4g}" for e in found.values()}) == 1
+    first = found["as it is"]
+    assert f"D2* (N {first['N']:.3g}, D1 {first['D1']:.3g})" in "".join(P.say_design(found))
+
+
 def test_checkpoint_gives_N_and_D1(tmp_path, capsys):
     # attention 4 h², MLP 3 h f, two norms a layer and one at the end
     h, f, layers = 64, 192, 3
@@ -214,7 +283,8 @@ def test_checkpoint_gives_N_and_D1(tmp_path, capsys):
     with pytest.raises(P.ConfigError, match="--D1="):
         P.inputs(P.Options(checkpoint=str(tmp_path)))
     (tmp_path / "trainer_state.json").write_text(json.dumps({"tokens": 4194304, "lineage": {}}))
-    N, D1, ratio = P.inputs(P.Options(checkpoint=str(tmp_path)))
+    N, D1, ratio, source = P.inputs(P.Options(checkpoint=str(tmp_path)), 1.4)
+    assert source == "the checkpoint with 8 experts, top-2"
     dense = layers * (4 * h * h + 3 * h * f + 2 * h) + h
     assert (N, D1) == (dense, 4194304) and ratio == pytest.approx((dense + layers * (3 * h * f + 8 * h)) / dense)  # one more MLP, a router
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}))
@@ -226,12 +296,16 @@ def test_checkpoint_gives_N_and_D1(tmp_path, capsys):
     (dict(N=1, D1=1e11, tokens=5e10), "--N=1 is a raw count here, not billions; did you mean --N=1e9"), (dict(N=1e9, D1=100, tokens=5e10), "did you mean --D1=100e9"),
     (dict(N=1e9, D1=1e11, tokens=50), "did you mean --tokens=50e9"), (dict(N=1e9, D1=1e11, flops=500), "raw count of operations"), (dict(N=1e9, D1=1e11), "give one budget"),
     (dict(N=1e9, D1=1e11, tokens=1e9, flops=1e20), "got tokens, flops"), (dict(N=1e9, tokens=1e9), "--D1= is missing"), (dict(D1=1e9, tokens=1e9), "--N= is missing"),
-    (dict(N=1e9, D1=1e11, gpu_hours=5), "--flops_per_gpu"), (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=1e15, mfu=40), "--mfu=40"), (dict(N=-1e9, D1=1e11, tokens=1e9), "negative"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5), "--flops_per_gpu"), (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=1e15, mfu=40), "mfu: 40.0 is not in"), (dict(N=-1e9, D1=1e11, tokens=1e9), "N: -1000000000.0 is not at least 0"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=989), "did you mean 989e12"), (dict(N=5000, D1=1e11, tokens=1e9), "not millions; did you mean --N=5e+09"),
+    (dict(N=1e9, D1=1e5, tokens=5e10), "did you mean --D1=1e+11"), (dict(N=1e9, D1=1e11, flops=1e12), "100 tokens at N = 1e+09, too few"),
+    (dict(fresh=True, flops=1e7), "too few to plan N"), (dict(design="x", noise=0.0), "noise: 0.0"), (dict(N=1e9, D1=1e11, tokens=1e10, figure="plan.bmp"), "--figure=plan.bmp"),
+    (dict(N=1e9, D1=1e11, tokens=1e10, active_ratio=1.5, num_experts_per_tok=2), "--num_experts_per_tok has no effect here: N_active = 1.5 N (given)"),
     (dict(fresh=True, tokens=1e10), "--tokens as a budget needs --N="), (dict(N=1e9, D1=1e11, tokens=1e9, law="nonsense"), "nonsense"),
     (dict(N=1e9, D1=1e11, tokens=1e9, num_experts_per_tok=9), "num_experts_per_tok"), (dict(checkpoint="/nowhere"), "/nowhere")])
 def test_bad_input_is_refused_with_the_fix(options, said):
     with pytest.raises(P.ConfigError) as error:
-        P.main(P.Options(laws=TABLE2, figure="", **options))
+        P.main(from_dict(P.Options, {"laws": TABLE2, "figure": ""} | options))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
