@@ -1,4 +1,4 @@
-"""A dense model of 200k parameters on 4M tokens (bytes) of Python sources.
+"""A dense model of 200k parameters on 2M tokens (bytes) of Python sources.
 
     python train.py config/dense_tiny.py        (TIME_DENSE on 2 CPU cores; validation loss LOSS_DENSE)
 """
@@ -8,7 +8,7 @@ intermediate_size = 176
 num_hidden_layers = 4
 num_attention_heads = 4
 tokens_per_step = 4096
-max_tokens = 4 * 2**20
+max_tokens = 2 * 2**20
 learning_rate = 3e-3
-decay_steps = 205
-save_at_tokens = [819 * 4096]  # where the decay starts: what upcycling, or a longer run, goes on from
+decay_steps = 102
+save_at_tokens = [410 * 4096]  # where the decay starts: what upcycling, or a longer run, goes on from

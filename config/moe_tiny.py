@@ -1,4 +1,4 @@
-"""The mixture of experts of the same backbone (8 experts, top-2), from scratch on 4M tokens.
+"""The mixture of experts of the same backbone (8 experts, top-2), from scratch on 2M tokens.
 
     python train.py config/moe_tiny.py          (TIME_MOE on 2 CPU cores; validation loss LOSS_MOE)
 """
@@ -10,5 +10,5 @@ num_attention_heads = 4
 num_local_experts = 8
 num_experts_per_tok = 2
 tokens_per_step = 4096
-max_tokens = 4 * 2**20
+max_tokens = 2 * 2**20
 learning_rate = 3e-3

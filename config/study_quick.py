@@ -4,10 +4,10 @@
 """
 out_dir = "out/study_quick"
 
-sizes = [
+sizes = [  # 14k, 27k and 56k backbone parameters
     {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1},
-    {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2},
-    {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 3},
+    {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 3},
 ]
 _M = 2**20
 D1 = [_M / 4, 5 * _M / 8, 13 * _M / 8, 4 * _M]

@@ -1,10 +1,10 @@
-"""The dense model of dense_tiny.py upcycled where its decay would start, then 4M tokens more.
+"""The dense model of dense_tiny.py upcycled where its decay would start, then 2M tokens more.
 
-    python upcycle.py out/dense_tiny/checkpoint-819 out/upcycled_tiny_start --num_local_experts=8 --num_experts_per_tok=2
+    python upcycle.py out/dense_tiny/checkpoint-410 out/upcycled_tiny_start --num_local_experts=8 --num_experts_per_tok=2
     python train.py config/upcycled_tiny.py     (TIME_UP on 2 CPU cores; validation loss LOSS_UP)
 """
 out_dir = "out/upcycled_tiny"
 init_from = "out/upcycled_tiny_start"
 tokens_per_step = 4096
-max_tokens = 4 * 2**20
+max_tokens = 2 * 2**20
 learning_rate = 3e-3
