@@ -74,7 +74,7 @@ def laws():
     print(f"dense law, {len(dense)} rows: {1000 * ours:.1f} ms ({1000 * narrow:.1f} ms at Huber's delta 1e-3)")
     print(f"three families, shared E, {len(three)} rows: {1000 * seconds(lambda: fit(three, system)):.1f} ms")
     three_fit = fit(three, system)
-    print(f"1,000 trunk-bootstrap refits of it: {seconds(lambda: bootstrap(three_fit, 1000), repeats=1):.1f} s")
+    print(f"1,000 bootstrap refits of it, with an effect a trunk: {seconds(lambda: bootstrap(three_fit, 1000), repeats=1):.1f} s")
     part = 45
     grid, best = customary_grid(dense, part)
     print(f"customary grid of 4,500 L-BFGS-B starts, finite differences, on the dense rows: {grid:.0f} s (scaled from {part} starts), "

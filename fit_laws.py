@@ -546,7 +546,7 @@ class RowError(ConfigError, ValueError):
 
 
 def number(value):
-    """A positive finite number from JSON or CSV. Raises ValueError."""
+    """A positive number of a size that can be meant, from JSON or CSV. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is not a number")
     try:
@@ -555,6 +555,8 @@ def number(value):
         raise ValueError(f"{str(value)[:40]!r} is not a number") from None
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{value} is not positive and finite")
+    if not 1e-6 <= value <= 1e16:
+        raise ValueError(f"{value:g} is not within 1e-6 .. 1e16")
     return value
 
 
@@ -799,7 +801,7 @@ def mixtures(rows):
     found = []
     for family in FAMILIES:
         for key in ("data_sha256", "method", "num_local_experts", "num_experts_per_tok"):
-            values = {ascii(row[key]).strip("'") for row in rows if row["family"] == family and key in row}
+            values = {f"{row[key]:g}" if isinstance(row[key], float) else ascii(row[key]).strip("'") for row in rows if row["family"] == family and key in row}
             if len(values) > 1:
                 found.append(f"{family} rows mix {len(values)} values of {key} ({', '.join(sorted(v[:12] for v in values))}); the laws take them as one")
     return found

@@ -226,11 +226,11 @@ def plan_now(laws, content, law, N, D1, flops, ratio):
     if floor and tokens < floor:
         warnings.insert(0, f"below D2 = {floor:.3g} this law puts the upcycled model above its own dense start: it does not hold there, "
                            "upcycling is better than it says")
-    others = {}
+    others, span = {}, ranges.get("upcycled", {}).get("D2")
     for other in (name for name in RIVALS if name in laws):
         its = losses_now(laws, other, N, D1, flops, ratio)
         others[other] = {"best": max(its, key=lambda name: its[name]["probability_best"]), "upcycled_loss": its[UPCYCLE]["loss"],
-                         "probability_upcycle_best": its[UPCYCLE]["probability_best"], "overtaking": overtaking(laws, other, N, D1, ranges.get("upcycled", {}).get("D2"))}
+                         "probability_upcycle_best": its[UPCYCLE]["probability_best"], "overtaking": overtaking(laws, other, N, D1, span)}
     worth = {}
     for other in (name for name in RIVALS if "effective" in name and name in laws):
         draws, params = laws[other]["draws"], laws[other]["params"]
@@ -262,7 +262,8 @@ def best_split(law, params, flops, N, ratio):
     i = int(split_losses(law, params, flops, N, ratio).argmin())
     if i in (0, len(LOGITS) - 1):
         return None, None
-    exact = minimize_scalar(lambda x: split_losses(law, params, flops, N, ratio, x), bounds=LOGITS[[i - 1, i + 1]], method="bounded", options={"xatol": 1e-10})
+    exact = minimize_scalar(lambda x: split_losses(law, params, flops, N, ratio, x), bounds=LOGITS[[i - 1, i + 1]], method="bounded",
+                            options={"xatol": 1e-10})
     return 1 / (1 + math.exp(-exact.x)), float(exact.fun)
 
 
@@ -272,7 +273,8 @@ def best_N(loss, flops):
     i = int(np.argmin(loss(np.exp(grid))))
     if i in (0, len(grid) - 1):
         return None
-    return math.exp(minimize_scalar(lambda x: loss(np.exp([x]))[0], bounds=grid[[i - 1, i + 1]], method="bounded", options={"xatol": 1e-9}).x)
+    found = minimize_scalar(lambda x: loss(np.exp([x]))[0], bounds=grid[[i - 1, i + 1]], method="bounded", options={"xatol": 1e-9})
+    return math.exp(found.x)
 
 
 def plan_fresh(laws, content, law, N, flops, ratio):
@@ -288,9 +290,9 @@ def plan_fresh(laws, content, law, N, flops, ratio):
         return flops / (6 * n * ratio)
 
     def add(route, family, plan, losses):
-        far = outside(ranges, family, 30, **{name: plan[name] for name in ("N", "D", "D1", "D2") if name in plan})
-        routes[route] = {"plan": plan, "far": far}, losses
-        warnings.extend(outside(ranges, family, **{name: plan[name] for name in ("N", "D", "D1", "D2") if name in plan}))
+        counts = {name: plan[name] for name in FAMILIES[family]}
+        routes[route] = {"plan": plan, "far": outside(ranges, family, 30, **counts)}, losses
+        warnings.extend(outside(ranges, family, **counts))
 
     no_optimum = "no interior optimum, the loss falls up to the end of the search in {}: outside the law's domain"
     if "dense" not in laws:
@@ -400,7 +402,8 @@ def inputs(options, of_rows=0.0):
     """(N, D1, N_active / N, where that is from) from the settings, the checkpoint and the ratio of the laws file's rows. Raises ConfigError."""
     N, D1 = options.N, options.D1
     given = [name for name in ("num_local_experts", "num_experts_per_tok", "mlp_share") if getattr(options, name) is not None]
-    experts, top, mlp_share = options.num_local_experts or 8, options.num_experts_per_tok or 2, 2 / 3 if options.mlp_share is None else options.mlp_share
+    experts, top = options.num_local_experts or 8, options.num_experts_per_tok or 2
+    mlp_share = 2 / 3 if options.mlp_share is None else options.mlp_share
     if top > experts:
         raise ConfigError(f"--num_experts_per_tok={top} is more than --num_local_experts={experts}")
     ratio, source = 1 + mlp_share * (top - 1), f"assumed: {experts} experts, top-{top}, MLPs hold {mlp_share:.2f} of N"
@@ -508,7 +511,8 @@ def say_design(found):
     def cell(value):
         return f"{value:.3g}" if math.isfinite(value) else "-"
     first = found["as it is"]
-    head = ("design", "rows", "trunks", "s.e. of alpha3", "power", f"D2* (N {first['N']:.3g}, D1 {first['D1']:.3g})", "s.e. of ln D2*", "tokens", "FLOPs", "hours")
+    head = ("design", "rows", "trunks", "s.e. of alpha3", "power", f"D2* (N {first['N']:.3g}, D1 {first['D1']:.3g})", "s.e. of ln D2*",
+            "tokens", "FLOPs", "hours")
     return rows_of([head] + [(name, str(e["rows"]), str(e["trunks"]), cell(e["se_alpha3"]), f"{100 * e['power']:.0f} %", cell(e["D2_star"]), cell(e["se_ln_D2_star"]),
                               cell(e["tokens"]), cell(e["flops"]), cell(e.get("hours", math.nan))) for name, e in found.items()])
 

@@ -185,8 +185,8 @@ def contours(rows, laws, best):
     show = [law for law in dict.fromkeys(("upcycled", best)) if law in laws]
     d1, d2 = (np.geomspace(levels(up, name)[0] / 2, levels(up, name)[-1] * 2, 80) for name in ("D1", "D2"))
     losses = {law: predict(law, laws[law]["params"], N=n, D1=d1[None, :], D2=d2[:, None]) for law in show}
-    inside = [v[np.ix_(*((g >= levels(up, name)[0]) & (g <= levels(up, name)[-1]) for g, name in ((d2, "D2"), (d1, "D1"))))] for v in losses.values()]
-    at = np.unique(np.quantile(np.concatenate([v.ravel() for v in inside]), np.linspace(0.02, 0.98, 10)))  # where the data are
+    inside = [predict(law, laws[law]["params"], N=n, D1=row["D1"], D2=row["D2"]) for law in show for row in up]
+    at = np.unique(np.geomspace(min(inside), max(inside), 11))  # levels where the data are
     figure, axes = panels(len(show), sharey=True)
     for axis, law in zip(axes, show):
         mine = [row for row in up if row["N"] == n]

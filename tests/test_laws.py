@@ -320,7 +320,7 @@ GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
     ('{"family": "dense", "N": 1e6, "D": 1e9, "loss": -2}', "loss: -2.0 is not positive"), ('{"family": "dense", "N": "many", "D": 1e9, "loss": 3}', "'many' is not a number"),
     ('{"family": "dense", "N": true, "D": 1e9, "loss": 3}', "True is not a number"), ('{"family": "Dense", "N": 1e6, "D": 1e9, "loss": 3}', "family 'Dense' is none of dense, moe, upcycled"),
     ('{"family": "upcycled", "N": 1e6, "D1": 1e9, "loss": 3}', "D2 is missing"), ('{"family": "upcycled", "N": 1e6, "D1": 0, "D2": 1, "loss": 3}', "D1: 0.0"),
-    ("[1, 2]", "not a JSON object"), ("{", "not valid JSON"), ('{"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.1}', "but the same run has 3 at"),
+    ('{"family": "dense", "N": 1e6, "D": 1e17, "loss": 3}', "D: 1e+17 is not within"), ("[1, 2]", "not a JSON object"), ("{", "not valid JSON"), ('{"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.1}', "but the same run has 3 at"),
     ('{"family": "dense", "N": 1' + "0" * 400 + ', "D": 1e9, "loss": 3}', "not a number")])
 def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path, line, complaint):
     path = tmp_path / "rows.jsonl"
@@ -351,7 +351,7 @@ def test_columns_of_other_families_and_knobs_of_the_method(tmp_path):
     assert [report.method_label(row) for row in rows[1:]] == ["drop 0.5", "drop 0.25"]
 
 
-NUMBERS = st.sampled_from([1, 2.0, "3", 1e6, 1e300, 1e-300, 5e-324, 1.7e308])
+NUMBERS = st.sampled_from([1, 2.0, "3", 1e6, 1e7, 1e-6, 1e16])
 
 
 @settings(max_examples=150)
@@ -363,11 +363,11 @@ def test_whatever_rows_can_be_read_can_be_planned(rows):
 
 
 @settings(max_examples=12)
-@given(st.integers(0, 2 ** 32 - 1))
-def test_the_fewest_rows_that_are_accepted_can_be_fitted(seed):
+@given(st.integers(0, 2 ** 32 - 1), st.sampled_from([(1e7, 1e8, 1e9), (1e-6, 1.0, 1e16), (1e6, 1.000001e6, 3e6)]), st.sampled_from([0.1, 1.0, 6.0]))
+def test_few_and_odd_rows_that_are_accepted_can_be_fitted(seed, D, spread):
     random = np.random.default_rng(seed)
-    rows = [F.clean({"family": family, "N": 1e6, "D": d, "D1": d, "D2": e, "loss": float(random.lognormal(1, 1))})
-            for family in F.FAMILIES for d in (1e7, 1e8, 1e9) for e in (1e7, 1e8, 1e9)]
+    rows = [F.clean({"family": family, "N": 1e6, "D": d, "D1": d, "D2": e, "loss": float(np.clip(random.lognormal(0, spread), 1e-6, 1e6))})
+            for family in F.FAMILIES for d in D for e in D]
     rows = [row for row in rows if random.random() < 0.7]
     for law, (system, mine) in F.plan_fits(rows)[0].items():
         fit = F.fit(mine, system)
