@@ -267,7 +267,9 @@ def test_experts_are_not_silently_ignored_where_the_rows_tell_the_ratio(tmp_path
         run(capsys, **options, num_experts_per_tok=4)
 
 
-def test_design_holds_the_question_still_while_the_study_grows(tmp_path):
+def test_design_holds_the_question_still_while_the_study_grows(monkeypatch):
+    import sweep
+    monkeypatch.setattr(sweep, "load_tokens", lambda directory, split: (None, {"vocab_size": 257}))  # its data is not at hand in tests
     found = P.plan_design(LAWS, P.Options(design=os.path.join(ROOT, "config", "study_quick.py")))
     assert len(found) == 4 and len({(e["N"], e["D1"]) for e in found.values()}) == 1 and len({f"{e['D2_star']:.4g}" for e in found.values()}) == 1
     first = found["as it is"]

@@ -178,7 +178,8 @@ def test_make_study_end_to_end(mini, tmp_path):
     text.mkdir()
     for i, part in enumerate((ROOT / "model.py").read_text().split("\n\n") * 2):
         (text / f"{i}.txt").write_text(part + str(i))
-    mini.write_text(re.sub(r'"dataset": "[^"]*"', f'"dataset": "{tmp_path / "tokens"}"', mini.read_text()))
+    more = "D_dense = [10 * _step, 20 * _step, 30 * _step, 40 * _step]\nD_moe = D_dense\n"  # rows enough for each law
+    mini.write_text(re.sub(r'"dataset": "[^"]*"', f'"dataset": "{tmp_path / "tokens"}"', mini.read_text()) + more)
     make = ["make", "-o", ".venv/runtime", f"PY={sys.executable}", f"DATA={text} --out_dir={tmp_path / 'tokens'} --val_fraction=0.1", f"STUDY={mini}",
             f"OUT={tmp_path / 'out'}", "study"]
     result = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=300)

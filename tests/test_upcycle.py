@@ -265,7 +265,7 @@ def test_same_bytes_whatever_the_shards(tmp_path, random_dense, method):
 # Merge
 
 def test_merge_takes_experts_in_turn_and_averages_the_rest(tmp_path):
-    a, b = write(tmp_path / "a", seed=0), write(tmp_path / "b", seed=1, state={"tokens": 500})
+    a, b = write(tmp_path / "a", seed=0), write(tmp_path / "b", seed=1, state={"tokens": 500, "lineage": {"family": "dense"}})
     path, record = upcycled(tmp_path, a, "average", merge_with=[b], method="merge", num_local_experts=4)
     new, old = experts(path), {0: mlp(a), 1: mlp(b)}
     assert all((new[0, e, w] == old[e % 2][w]).all() for e in range(4) for w in ("w1", "w2", "w3"))
