@@ -1,6 +1,6 @@
 """A dense model of 200k parameters on 2M tokens (bytes) of Python sources.
 
-    python train.py config/dense_tiny.py        (TIME_DENSE on 2 CPU cores; validation loss LOSS_DENSE)
+    python train.py config/dense_tiny.py        (80 s on 2 CPU cores; validation loss 1.58)
 """
 out_dir = "out/dense_tiny"
 hidden_size = 64

@@ -1,6 +1,6 @@
 """Does the way of making experts matter? Seven ways to upcycle, 2 levels of D1 x 3 of D2, 3 seeds: 126 upcycled rows.
 
-    python sweep.py config/study_methods.py        (about 25 minutes on 2 CPU cores)
+    python sweep.py config/study_methods.py        (about 40 minutes on 2 CPU cores that also did other work)
 """
 out_dir = "out/study_methods"
 
