@@ -192,7 +192,7 @@ def describe(study, jobs):
 # ---------------------------------------------------------------------------------------------------------
 # Running it
 
-def worker(connection, number, study):
+def worker(connection, number):
     """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
     import torch
     if sys.platform == "linux":
@@ -284,7 +284,7 @@ def _sweep(study, jobs):
     try:
         for number in range(min(study.workers, len(todo))):
             mine, theirs = context.Pipe()
-            process = context.Process(target=worker, args=(theirs, number, study), daemon=True)
+            process = context.Process(target=worker, args=(theirs, number), daemon=True)
             process.start()
             theirs.close()
             workers[mine] = process
