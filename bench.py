@@ -28,7 +28,7 @@ def seconds(work, repeats=5):
 
 def planted(laws, N, D, D1, D2, noise=0.005):
     """Rows from laws {family: params} with noise in ln loss, one trunk a (N, D1)."""
-    from fit_laws import predict
+    from laws import predict
 
     random, rows = np.random.default_rng(0), []
     for n in N:
@@ -62,7 +62,8 @@ def customary_grid(rows, part):
 def laws():
     """Fits on simulated rows of published size: time, and the customary grid of starts beside it."""
     import json
-    from fit_laws import bootstrap, fit
+    from fit_laws import bootstrap
+    from laws import fit
 
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "liew2025.json"), encoding="utf-8") as f:
         params = {law: entry["params"] for law, entry in json.load(f)["laws"].items()}

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from fit_laws import predict
+from laws import predict
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                      "legend.fontsize": 8, "figure.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True})

@@ -20,9 +20,10 @@ from multiprocessing.connection import wait
 
 import checkpoint
 from configurator import REQUIRED, ConfigError, from_dict, progress, read_config, run, setting
-from data.prepare import load_tokens
+from data.stream import load_tokens
 from model import ModelConfig, flops_per_token, parameter_counts
-from train import MODEL_KEYS, Stopped, Train, append_row, train
+from rows import append_row
+from train import MODEL_KEYS, Stopped, Train, train
 from upcycle import Options as UpcycleOptions, upcycle
 
 

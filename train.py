@@ -25,9 +25,9 @@ import torch.nn.functional as F
 
 import checkpoint
 from configurator import ConfigError, code_version, progress, run, setting, write_config
-from data.prepare import load_tokens, locate
+from data.stream import load_tokens, locate, sequences, shuffled
 from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token, parameter_counts
-from upcycle import KNOBS
+from rows import KNOBS, append_row
 
 
 @dataclass
@@ -103,40 +103,6 @@ def learning_rate(step, c, max_steps):
         done = (step - c.decay_start) / c.decay_steps if c.decay_steps else 0.0
         decay = 1.0 - min(max(done, 0.0), 1.0)
     return c.learning_rate * scale * (c.min_lr_ratio + (1 - c.min_lr_ratio) * decay)
-
-
-def shuffled(index, n, seed):
-    """Where the index-th sequence of an endless shuffled stream lies among n: each pass over n is a permutation keyed by
-    (seed, pass), so nothing repeats within a pass and any index is found without its predecessors. index (…,) int -> (…,) int64.
-
-    A 4-round Feistel network on the smallest even number of bits, walking on while it leaves 0..n-1 (Black & Rogaway 2002).
-    """
-    index = np.asarray(index, np.uint64)
-    turn, x = index // np.uint64(n), index % np.uint64(n)
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    todo = np.ones(x.shape, bool)
-    while todo.any():
-        left, right = x >> half, x & mask
-        for round in range(4):
-            key = np.random.SeedSequence((seed, round)).generate_state(1, np.uint64)[0]
-            with np.errstate(over="ignore"):
-                h = (right + turn * np.uint64(0x9E3779B97F4A7C15)) ^ key  # splitmix64's finaliser as the round function
-                h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((h ^ (h >> np.uint64(31))) & mask)
-        x = np.where(todo, (left << half) | right, x)
-        todo = x >= np.uint64(n)
-    return x.astype(np.int64)
-
-
-def sequences(tokens, places, seq_len, device):
-    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`. A sequence's last target is the next one's first input."""
-    rows = np.stack([tokens[p * seq_len: p * seq_len + seq_len + 1] for p in places]).astype(np.int64)
-    rows = torch.from_numpy(rows)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
 
 
 @torch.no_grad()
@@ -248,17 +214,6 @@ def write_atomically(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-
-
-def append_row(path, row):
-    """Append `row` to a JSONL file, once."""
-    line = json.dumps(row) + "\n"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "a+") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # other runs append to it too
-        f.seek(0)
-        if line not in f:
-            f.write(line)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -462,7 +417,7 @@ def _train(c, report, rank, world, device, ddp, signals):
     row = {"family": family, "N": lineage["N"], "N_active": n["N_active"], "N_total": n["N_total"],
            **({"D1": lineage["D1"], "D2": seen} if family == "upcycled" else {"D": seen}), "loss": loss, "loss_se": se,
            "num_local_experts": c.num_local_experts, "num_experts_per_tok": c.num_experts_per_tok if c.num_local_experts else 0,
-           "method": method, **{key: lineage[key] for key in KNOBS.get(method, ())}, "seed": c.seed, "flops": seen * flops,
+           "method": method, **{key: lineage[key] for key in KNOBS if key in lineage}, "seed": c.seed, "flops": seen * flops,
            "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"), "data_sha256": meta["data_sha256"],
            "git": code_version(), "torch": torch.__version__}
     if main:

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from checkpoint import (DTYPES, TOKENIZER_FILES, atomic_directory, hf_views, load_model, open_tensors, read_config,
                         read_json, read_state, to_hf_config)
 from configurator import REQUIRED, ConfigError, progress, run, setting
-from data.prepare import load_tokens
+from data.stream import load_tokens
 from model import Transformer, effective_experts, parameter_counts
 
 KNOBS = {"noise": ("noise_std", "noise_fraction"), "drop": ("drop_ratio",), "drop_per_matrix": ("drop_ratio",),

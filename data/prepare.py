@@ -33,8 +33,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 from configurator import REQUIRED, ConfigError, progress, run, setting  # noqa: E402
+from data.stream import DATA, load_tokens  # noqa: E402
 
-DATA = ROOT / "data"
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -57,35 +57,7 @@ class Options:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What train.py, sweep.py and sample.py use
-
-def locate(directory):
-    """The path of a data set given as a path or as a name under data/."""
-    return Path(directory) if Path(directory).is_dir() else DATA / directory
-
-
-def load_tokens(directory, split):
-    """(tokens, meta): the memory-mapped ids, shape (tokens,), unsigned, of `split` (train|val), and the dict in meta.json.
-
-    `directory` is a path, or a name under data/. Raises ConfigError when anything is missing, cut short or not as meta.json says.
-    """
-    folder = locate(directory)
-    fix = f"make it with: python data/prepare.py {Path(directory).name}"
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        dtype, count = np.dtype(meta["dtype"]), meta["tokens"][split]
-        path = folder / f"{split}.npy"
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; {fix}") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise ConfigError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); delete it and {fix}") from None
-    if tokens.dtype != dtype or dtype.kind != "u" or tokens.shape != (count,):
-        raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} ({count},); "
-                          f"delete it and {fix}")
-    return tokens, meta
-
+# Tokenizers
 
 class Bytes:
     """UTF-8 bytes; 256 ends a text."""

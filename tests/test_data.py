@@ -15,7 +15,8 @@ import pytest
 
 from configurator import ConfigError
 from data import prepare
-from data.prepare import Bytes, Options, TokenizerFile, load_tokenizer, load_tokens
+from data.prepare import Bytes, Options, TokenizerFile, load_tokenizer
+from data.stream import load_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"document {i}\n" + f"line of {i}, é 漢 😀\r\n" * (i % 7 + 1) for i in range(300)]

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-import fit_laws
+import laws
 import plan as P
 from configurator import from_dict
+from rows import FAMILIES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE2 = os.path.join(ROOT, "laws", "liew2025.json")
@@ -149,7 +150,7 @@ def test_each_law_is_compared_with_those_of_its_own_fit():
 
 
 def test_N_is_checked_against_every_family():
-    ranges = {family: {name: [1e8, 1e13] for name in fit_laws.FAMILIES[family]} for family in fit_laws.FAMILIES} | {"dense": {"N": [1e7, 1e8], "D": [1e8, 1e13]}}
+    ranges = {family: {name: [1e8, 1e13] for name in FAMILIES[family]} for family in FAMILIES} | {"dense": {"N": [1e7, 1e8], "D": [1e8, 1e13]}}
     assert P.plan_now(LAWS, {"ranges": ranges}, "upcycled", 1e9, 1e11, 1e21, 5 / 3)["warnings"] == ["N = 1e+09 is 10 times above the largest fitted (dense: 1e+08)"]
 
 
@@ -167,7 +168,7 @@ def test_fresh_refuses_an_optimum_at_the_end_of_the_search():
 
 def test_fresh_says_when_the_plan_is_far_outside_the_fitted_range():
     for top, far in ((1e11, False), (1e9, True)):
-        ranges = {family: {name: [1e8, top] for name in names} for family, names in fit_laws.FAMILIES.items()}
+        ranges = {family: {name: [1e8, top] for name in names} for family, names in FAMILIES.items()}
         result = P.plan_fresh(LAWS, {"ranges": ranges}, "upcycled", 1e9, 1e21, 5 / 3)
         assert bool(result["options"][result["best"]]["far"]) == far == ("do not rely on it" in "".join(P.say_fresh(result)))
 
@@ -187,7 +188,7 @@ def test_fresh_split_beats_its_neighbours_and_spends_the_budget():
     assert 6e9 * (plan["D1"] + 5 / 3 * plan["D2"]) == pytest.approx(1e21)
     for factor in (0.9, 1.1):
         D1 = plan["D1"] * factor
-        assert fit_laws.predict("upcycled", LAWS["upcycled"]["params"], N=1e9, D1=D1, D2=(1e21 / 6e9 - D1) / (5 / 3)) > loss
+        assert laws.predict("upcycled", LAWS["upcycled"]["params"], N=1e9, D1=D1, D2=(1e21 / 6e9 - D1) / (5 / 3)) > loss
     assert sum(o["probability_best"] for o in result["options"].values()) == pytest.approx(1.0)
 
 
@@ -211,14 +212,14 @@ def test_expected_errors_are_those_of_simulated_studies():
     rows, noise, trunk_noise = study_rows(), 0.001, 0.0005
     expected = P.expected(LAWS, rows, noise, trunk_noise, 1e9, 1e11)
     random, alpha3, star = np.random.default_rng(0), [], []
-    system = {family: family for family in fit_laws.FAMILIES}
+    system = {family: family for family in FAMILIES}
     for _ in range(120):
         effects = {}
         for row in rows:
             effect = effects.setdefault(row["trunk"], trunk_noise * random.standard_normal())
             law = row["family"]
-            row["loss"] = float(fit_laws.predict(law, LAWS[law]["params"], **{v: row[v] for v in fit_laws.FAMILIES[law]}) * np.exp(effect + noise * random.standard_normal()))
-        fit = fit_laws.fit(rows, system, delta=0.1)
+            row["loss"] = float(laws.predict(law, LAWS[law]["params"], **{v: row[v] for v in FAMILIES[law]}) * np.exp(effect + noise * random.standard_normal()))
+        fit = laws.fit(rows, system, delta=0.1)
         alpha3.append(fit.params("upcycled")["alpha3"])
     assert expected["alpha3"] == pytest.approx(7.98e-4, rel=1e-4)
     assert expected["se_alpha3"] == pytest.approx(np.std(alpha3), rel=4 / math.sqrt(2 * 120))

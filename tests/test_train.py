@@ -18,7 +18,8 @@ import checkpoint
 import train as train_module
 from configurator import ConfigError, from_dict, read_config, write_config
 from model import flops_per_token
-from train import Stopped, Train, learning_rate, sequences, shuffled, train, validate
+from data.stream import sequences, shuffled
+from train import Stopped, Train, learning_rate, train, validate
 from upcycle import Options, upcycle
 
 ROOT = Path(__file__).resolve().parent.parent

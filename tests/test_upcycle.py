@@ -1,5 +1,4 @@
 """upcycle.py against theory (in fp64, through files), transformers, and sources that lie."""
-import dataclasses
 import hashlib
 import json
 import math

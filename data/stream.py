@@ -1,0 +1,73 @@
+"""Tokens -> batches: the token files that data/prepare.py wrote, and the order in which training reads them."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from configurator import ConfigError
+
+DATA = Path(__file__).resolve().parent
+
+
+def locate(directory):
+    """The path of a data set given as a path or as a name under data/."""
+    return Path(directory) if Path(directory).is_dir() else DATA / directory
+
+
+def load_tokens(directory, split):
+    """(tokens, meta): the memory-mapped ids, shape (tokens,), unsigned, of `split` (train|val), and the dict in meta.json.
+
+    `directory` is a path, or a name under data/. Raises ConfigError when anything is missing, cut short or not as meta.json says.
+    """
+    folder = locate(directory)
+    fix = f"make it with: python data/prepare.py {Path(directory).name}"
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        dtype, count = np.dtype(meta["dtype"]), meta["tokens"][split]
+        path = folder / f"{split}.npy"
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {fix}") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); delete it and {fix}") from None
+    if tokens.dtype != dtype or dtype.kind != "u" or tokens.shape != (count,):
+        raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} ({count},); "
+                          f"delete it and {fix}")
+    return tokens, meta
+
+
+def shuffled(index, n, seed):
+    """Where the index-th sequence of an endless shuffled stream lies among n: each pass over n is a permutation keyed by
+    (seed, pass), so nothing repeats within a pass and any index is found without its predecessors. index (…,) int -> (…,) int64.
+
+    A 4-round Feistel network on the smallest even number of bits, walking on while it leaves 0..n-1 (Black & Rogaway 2002).
+    """
+    index = np.asarray(index, np.uint64)
+    turn, x = index // np.uint64(n), index % np.uint64(n)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    todo = np.ones(x.shape, bool)
+    while todo.any():
+        left, right = x >> half, x & mask
+        for round in range(4):
+            key = np.random.SeedSequence((seed, round)).generate_state(1, np.uint64)[0]
+            with np.errstate(over="ignore"):
+                h = (right + turn * np.uint64(0x9E3779B97F4A7C15)) ^ key  # splitmix64's finaliser as the round function
+                h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((h ^ (h >> np.uint64(31))) & mask)
+        x = np.where(todo, (left << half) | right, x)
+        todo = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+def sequences(tokens, places, seq_len, device):
+    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`. A sequence's last target is the next one's first input."""
+    rows = np.stack([tokens[p * seq_len: p * seq_len + seq_len + 1] for p in places]).astype(np.int64)
+    import torch  # preparing data needs none
+
+    rows = torch.from_numpy(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
