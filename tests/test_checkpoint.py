@@ -114,7 +114,7 @@ def test_damage_is_named(saved, name):
         checkpoint.load_model(saved[0])
 
 
-@pytest.mark.parametrize("index, message", [({"weight_map": {"a": "../c/model.safetensors"}}, "not a safetensors file of its own"), ({}, "no weight_map"),
+@pytest.mark.parametrize("index, message", [({"weight_map": {"a": "../c/model.safetensors"}}, "not a safetensors file of its own folder"), ({}, "no weight_map"),
                                             ({"weight_map": {"a": "w.bin"}}, "not a safetensors file"), ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
                                             ({"weight_map": {"nothing": "part.safetensors"}}, "does not hold nothing")])
 def test_bad_indexes_are_refused(saved, index, message):
