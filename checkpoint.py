@@ -18,6 +18,9 @@ import os
 import pickle
 import re
 import shutil
+import sys
+from io import BufferedReader
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +29,7 @@ from safetensors.torch import save_file
 from configurator import ConfigError
 from model import ModelConfig, Transformer
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -191,11 +194,6 @@ def stored_views(model, c, model_type=None):
             if not name.endswith(left_out)}
 
 
-def needless(name, c):
-    """Whether a tensor that some tools write can be ignored: position tables, the copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or c.tie_word_embeddings and name == "lm_head.weight"
-
-
 def open_tensors(directory):
     """{tensor name: open safetensors file that holds it} of a directory; nothing of the weights is read yet.
 
@@ -234,6 +232,26 @@ def open_tensors(directory):
     return tensors
 
 
+def check_tensors(directory, files, shapes, c):
+    """Compare open_tensors' files with shapes {name: shape}. Returns the tensors that can be ignored:
+    position tables and the copy of a tied head. Raises ConfigError naming the tensor that does not fit."""
+    for name, shape in shapes.items():
+        if name not in files:
+            raise ConfigError(f"{directory}: tensor {name} is missing")
+        found = files[name].get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            actual = tuple(found.get_shape())
+            raise ConfigError(f"{directory}: {name} is {actual}, config.json wants {shape}")
+        if found.get_dtype() not in DTYPES:
+            raise ConfigError(f"{directory}: {name} is {found.get_dtype()}; {', '.join(DTYPES)} are fine")
+    others = sorted(set(files) - set(shapes))
+    for name in others:
+        tied_head = c.tie_word_embeddings and name == "lm_head.weight"
+        if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+            raise ConfigError(f"{directory}: tensor {name} is none of this architecture's")
+    return others
+
+
 def load_model(directory, dtype=torch.float32, router_bias=False):
     """The Transformer in a checkpoint directory, on the CPU. With router_bias its routers get a selection
     bias where they have none. Raises ConfigError naming file and tensor when they do not fit."""
@@ -242,20 +260,12 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
         model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+    views = dict(itertools.chain(*stored_views(model, c, read_json(path)["model_type"]).values()))
     files = open_tensors(directory)
-    unread = {name for name in files if not needless(name, c)}
+    check_tensors(directory, files, {name: tuple(view.shape) for name, view in views.items()}, c)
     with torch.no_grad():
-        for name, view in itertools.chain(*stored_views(model, c, read_json(path)["model_type"]).values()):
-            if name not in files:
-                raise ConfigError(f"{directory}: tensor {name} is missing")
-            source = files[name].get_tensor(name)
-            if source.shape != view.shape:
-                shapes = f"{tuple(source.shape)}, config.json wants {tuple(view.shape)}"
-                raise ConfigError(f"{directory}: {name} is {shapes}")
-            view.copy_(source)
-            unread.discard(name)
-    if unread:
-        raise ConfigError(f"{directory}: tensor {min(unread)} is none of this architecture's")
+        for name, view in views.items():
+            view.copy_(files[name].get_tensor(name))
     return model
 
 
@@ -302,6 +312,11 @@ def atomic_directory(path, needed=0):
         shutil.rmtree(temporary, ignore_errors=True)  # of a failed write; a finished one has its final name
 
 
+def write_json(directory, name, value):
+    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+
+
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
     """Write `model` (unwrapped), the dict `state` and an AdamW's moments as a checkpoint directory. Raises
     ConfigError."""
@@ -311,13 +326,11 @@ def save(directory, model, state, optimizer=None, tokenizer_from=None):
     tensors = {name: view.detach().cpu().clone() for name, view in views}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with atomic_directory(directory) as temporary:
-        with open(os.path.join(temporary, "config.json"), "w") as f:
-            json.dump(to_hf_config(c, dtype), f, indent=2)
+        write_json(temporary, "config.json", to_hf_config(c, dtype))
         save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
         if optimizer is not None:
             torch.save(moments(model, optimizer), os.path.join(temporary, "optimizer.pt"))
-        with open(os.path.join(temporary, "trainer_state.json"), "w") as f:
-            json.dump(state, f, indent=2)
+        write_json(temporary, "trainer_state.json", state)
         for name in TOKENIZER_FILES:
             if tokenizer_from and os.path.exists(os.path.join(tokenizer_from, name)):
                 shutil.copy(os.path.join(tokenizer_from, name), temporary)
@@ -352,6 +365,91 @@ def load_moments(directory, model, optimizer):
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: cannot be read as this model's optimizer state: {reason}") from None
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing tensors one at a time
+
+class Span(NamedTuple):
+    """The bytes of a tensor in an open file."""
+    file: BufferedReader
+    start: int
+    nbytes: int
+
+
+def parse_size(text):
+    """Bytes of 5GB, 500MB, 64KB or a number, in powers of 1000 as Hugging Face counts. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise ConfigError(f"shard_size = '{text}' is no size such as 500MB or 5GB")
+    return size
+
+
+def shards(pieces, shard_size):
+    """`pieces` cut into runs of at most shard_size bytes (a larger tensor alone)."""
+    result, size = [[]], 0
+    for p in pieces:
+        if result[-1] and size + p.bytes > shard_size:
+            result.append([])
+            size = 0
+        result[-1].append(p)
+        size += p.bytes
+    return result
+
+
+def copy_bytes(f, span):
+    """Append a Span to f, on Linux inside the kernel: a third of the CPU time of writing out a memory map."""
+    f.flush()
+    position, end = span.start, span.start + span.nbytes
+    while position < end:
+        if sys.platform == "linux":
+            sent = os.sendfile(f.fileno(), span.file.fileno(), position, end - position)
+        else:
+            sent = os.write(f.fileno(), os.pread(span.file.fileno(), min(end - position, 1 << 24), position))
+        if not sent:
+            raise OSError(f"{span.file.name} ended early")
+        position += sent
+    f.seek(0, os.SEEK_END)
+
+
+def write_shard(path, pieces, make_tensor, bar):
+    """A safetensors file of pieces, which have a name, shape, dtype and bytes: the header, then each tensor
+    as make_tensor(piece) gives it, itself or as a Span. Memory holds one tensor at a time. bar: a tqdm."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for p in pieces:
+        start, end = end, end + p.bytes
+        header[p.name] = {"dtype": names[p.dtype], "shape": p.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for p in pieces:
+            t = make_tensor(p)
+            assert t.nbytes == p.bytes, p.name
+            if isinstance(t, Span):
+                copy_bytes(f, t)
+            else:
+                assert t.shape == p.shape and t.dtype == p.dtype, p.name
+                f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+            bar.update(p.bytes)
+
+
+def write_weights(directory, pieces, shard_size, make_tensor, bar):
+    """model.safetensors, or shards of at most shard_size bytes and their index. See write_shard."""
+    runs = shards(pieces, shard_size)
+    names = [f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors" for i in range(len(runs))]
+    names = names if len(runs) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, runs):
+        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
+    if len(runs) > 1:
+        weight_map = {p.name: name for name, shard in zip(names, runs) for p in shard}
+        write_json(directory, "model.safetensors.index.json",
+                   {"metadata": {"total_size": sum(p.bytes for p in pieces)}, "weight_map": weight_map})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training state
 
 def read_state(directory):
     """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's."""
