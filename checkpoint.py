@@ -19,8 +19,7 @@ import pickle
 import re
 import shutil
 import sys
-from io import BufferedReader
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +28,8 @@ from safetensors.torch import save_file
 from configurator import ConfigError
 from model import ModelConfig, Transformer
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {  # by safetensors' names
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -187,8 +187,8 @@ def hf_views(name, t, c, model_type=None):
 
 
 def stored_views(model, c, model_type=None):
-    """{parameter or buffer: its hf_views} of what a file of ModelConfig c holds of `model`: no tied head, and
-    no router bias that c does not have. Raises ConfigError as hf_views does."""
+    """{parameter or buffer: its hf_views} of all that a file of ModelConfig c holds of `model`. It holds no
+    tied head, and no router bias unless c has one. Raises ConfigError as hf_views does."""
     left_out = ("lm_head.weight",) * c.tie_word_embeddings + ("mlp.bias",) * (not c.router_bias)
     return {name: hf_views(name, t, c, model_type) for name, t in model.state_dict().items()
             if not name.endswith(left_out)}
@@ -243,7 +243,7 @@ def check_tensors(directory, files, shapes, c):
             actual = tuple(found.get_shape())
             raise ConfigError(f"{directory}: {name} is {actual}, config.json wants {shape}")
         if found.get_dtype() not in DTYPES:
-            raise ConfigError(f"{directory}: {name} is {found.get_dtype()}; {', '.join(DTYPES)} are fine")
+            raise ConfigError(f"{directory}: {name} is {found.get_dtype()}, none of {', '.join(DTYPES)}")
     others = sorted(set(files) - set(shapes))
     for name in others:
         tied_head = c.tie_word_embeddings and name == "lm_head.weight"
@@ -371,7 +371,7 @@ def load_moments(directory, model, optimizer):
 
 class Span(NamedTuple):
     """The bytes of a tensor in an open file."""
-    file: BufferedReader
+    file: BinaryIO
     start: int
     nbytes: int
 

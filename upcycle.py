@@ -69,14 +69,14 @@ class Piece(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How experts are made. The functions get Options o, the Piece p to make, and copies of tensors, which
-    they may overwrite. Where a function is None, tensors stay as they are, copied from file to file."""
+    """How experts are made. Its functions get Options o, the Piece p to make, and copies of tensors, which
+    they may overwrite. None for weights or shared: the tensors are copied as they are, from file to file."""
     weights: Callable | None = None  # (o, w, p): the expert's matrix, from the MLP's or slice e mod G of it
-    moments: Callable | None = None  # (o, m, p, power): its moment; power of the gradient: 1 or 2
-    shared: Callable | None = None  # (o, tensors, p): attention, norms, embeddings; a tensor from each source
+    moments: Callable | None = None  # (o, m, p, power): AdamW's mean of gradient ** power; None: the MLP's
+    shared: Callable | None = None  # (o, tensors, p): attention, norms, embeddings; an iterator over sources
     theory: Callable = lambda o, dense: {}  # {key of MEASURED: the value to expect}; dense: a ModelConfig
     refuse: Callable = lambda o, sources: None  # raises ConfigError for settings that break its promise
-    knobs: tuple = ()  # settings that tell two uses of the method apart
+    knobs: tuple = ()  # the settings that tell two uses of the method apart
 
 
 MEASURED = {"relative_logit_difference": "logits, largest difference / largest",
@@ -208,7 +208,8 @@ class Options:
     method: Literal[tuple(METHODS)] = setting("copy", "how experts are made: see the head of upcycle.py")
     num_local_experts: int = setting(8, "experts in each layer of the result", least=1)
     num_experts_per_tok: int = setting(2, "experts that a token uses", least=1)
-    granularity: int = setting(1, "virtual_groups: slices G of the MLP; G divides both of these", least=1)
+    granularity: int = setting(
+        1, "virtual_groups: slices G of the MLP, a divisor of the two numbers above", least=1)
     router_std: float = setting(0.02, "standard deviation of the router's weights", least=0)
     noise_std: float = setting(0.01, "noise: standard deviation, in units of the matrix's own", least=0)
     noise_fraction: float = setting(1.0, "noise: share of the entries that get it", least=0, most=1)
@@ -248,8 +249,8 @@ def refuse(o, sources):
 # What is read, and what is to be written
 
 class Source:
-    """A dense checkpoint, opened; its weights are not read yet. spans: {tensor name: Span of its bytes};
-    unused: tensors that the result does without. Raises ConfigError for what cannot be upcycled."""
+    """A dense checkpoint, opened; its weights are not read yet. spans: {tensor name: Span}; unused: names of
+    tensors that the result does without. Raises ConfigError for what cannot be upcycled."""
 
     def __init__(self, path):
         self.path, self.config, self.state = path, read_config(path), read_state(path)
@@ -326,7 +327,7 @@ def make_router(o, p):
 
 
 def make_piece(o, sources, p):
-    """The tensor of a Piece, or the Span of a source that holds its very bytes. Raises ConfigError."""
+    """The tensor of a Piece, or the Span of a source with its very bytes. Raises ConfigError on overflow."""
     method, source = METHODS[o.method], sources[(p.expert or 0) % len(sources)]
     make = method.shared if p.expert is None else method.weights
     if p.dense_name is None:
@@ -423,7 +424,7 @@ def check_ids(o, source):
     except ConfigError:
         if o.dataset:
             raise
-        tokens = None  # trained elsewhere
+        tokens = None  # the source was trained elsewhere
     if tokens is None:
         shape, g = (max(1, o.check_tokens // T), T + 1), generator(o.seed, "check")
         return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens"
@@ -468,7 +469,7 @@ def proof(o, sources, directory, pieces, ids, predicted):
     result = measure_weights(o, sources, directory, pieces)
     try:
         result |= measure(sources[0], directory, dtype, ids)
-    except (ConfigError, RuntimeError) as error:  # RoPE or sizes that other tools can run
+    except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
         return result | {"not_run": str(error).splitlines()[0]}
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     if o.granularity & (o.granularity - 1):  # then G · down_proj rounds

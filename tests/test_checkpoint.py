@@ -259,7 +259,7 @@ def test_the_balance_coefficient_comes_back(k, tmp_path):
 
 
 def test_a_new_architecture_is_an_entry_of_formats(tmp_path, monkeypatch):
-    """Phi-3 stores q k v in one tensor, gate and up in another. Some mixtures call experts gate_proj, up_proj."""
+    """Phi-3 stores q k v in one tensor, gate and up in another. Some mixtures say gate_proj for w1."""
     from transformers import Phi3Config, Phi3ForCausalLM
     layer = "layers.{i}."
     fused = {f"{layer}{name}": [f"model.{layer}{name}"]

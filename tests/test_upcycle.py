@@ -357,8 +357,8 @@ def test_merged_checkpoints_of_another_type_are_converted(tmp_path):
 
 
 def test_tokens_of_a_common_trunk_count_once(tmp_path):
-    """Two branches of a trunk saw 1,000 and 1,500 of its tokens and 200 and 300 of their own. A third model is
-    a stranger, written before there was a history."""
+    """Two branches of a trunk saw 1,000 and 1,500 of its tokens and 200 and 300 of their own. A third model
+    is a stranger, written before there was a history."""
     def state(*history):
         return {"tokens": history[-1][1], "history": history, "lineage": {"family": "dense"}}
     a = write(tmp_path / "a", state=state(["trunk", 1000], ["a", 200]))
