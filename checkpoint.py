@@ -1,20 +1,25 @@
 """A checkpoint is a Hugging Face model directory, with training state beside it.
 
-    config.json          LlamaForCausalLM or MixtralForCausalLM, as transformers reads them
-    model.safetensors    (or shards with model.safetensors.index.json) with Hugging Face's tensor names
-    trainer_state.json   step, tokens, position in the token stream, lineage
+    config.json          names the architecture and its sizes, as transformers reads them
+    model.safetensors    (or shards with model.safetensors.index.json) has Hugging Face's tensor names
+    trainer_state.json   step, tokens, position in the token stream, lineage, history (see tokens_seen)
     optimizer.pt         AdamW's moments under the same tensor names; loads with weights_only=True
 
-In memory q k v, gate and up, and the experts are stacked; on disk they are separate. `hf_views` is that mapping, both ways.
-A directory is written under a temporary name beside its own, synced and renamed: under its final name it is complete.
+In memory q k v, gate and up, and the experts are stacked. On disk they are separate. FORMATS says what
+an architecture calls its keys and tensors, and hf_views cuts a parameter into its tensors, both ways. A
+directory is written under a temporary name, synced and renamed: under its final name it is complete.
 """
 import contextlib
+import dataclasses
 import errno
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,63 +28,115 @@ from safetensors.torch import save_file
 from configurator import ConfigError
 from model import ModelConfig, Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
-                   "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+DTYPES = {  # by safetensors' names
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# config.json
+# Architectures. FORMATS has an entry for each model_type of config.json:
+#   architecture  the class of transformers that opens what we write
+#   keys          {field of ModelConfig: key of config.json}
+#   constants     {key: value} written beside those
+#   assumed       {key: value} that transformers takes for a missing key, where ModelConfig takes another
+#   only          {key: values that this model can express}; any other value is refused
+#   sets          {field of ModelConfig: value} that the model_type alone says
+#   tensors       {parameter or buffer: names of its tensors} of layer i; with {e}: of each expert e
 
-COMMON_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-               "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
-               "initializer_range", "eos_token_id")
-MOE_KEYS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
-LEFT_OUT = {  # what transformers takes for a key that is missing, where that differs from ModelConfig
-    "llama": {"rms_norm_eps": 1e-6},
-    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6}}
+KEYS = {key: key for key in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "tie_word_embeddings", "initializer_range", "eos_token_id")}
+MOE_KEYS = {key: key for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")}
+LAYER, MOE = "model.layers.{i}.", "model.layers.{i}.block_sparse_moe."
+TENSORS = {name: ["model." + name] for name in (
+    "embed_tokens.weight", "norm.weight", "layers.{i}.input_layernorm.weight",
+    "layers.{i}.post_attention_layernorm.weight", "layers.{i}.self_attn.o_proj.weight")} | {
+    "lm_head.weight": ["lm_head.weight"],
+    "layers.{i}.self_attn.qkv_proj.weight": [LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"]}
+
+LLAMA = {
+    "architecture": "LlamaForCausalLM",
+    "keys": KEYS,
+    "constants": {"hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False},
+    "assumed": {"rms_norm_eps": 1e-6, "eos_token_id": 2},
+    "only": {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None),
+             "use_qk_norm": (False, None), "sliding_window": (None,), "pretraining_tp": (1, None),
+             "attention_dropout": (0, None)},
+    "sets": {},
+    "tensors": TENSORS | {
+        "layers.{i}.mlp.gate_up_proj.weight": [LAYER + f"mlp.{part}_proj.weight" for part in ("gate", "up")],
+        "layers.{i}.mlp.down_proj.weight": [LAYER + "mlp.down_proj.weight"]}}
+MIXTRAL = LLAMA | {
+    "architecture": "MixtralForCausalLM",
+    "keys": KEYS | MOE_KEYS,
+    "constants": {"hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None,
+                  "output_router_logits": True},  # if false, transformers trains without the balance loss
+    "assumed": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6,
+                "eos_token_id": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.001},
+    "tensors": TENSORS | {
+        "layers.{i}.mlp.gate.weight": [MOE + "gate.weight"],
+        "layers.{i}.mlp.gate_up_proj": [MOE + f"experts.{{e}}.{part}.weight" for part in ("w1", "w3")],
+        "layers.{i}.mlp.down_proj": [MOE + "experts.{e}.w2.weight"]}}
+FORMATS = {
+    "llama": LLAMA,
+    "mistral": LLAMA | {  # for reading only: what was read from it is written as a Llama
+        "assumed": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                    "sliding_window": 4096, "eos_token_id": 2}},
+    "mixtral": MIXTRAL,
+    # Mixtral has no slot for a selection bias on the experts. A model with one names an architecture of ours,
+    # so that no other tool opens it and computes something else.
+    "mixtral_with_router_bias": MIXTRAL | {
+        "architecture": "MixtralWithRouterBiasForCausalLM",
+        "sets": {"router_bias": True},
+        "tensors": MIXTRAL["tensors"] | {"layers.{i}.mlp.bias": [MOE + "gate.bias"]}}}
 
 
-def to_hf_config(c, dtype="float32", biased=False):
-    """ModelConfig -> config.json's dict. `biased`: the router holds a nonzero selection bias, for which Mixtral has no slot;
-    the directory then names an architecture of ours, so that no other tool opens it and computes something else."""
-    keys = COMMON_KEYS + (MOE_KEYS if c.num_local_experts else ())
-    name = "MixtralForCausalLM" if c.num_local_experts else "LlamaForCausalLM"
-    model_type = "mixtral" if c.num_local_experts else "llama"
-    if biased:
-        name, model_type = "MixtralWithRouterBiasForCausalLM", "mixtral_with_router_bias"
-    return {"architectures": [name], "model_type": model_type, "hidden_act": "silu", "torch_dtype": dtype,
-            "attention_dropout": 0.0, "use_cache": True, "bos_token_id": None,
-            **({"sliding_window": None, "output_router_logits": False} if c.num_local_experts
-               else {"attention_bias": False, "mlp_bias": False}),
-            **{key: getattr(c, key) for key in keys}}
+def written_as(c):
+    """The model_type under which a ModelConfig is written."""
+    moe = "mixtral_with_router_bias" if c.router_bias else "mixtral"
+    return moe if c.num_local_experts else "llama"
+
+
+def to_hf_config(c, dtype="float32"):
+    """ModelConfig -> config.json's dict.
+
+    transformers counts each of a token's k experts in full. Its balanced loss is k where ours is 1, so the
+    coefficient is written as ours / k. It also pools the layers: the losses are equal for one layer only.
+    """
+    entry = FORMATS[written_as(c)]
+    d = {"architectures": [entry["architecture"]], "model_type": written_as(c), "torch_dtype": dtype,
+         "use_cache": True, "bos_token_id": None, **entry["constants"],
+         **{key: getattr(c, field) for field, key in entry["keys"].items()}}
+    if c.num_local_experts:
+        d[entry["keys"]["router_aux_loss_coef"]] /= c.num_experts_per_tok
+    return d
 
 
 def from_hf_config(d, where="config.json"):
-    """config.json's dict -> ModelConfig. Raises ConfigError, naming the key, for what this architecture cannot express."""
-    kind = d.get("model_type")
-    if kind not in ("llama", "mistral", "mixtral", "mixtral_with_router_bias"):
-        raise ConfigError(f"{where}: model_type '{kind}' is not supported (llama, mistral without sliding window, mixtral are)")
-    d = LEFT_OUT.get(kind, {}) | d
-    for key, fine in (("hidden_act", ("silu", "swish")), ("attention_bias", (False, None)), ("mlp_bias", (False, None)),
-                      ("use_qk_norm", (False, None)), ("sliding_window", (None,)), ("pretraining_tp", (1, None)),
-                      ("attention_dropout", (0, 0.0, None))):
-        if d.get(key, fine[0]) not in fine:
-            raise ConfigError(f"{where}: {key} = {d[key]!r} cannot be expressed here (only {fine[0]!r})")
-    keys = COMMON_KEYS + (MOE_KEYS if kind.startswith("mixtral") else ())
-    values = {key: d[key] for key in keys if d.get(key) is not None}
-    rope = d.get("rope_parameters")  # where transformers 5 keeps theta and scaling
-    if rope:
-        values["rope_theta"] = rope.get("rope_theta", d.get("rope_theta", 10000.0))
-        if rope.get("rope_type", "default") != "default":
-            values["rope_scaling"] = rope
-    if kind == "mixtral_with_router_bias":
-        values["router_bias"] = True
-    if kind.startswith("mixtral") and not values.get("num_local_experts"):
-        raise ConfigError(f"{where}: num_local_experts is missing")
+    """config.json's dict -> ModelConfig. Raises ConfigError, naming the key, for what that cannot express."""
+    model_type = d.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FORMATS:
+        raise ConfigError(f"{where}: model_type '{model_type}' is not supported ({', '.join(FORMATS)} are)")
+    entry = FORMATS[model_type]
+    d = entry["assumed"] | d
+    for key, values in entry["only"].items():
+        if d.get(key, values[0]) not in values:
+            raise ConfigError(f"{where}: {key} = {d[key]!r} cannot be expressed here (only {values[0]!r})")
+    fields = {field: d[key] for field, key in entry["keys"].items() if d.get(key) is not None} | entry["sets"]
     try:
-        return ModelConfig(**values)
+        if rope := d.get("rope_parameters"):  # where transformers 5 keeps theta and scaling
+            fields["rope_theta"] = rope.get("rope_theta", d.get("rope_theta", 10000.0))
+            if rope.get("rope_type", "default") != "default":
+                fields["rope_scaling"] = rope
+        c = ModelConfig(**fields)
+        if "num_local_experts" in entry["keys"] and not c.num_local_experts:
+            raise ValueError(f"{entry['keys']['num_local_experts']} is missing")
+        if c.num_local_experts:  # 15 digits undo the rounding of the division by k
+            c.router_aux_loss_coef = float(f"{c.router_aux_loss_coef * c.num_experts_per_tok:.15g}")
+        return c
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -109,37 +166,39 @@ def read_config(directory):
 # ---------------------------------------------------------------------------------------------------------
 # Tensors
 
-def hf_views(name, t, c):
-    """[(Hugging Face's name, the slice of t it is)] for the parameter or buffer `name`; the slices are views, so the same
-    list serves to write a file and to fill a model."""
-    if name in ("embed_tokens.weight", "norm.weight") or name.endswith("layernorm.weight") or name.endswith("o_proj.weight"):
-        return [(f"model.{name}", t)]
-    if name == "lm_head.weight":
-        return [(name, t)]
-    layer = f"model.layers.{name.split('.')[1]}"
-    if name.endswith("qkv_proj.weight"):
-        kv = c.num_key_value_heads * c.head_dim
-        q, k, v = t.split((c.num_attention_heads * c.head_dim, kv, kv))
-        return [(f"{layer}.self_attn.{p}_proj.weight", w) for p, w in (("q", q), ("k", k), ("v", v))]
-    if not c.num_local_experts:
-        if name.endswith("gate_up_proj.weight"):
-            return [(f"{layer}.mlp.{p}_proj.weight", w) for p, w in zip(("gate", "up"), t.chunk(2))]
-        return [(f"{layer}.mlp.down_proj.weight", t)]
-    moe = f"{layer}.block_sparse_moe"
-    if name.endswith("mlp.gate.weight"):
-        return [(f"{moe}.gate.weight", t)]
-    if name.endswith("mlp.bias"):
-        return [(f"{moe}.gate.bias", t)]
-    if name.endswith("gate_up_proj"):
-        return [(f"{moe}.experts.{e}.{p}.weight", w) for e in range(len(t)) for p, w in zip(("w1", "w3"), t[e].chunk(2))]
-    return [(f"{moe}.experts.{e}.w2.weight", t[e]) for e in range(len(t))]
+def hf_views(name, t, c, model_type=None):
+    """[(Hugging Face's name, the slice of t it is)] for the parameter or buffer `name` of a ModelConfig c.
+
+    The slices are views, so one list serves to write a file and to fill a model. Three tensors share the rows
+    of a matrix as q, k and v do; two share them equally. model_type: the format of the file; None: the one in
+    which c is written. Raises ConfigError for a parameter that the format does not know.
+    """
+    model_type = model_type or written_as(c)
+    layer = re.match(r"layers\.(\d+)\.", name)
+    names = FORMATS[model_type]["tensors"].get(re.sub(r"^layers\.\d+\.", "layers.{i}.", name))
+    if names is None:
+        raise ConfigError(f"parameter {name} has no tensor in FORMATS['{model_type}'] of checkpoint.py")
+    q, kv = (heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads))
+    views = []
+    for expert, matrix in enumerate(t) if "{e}" in names[0] else [(None, t)]:
+        parts = matrix.split((q, kv, kv)) if len(names) == 3 else matrix.chunk(len(names))
+        views += [(n.format(i=layer and layer[1], e=expert), part) for n, part in zip(names, parts)]
+    return views
+
+
+def stored_views(model, c, model_type=None):
+    """{parameter or buffer: its hf_views} of all that a file of ModelConfig c holds of `model`. It holds no
+    tied head, and no router bias unless c has one. Raises ConfigError as hf_views does."""
+    left_out = ("lm_head.weight",) * c.tie_word_embeddings + ("mlp.bias",) * (not c.router_bias)
+    return {name: hf_views(name, t, c, model_type) for name, t in model.state_dict().items()
+            if not name.endswith(left_out)}
 
 
 def open_tensors(directory):
-    """{tensor name: open safetensors file that holds it} of a Hugging Face directory, memory-mapped, nothing read yet.
+    """{tensor name: open safetensors file that holds it} of a directory; nothing of the weights is read yet.
 
-    Raises ConfigError for a missing, truncated or lying file, an index that points outside the directory or at tensors that
-    are not there, and for pickled weights, which are never loaded.
+    Raises ConfigError for a missing, truncated or lying file, for an index that points outside the directory
+    or at tensors that are not there, and for pickled weights, which are never loaded.
     """
     index = os.path.join(directory, "model.safetensors.index.json")
     single = os.path.join(directory, "model.safetensors")
@@ -152,16 +211,19 @@ def open_tensors(directory):
         files = sorted(set(weight_map.values()))
         for file in files:
             if os.path.basename(file) != file or not file.endswith(".safetensors"):
-                raise ConfigError(f"{index}: points at '{file}', which is not a safetensors file of its own directory")
+                raise ConfigError(f"{index}: points at '{file}', not a safetensors file of its own folder")
     else:
-        pickled = [f for f in sorted(os.listdir(directory)) if f.endswith((".bin", ".pt", ".pth")) and f != "optimizer.pt"]
-        raise ConfigError(f"{directory}: has no model.safetensors" + (f"; {pickled[0]} is pickled and never loaded: convert it" if pickled else ""))
+        pickled = [file for file in sorted(os.listdir(directory))
+                   if file.endswith((".bin", ".pt", ".pth")) and file != "optimizer.pt"]
+        advice = f"; {pickled[0]} is pickled and never loaded: convert it" if pickled else ""
+        raise ConfigError(f"{directory}: has no model.safetensors" + advice)
     tensors = {}
     for file in files:
         path = os.path.join(directory, file)
         try:
             handle = safe_open(path, "pt")
-            tensors |= {name: handle for name in handle.keys() if weight_map is None or weight_map.get(name) == file}
+            tensors |= {name: handle for name in handle.keys()
+                        if weight_map is None or weight_map.get(name) == file}
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a complete safetensors file: {error}") from None
     missing = sorted(set(weight_map or ()) - set(tensors))
@@ -170,31 +232,40 @@ def open_tensors(directory):
     return tensors
 
 
+def check_tensors(directory, files, shapes, c):
+    """Compare open_tensors' files with shapes {name: shape}. Returns the tensors that can be ignored:
+    position tables and the copy of a tied head. Raises ConfigError naming the tensor that does not fit."""
+    for name, shape in shapes.items():
+        if name not in files:
+            raise ConfigError(f"{directory}: tensor {name} is missing")
+        found = files[name].get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            actual = tuple(found.get_shape())
+            raise ConfigError(f"{directory}: {name} is {actual}, config.json wants {shape}")
+        if found.get_dtype() not in DTYPES:
+            raise ConfigError(f"{directory}: {name} is {found.get_dtype()}, none of {', '.join(DTYPES)}")
+    others = sorted(set(files) - set(shapes))
+    for name in others:
+        tied_head = c.tie_word_embeddings and name == "lm_head.weight"
+        if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+            raise ConfigError(f"{directory}: tensor {name} is none of this architecture's")
+    return others
+
+
 def load_model(directory, dtype=torch.float32, router_bias=False):
-    """The Transformer in a checkpoint directory, on the CPU; router_bias gives its routers a selection bias where they have
-    none yet. Raises ConfigError naming file and tensor when they do not fit."""
-    c = read_config(directory)
-    stored_bias, c.router_bias = c.router_bias, c.router_bias or router_bias
+    """The Transformer in a checkpoint directory, on the CPU. With router_bias its routers get a selection
+    bias where they have none. Raises ConfigError naming file and tensor when they do not fit."""
+    c, path = read_config(directory), os.path.join(directory, "config.json")
     try:
-        model = Transformer(c).to(dtype)
+        model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
     except ValueError as error:
-        raise ConfigError(f"{os.path.join(directory, 'config.json')}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
+    views = dict(itertools.chain(*stored_views(model, c, read_json(path)["model_type"]).values()))
     files = open_tensors(directory)
-    left = {n for n in files if not n.endswith("rotary_emb.inv_freq") and not (c.tie_word_embeddings and n == "lm_head.weight")}
+    check_tensors(directory, files, {name: tuple(view.shape) for name, view in views.items()}, c)
     with torch.no_grad():
-        for name, t in model.state_dict().items():
-            if (c.tie_word_embeddings and name == "lm_head.weight") or (name.endswith("mlp.bias") and not stored_bias):
-                continue
-            for hf_name, view in hf_views(name, t, c):
-                if hf_name not in files:
-                    raise ConfigError(f"{directory}: tensor {hf_name} is missing")
-                source = files[hf_name].get_tensor(hf_name)
-                if source.shape != view.shape:
-                    raise ConfigError(f"{directory}: {hf_name} is {tuple(source.shape)}, config.json wants {tuple(view.shape)}")
-                view.copy_(source)
-                left.discard(hf_name)
-    if left:
-        raise ConfigError(f"{directory}: tensor {min(left)} is none of this architecture's")
+        for name, view in views.items():
+            view.copy_(files[name].get_tensor(name))
     return model
 
 
@@ -211,9 +282,9 @@ def sync(path):
 
 @contextlib.contextmanager
 def atomic_directory(path, needed=0):
-    """Yields a temporary sibling of `path` to fill; synced and renamed to `path` at the end. Whatever goes wrong or whenever
-    the process dies, `path` is either absent or complete. Raises ConfigError when `path` exists, when the disk has no room for
-    `needed` bytes, or when it cannot be written."""
+    """Yields a temporary sibling of `path` to fill, which is synced and renamed to `path` at the end.
+    Whatever goes wrong and whenever the process dies, `path` is absent or complete. Raises ConfigError when
+    `path` exists, when the disk has no room for `needed` bytes, or when it cannot be written."""
     path = os.path.normpath(path)
     if os.path.exists(path):
         raise ConfigError(f"{path}: already exists; remove it or choose another name")
@@ -232,35 +303,34 @@ def atomic_directory(path, needed=0):
         os.rename(temporary, path)
         sync(parent)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise ConfigError(f"{path}: not written, the disk is full ({error})") from None
         if isinstance(error, RuntimeError):
             raise
         raise ConfigError(f"{path}: not written: {error}") from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a failed write; a finished one has its final name
+
+
+def write_json(directory, name, value):
+    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
 
 
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
-    """Write `model` (unwrapped), the dict `state` and an AdamW's moments as a checkpoint directory. Raises ConfigError."""
-    c = model.config
-    biased = c.router_bias and any(bool(b.any()) for n, b in model.named_buffers() if n.endswith("mlp.bias"))
-    tensors = {}
-    for name, t in model.state_dict().items():
-        if (c.tie_word_embeddings and name == "lm_head.weight") or (name.endswith("mlp.bias") and not biased):
-            continue
-        tensors |= {hf_name: view.detach().cpu().clone() for hf_name, view in hf_views(name, t, c)}
+    """Write `model` (unwrapped), the dict `state` and an AdamW's moments as a checkpoint directory. Raises
+    ConfigError."""
+    biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
+    c = dataclasses.replace(model.config, router_bias=biased)  # routers whose bias is zero are Mixtral's
+    views = itertools.chain(*stored_views(model, c).values())
+    tensors = {name: view.detach().cpu().clone() for name, view in views}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with atomic_directory(directory) as temporary:
-        with open(os.path.join(temporary, "config.json"), "w") as f:
-            json.dump(to_hf_config(c, dtype, biased), f, indent=2)
+        write_json(temporary, "config.json", to_hf_config(c, dtype))
         save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
         if optimizer is not None:
             torch.save(moments(model, optimizer), os.path.join(temporary, "optimizer.pt"))
-        with open(os.path.join(temporary, "trainer_state.json"), "w") as f:
-            json.dump(state, f, indent=2)
+        write_json(temporary, "trainer_state.json", state)
         for name in TOKENIZER_FILES:
             if tokenizer_from and os.path.exists(os.path.join(tokenizer_from, name)):
                 shutil.copy(os.path.join(tokenizer_from, name), temporary)
@@ -274,7 +344,8 @@ def moments(model, optimizer):
         if s:
             result["step"] = int(s["step"])
             for key in ("exp_avg", "exp_avg_sq"):
-                result[key] |= {hf_name: view.detach().cpu().clone() for hf_name, view in hf_views(name, s[key], model.config)}
+                views = hf_views(name, s[key], model.config)
+                result[key] |= {hf_name: view.detach().cpu().clone() for hf_name, view in views}
     return result
 
 
@@ -291,8 +362,94 @@ def load_moments(directory, model, optimizer):
             # fused AdamW wants its count as an fp32 tensor beside the parameter
             optimizer.state[p] = {"step": torch.tensor(float(stored["step"]), device=p.device), **s}
     except (OSError, KeyError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path}: cannot be read as this model's optimizer state: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: cannot be read as this model's optimizer state: {reason}") from None
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing tensors one at a time
+
+class Span(NamedTuple):
+    """The bytes of a tensor in an open file."""
+    file: BinaryIO
+    start: int
+    nbytes: int
+
+
+def parse_size(text):
+    """Bytes of 5GB, 500MB, 64KB or a number, in powers of 1000 as Hugging Face counts. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise ConfigError(f"shard_size = '{text}' is no size such as 500MB or 5GB")
+    return size
+
+
+def shards(pieces, shard_size):
+    """`pieces` cut into runs of at most shard_size bytes (a larger tensor alone)."""
+    result, size = [[]], 0
+    for p in pieces:
+        if result[-1] and size + p.bytes > shard_size:
+            result.append([])
+            size = 0
+        result[-1].append(p)
+        size += p.bytes
+    return result
+
+
+def copy_bytes(f, span):
+    """Append a Span to f, on Linux inside the kernel: a third of the CPU time of writing out a memory map."""
+    f.flush()
+    position, end = span.start, span.start + span.nbytes
+    while position < end:
+        if sys.platform == "linux":
+            sent = os.sendfile(f.fileno(), span.file.fileno(), position, end - position)
+        else:
+            sent = os.write(f.fileno(), os.pread(span.file.fileno(), min(end - position, 1 << 24), position))
+        if not sent:
+            raise OSError(f"{span.file.name} ended early")
+        position += sent
+    f.seek(0, os.SEEK_END)
+
+
+def write_shard(path, pieces, make_tensor, bar):
+    """A safetensors file of pieces, which have a name, shape, dtype and bytes: the header, then each tensor
+    as make_tensor(piece) gives it, itself or as a Span. Memory holds one tensor at a time. bar: a tqdm."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for p in pieces:
+        start, end = end, end + p.bytes
+        header[p.name] = {"dtype": names[p.dtype], "shape": p.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for p in pieces:
+            t = make_tensor(p)
+            assert t.nbytes == p.bytes, p.name
+            if isinstance(t, Span):
+                copy_bytes(f, t)
+            else:
+                assert t.shape == p.shape and t.dtype == p.dtype, p.name
+                f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+            bar.update(p.bytes)
+
+
+def write_weights(directory, pieces, shard_size, make_tensor, bar):
+    """model.safetensors, or shards of at most shard_size bytes and their index. See write_shard."""
+    runs = shards(pieces, shard_size)
+    names = [f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors" for i in range(len(runs))]
+    names = names if len(runs) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, runs):
+        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
+    if len(runs) > 1:
+        weight_map = {p.name: name for name, shard in zip(names, runs) for p in shard}
+        write_json(directory, "model.safetensors.index.json",
+                   {"metadata": {"total_size": sum(p.bytes for p in pieces)}, "weight_map": weight_map})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training state
 
 def read_state(directory):
     """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's."""
@@ -302,8 +459,23 @@ def read_state(directory):
     return state if ours else {}
 
 
+def tokens_seen(*states):
+    """Tokens that the weights of these trainer states saw since the random start or the upcycling.
+
+    A state's history lists [run, tokens] of each run that led to it. States that branched from one run share
+    its tokens, so each run counts once, with the most tokens that any of the states saw of it.
+    """
+    runs = {}
+    for i, state in enumerate(states):
+        # A state written before there was a history counts as a run of its own.
+        history = state.get("history", [(i, state["tokens"] + state["lineage"].get("tokens_before", 0))])
+        for run, tokens in history:
+            runs[run] = max(tokens, runs.get(run, 0))
+    return sum(runs.values())
+
+
 def checkpoints(out_dir):
     """[(step, directory)] of the complete checkpoints in a run's directory, oldest first."""
-    found = [(int(m[1]), os.path.join(out_dir, name)) for name in (os.listdir(out_dir) if os.path.isdir(out_dir) else ())
-             if (m := re.fullmatch(r"checkpoint-(\d+)", name))]
-    return sorted(found)
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    found = [(re.fullmatch(r"checkpoint-(\d+)", name), os.path.join(out_dir, name)) for name in names]
+    return sorted((int(match[1]), path) for match, path in found if match)

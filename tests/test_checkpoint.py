@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from configurator import ConfigError
-from model import Transformer
+from model import ModelConfig, Transformer, balance_loss
 from test_model import DENSE, MOE, random_model
 
 STATE = {"step": 1, "tokens": 20, "lineage": {"family": "moe"}}
@@ -42,7 +42,8 @@ def test_weights_state_and_moments_come_back_bit_for_bit(saved):
 
 def test_tensor_names_are_mixtrals(saved):
     names = set(load_file(saved[0] / "model.safetensors"))
-    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in names and "model.layers.1.block_sparse_moe.gate.weight" in names
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in names
+    assert "model.layers.1.block_sparse_moe.gate.weight" in names
     assert len(names) == 3 + 2 * (2 + 4 + 1 + 3 * 4)
 
 
@@ -53,7 +54,8 @@ def test_an_existing_checkpoint_is_not_overwritten(saved):
     assert (saved[0] / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("error, kind", [(OSError(errno.ENOSPC, "No space left on device"), ConfigError), (KeyboardInterrupt(), KeyboardInterrupt)])
+@pytest.mark.parametrize("error, kind", [(OSError(errno.ENOSPC, "No space left on device"), ConfigError),
+                                         (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_failed_write_leaves_nothing(tmp_path, error, kind):
     with pytest.raises(kind):
         with checkpoint.atomic_directory(tmp_path / "c") as temporary:
@@ -77,7 +79,8 @@ def test_leftovers_of_a_killed_writer_are_cleared_and_not_mistaken(saved):
     os.makedirs(parent / ".checkpoint-7.tmp")
     assert checkpoint.checkpoints(parent) == []
     checkpoint.save(parent / "checkpoint-7", saved[1], {})
-    assert [step for step, _ in checkpoint.checkpoints(parent)] == [7] and not (parent / ".checkpoint-7.tmp").exists()
+    assert [step for step, _ in checkpoint.checkpoints(parent)] == [7]
+    assert not (parent / ".checkpoint-7.tmp").exists()
 
 
 def cut(path, keep):
@@ -98,11 +101,20 @@ DAMAGE = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
     "truncated weights": (lambda d: cut(d / "model.safetensors", 0.9), "model.safetensors: not a complete"),
     "truncated header": (lambda d: cut(d / "model.safetensors", 0.01), "model.safetensors: not a complete"),
-    "lying header": (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 8 + (d / "model.safetensors").read_bytes()[8:]), "not a complete"),
-    "pickle as safetensors": (lambda d: (d / "model.safetensors").write_bytes(pickle.dumps({"a": 1})), "not a complete"),
-    "a tensor missing": (lambda d: rewrite(d / "model.safetensors", lambda t: t.pop("model.norm.weight")), "model.norm.weight is missing"),
-    "a wrong shape": (lambda d: rewrite(d / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(5)})), r"model.norm.weight is \(5,\)"),
-    "an unknown tensor": (lambda d: rewrite(d / "model.safetensors", lambda t: t.update({"model.extra": torch.ones(5)})), "model.extra"),
+    "lying header": (lambda d: (d / "model.safetensors").write_bytes(
+        b"\xff" * 8 + (d / "model.safetensors").read_bytes()[8:]), "not a complete"),
+    "pickle as safetensors": (lambda d: (d / "model.safetensors").write_bytes(pickle.dumps({"a": 1})),
+                              "not a complete"),
+    "a tensor missing": (lambda d: rewrite(d / "model.safetensors", lambda t: t.pop("model.norm.weight")),
+                         "model.norm.weight is missing"),
+    "a wrong shape": (lambda d: rewrite(
+        d / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(5)})),
+        r"model.norm.weight is \(5,\)"),
+    "an unknown tensor": (lambda d: rewrite(
+        d / "model.safetensors", lambda t: t.update({"model.extra": torch.ones(5)})), "model.extra"),
+    "integers": (lambda d: rewrite(
+        d / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int)})),
+        "model.norm.weight is I32"),
 }
 
 
@@ -114,9 +126,11 @@ def test_damage_is_named(saved, name):
         checkpoint.load_model(saved[0])
 
 
-@pytest.mark.parametrize("index, message", [({"weight_map": {"a": "../c/model.safetensors"}}, "not a safetensors file of its own"), ({}, "no weight_map"),
-                                            ({"weight_map": {"a": "w.bin"}}, "not a safetensors file"), ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
-                                            ({"weight_map": {"nothing": "part.safetensors"}}, "does not hold nothing")])
+@pytest.mark.parametrize("index, message", [
+    ({"weight_map": {"a": "../c/model.safetensors"}}, "not a safetensors file of its own folder"),
+    ({}, "no weight_map"), ({"weight_map": {"a": "w.bin"}}, "not a safetensors file"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
+    ({"weight_map": {"nothing": "part.safetensors"}}, "does not hold nothing")])
 def test_bad_indexes_are_refused(saved, index, message):
     (saved[0] / "model.safetensors").rename(saved[0] / "part.safetensors")
     (saved[0] / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -130,7 +144,8 @@ def test_pickled_weights_are_never_loaded(saved):
         checkpoint.load_model(saved[0])
 
 
-@pytest.mark.parametrize("damage", [lambda p: cut(p, 0.5), lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(pickle.dumps(os.getcwd))])
+@pytest.mark.parametrize("damage", [lambda p: cut(p, 0.5), lambda p: p.unlink(), lambda p: p.write_bytes(b""),
+                                    lambda p: p.write_bytes(pickle.dumps(os.getcwd))])
 def test_damaged_or_dangerous_optimizer_files_are_named(saved, damage):
     path, model, optimizer = saved
     damage(path / "optimizer.pt")
@@ -165,3 +180,128 @@ def test_tokenizer_files_come_along(tmp_path):
 def test_another_tools_trainer_state_is_no_state(saved):
     (saved[0] / "trainer_state.json").write_text('{"epoch": 1.0, "global_step": 500, "log_history": []}')
     assert checkpoint.read_state(saved[0]) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Architectures
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_an_unknown_parameter_is_refused_by_name(tmp_path, kind):
+    model = random_model(**MOE)
+    w2 = model.layers[1].mlp.down_proj.detach().clone()
+    if kind == "parameter":
+        model.layers[1].mlp.extra = torch.nn.Parameter(torch.zeros_like(w2))
+    else:
+        model.layers[1].mlp.register_buffer("extra", torch.zeros_like(w2))
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.extra"):
+        checkpoint.save(tmp_path / "c", model, STATE)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_tensors_of_a_model_are_those_of_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+    for base in (DENSE, MOE):
+        path = tmp_path / str(len(base))
+        checkpoint.save(path, random_model(**base), {})
+        AutoModelForCausalLM.from_pretrained(path).save_pretrained(path / "again")
+        ours, theirs = (load_file(p / "model.safetensors") for p in (path, path / "again"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral"])
+def test_missing_keys_mean_what_transformers_takes_for_them(model_type):
+    from transformers import AutoConfig
+    d = {"model_type": model_type, "vocab_size": 101, "hidden_size": 128, "intermediate_size": 48,
+         "num_hidden_layers": 2, "num_attention_heads": 16}
+    theirs = AutoConfig.for_model(**d)
+    if model_type == "mistral":
+        assert theirs.sliding_window == 4096  # which is refused
+        d["sliding_window"] = None
+    c = checkpoint.from_hf_config(d)
+    for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+                "initializer_range", "eos_token_id"):
+        assert getattr(c, key) == getattr(theirs, key), key
+    assert c.rope_theta == theirs.rope_parameters["rope_theta"]
+    if model_type == "mixtral":
+        assert c.num_local_experts == theirs.num_local_experts
+        assert c.num_experts_per_tok == theirs.num_experts_per_tok
+        assert c.router_aux_loss_coef == theirs.router_aux_loss_coef * theirs.num_experts_per_tok
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_the_balance_loss_has_its_strength_in_transformers(tmp_path, k):
+    """With one layer, where pooling the layers changes nothing, both train on the same loss."""
+    from transformers import AutoModelForCausalLM
+    model = random_model(**MOE | {"num_hidden_layers": 1, "num_experts_per_tok": k}, router_aux_loss_coef=0.7)
+    checkpoint.save(tmp_path / "ours", model, {})
+    ids = torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(1))
+    targets = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)  # transformers shifts the labels
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(ids, labels=ids)
+        loss, router = model(ids, targets)
+        balance = balance_loss(router["counts"], router["probs"])
+    assert balance > 1.001 or k == 4  # with all experts chosen it is 1 whatever the router does
+    torch.testing.assert_close(theirs.loss, loss + 0.7 * balance, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 7])
+def test_the_balance_coefficient_comes_back(k, tmp_path):
+    from transformers import AutoConfig
+    for coefficient in (0.0, 0.01, 0.001, 0.07, 0.3, 1 / 3, 12345.678, 1e-9):
+        c = ModelConfig(**MOE | {"num_local_experts": 8, "num_experts_per_tok": k},
+                        router_aux_loss_coef=coefficient)
+        d = checkpoint.to_hf_config(c)
+        assert d["router_aux_loss_coef"] == pytest.approx(coefficient / k, rel=1e-15)
+        AutoConfig.for_model(**d).save_pretrained(tmp_path)
+        again = checkpoint.read_config(tmp_path)
+        assert again.router_aux_loss_coef == float(f"{coefficient:.15g}")
+        assert checkpoint.from_hf_config(checkpoint.to_hf_config(again)) == again
+
+
+def test_a_new_architecture_is_an_entry_of_formats(tmp_path, monkeypatch):
+    """Phi-3 stores q k v in one tensor, gate and up in another. Some mixtures say gate_proj for w1."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+    layer = "layers.{i}."
+    fused = {f"{layer}{name}": [f"model.{layer}{name}"]
+             for name in ("self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")}
+    llama = checkpoint.FORMATS["llama"]
+    monkeypatch.setitem(checkpoint.FORMATS, "phi3", llama | {"tensors": llama["tensors"] | fused})
+    theirs = Phi3ForCausalLM(Phi3Config(**DENSE, num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=0,
+                                        initializer_range=0.2)).eval()
+    theirs.save_pretrained(tmp_path / "phi3")
+    ids = torch.arange(30).view(1, 30)
+    with torch.no_grad():
+        model = checkpoint.load_model(tmp_path / "phi3")
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        checkpoint.save(tmp_path / "llama", model, {})
+        assert torch.equal(checkpoint.load_model(tmp_path / "llama")(ids), model(ids))
+    mixtral = checkpoint.FORMATS["mixtral"]
+    named = [f"model.{layer}mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up")]
+    monkeypatch.setitem(checkpoint.FORMATS, "another", mixtral | {
+        "keys": mixtral["keys"] | {"num_local_experts": "num_experts"},
+        "tensors": mixtral["tensors"] | {f"{layer}mlp.gate_up_proj": named}})
+    d = checkpoint.to_hf_config(ModelConfig(**MOE))
+    d = d | {"model_type": "another", "num_experts": d.pop("num_local_experts")}
+    c = checkpoint.from_hf_config(d)
+    assert c == ModelConfig(**MOE)
+    t = torch.arange(4 * 96 * 32.0).view(4, 96, 32)
+    views = dict(checkpoint.hf_views("layers.1.mlp.gate_up_proj", t, c, "another"))
+    assert len(views) == 8 and torch.equal(views["model.layers.1.mlp.experts.3.up_proj.weight"], t[3, 48:])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokens seen
+
+def test_tokens_of_a_run_count_once():
+    def state(*history):
+        return {"tokens": history[-1][1], "lineage": {}, "history": [list(run) for run in history]}
+    trunk, branch = ("trunk", 700), ("branch", 50)
+    assert checkpoint.tokens_seen(state(trunk)) == 700
+    assert checkpoint.tokens_seen(state(trunk, branch)) == 750
+    assert checkpoint.tokens_seen(state(trunk, branch), state(trunk, branch)) == 750
+    assert checkpoint.tokens_seen(state(trunk, branch), state(("trunk", 900), ("other", 20))) == 970
+    assert checkpoint.tokens_seen(state(trunk), state(("stranger", 30))) == 730
+    old = {"tokens": 10, "lineage": {"tokens_before": 5}}  # written before there was a history
+    assert checkpoint.tokens_seen(old) == 15
+    assert checkpoint.tokens_seen(old, state(trunk), old) == 730
+    assert checkpoint.tokens_seen({"tokens": 0, "lineage": {}, "history": []}) == 0

@@ -1,4 +1,4 @@
-"""upcycle.py against theory (in fp64, through files), transformers, and sources that lie."""
+"""upcycle.py is held against theory (in fp64, through files) and transformers, and meets sources that lie."""
 import hashlib
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          MistralForCausalLM)
 
 import upcycle as u
 from checkpoint import load_model, load_moments, save
@@ -23,16 +25,19 @@ from model import ModelConfig, Transformer, parameter_counts
 ROOT = Path(__file__).resolve().parent.parent
 V, FF = 61, 64  # vocabulary, intermediate_size
 METHODS = {"copy": {}, "noise": {"noise_std": 0.1}, "drop": {}, "drop_per_matrix": {},
-           "virtual_groups": {"granularity": 4, "num_local_experts": 16, "num_experts_per_tok": 8}, "merge": {}}
+           "virtual_groups": {"granularity": 4, "num_local_experts": 16, "num_experts_per_tok": 8},
+           "merge": {}}
 
 
 def config(**changes):
-    return ModelConfig(**{**dict(vocab_size=V, hidden_size=32, intermediate_size=FF, num_hidden_layers=2, num_attention_heads=4,
-                                 num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2), **changes})
+    return ModelConfig(**{**dict(vocab_size=V, hidden_size=32, intermediate_size=FF, num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                                 initializer_range=0.2), **changes})
 
 
 def load(file):
-    return {name: t.clone() for name, t in load_file(file).items()}  # no memory map of a file that a test overwrites
+    # no memory map of a file that a test overwrites
+    return {name: t.clone() for name, t in load_file(file).items()}
 
 
 def tokens(rows=4, length=32, seed=0):
@@ -41,7 +46,8 @@ def tokens(rows=4, length=32, seed=0):
 
 def write(path, dtype=torch.float64, seed=0, state=None, **changes):
     model = Transformer(config(**changes)).init_weights(seed).to(dtype)
-    save(path, model, state or {"step": 5, "tokens": 1000, "sequence": 31, "dataset": "none", "lineage": {"family": "dense"}})
+    save(path, model, state or {"step": 5, "tokens": 1000, "sequence": 31, "dataset": "none",
+                                "lineage": {"family": "dense"}})
     return str(path)
 
 
@@ -90,13 +96,15 @@ def experts(path, layers=2):
     """{(layer, expert, matrix): tensor} read with safetensors alone."""
     files = sorted(Path(path).glob("*.safetensors"))
     every = {name: t for file in files for name, t in load(file).items()}
-    return {(i, int(name.split(".")[5]), name.split(".")[6]): t for i in range(layers) for name, t in every.items()
+    return {(i, int(name.split(".")[5]), name.split(".")[6]): t
+            for i in range(layers) for name, t in every.items()
             if name.startswith(f"model.layers.{i}.block_sparse_moe.experts.")}
 
 
 def mlp(path, layer=0):
     t = load(Path(path) / "model.safetensors")
-    return {w: t[f"model.layers.{layer}.mlp.{p}_proj.weight"] for w, p in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
+    return {w: t[f"model.layers.{layer}.mlp.{p}_proj.weight"]
+            for w, p in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,18 +115,22 @@ def mlp(path, layer=0):
 @pytest.mark.parametrize("weights", ["random_dense", "trained_dense"])
 def test_copy_and_virtual_groups_preserve_the_function(tmp_path, request, weights, G, k):
     source = request.getfixturevalue(weights)
-    path, _ = upcycled(tmp_path, source, "groups", method="virtual_groups", granularity=G, num_local_experts=4 * G, num_experts_per_tok=k * G)
+    path, _ = upcycled(tmp_path, source, "groups", method="virtual_groups", granularity=G,
+                       num_local_experts=4 * G, num_experts_per_tok=k * G)
     assert_same_function(source, path)
     if G == 1:
-        path, _ = upcycled(tmp_path, source, "copy", num_local_experts=5, num_experts_per_tok=k, router_std=3.0)
+        path, _ = upcycled(tmp_path, source, "copy", num_local_experts=5, num_experts_per_tok=k,
+                           router_std=3.0)
         assert_same_function(source, path)
 
 
 @pytest.mark.parametrize("method", [{}, {"method": "virtual_groups", "granularity": 2}])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_matrix_5_percent_off_is_caught(tmp_path, random_dense, monkeypatch, method, part):
-    right = u.make_expert
-    monkeypatch.setattr(u, "make_expert", lambda o, w, p: right(o, w, p) * (1.05 if p.part == part else 1))
+    name = method.get("method", "copy")
+    right = u.METHODS[name].weights or (lambda o, w, p: w)
+    wrong = u.METHODS[name]._replace(weights=lambda o, w, p: right(o, w, p) * (1.05 if p.part == part else 1))
+    monkeypatch.setitem(u.METHODS, name, wrong)
     path, _ = upcycled(tmp_path, random_dense, **method)
     with pytest.raises(AssertionError):
         assert_same_function(random_dense, path)
@@ -129,9 +141,12 @@ def test_a_matrix_5_percent_off_is_caught(tmp_path, random_dense, monkeypatch, m
 
 @pytest.mark.parametrize("G", [2, 8])
 def test_scale_spread_over_three_matrices_errs_as_predicted(tmp_path, G):
-    """With c = G^(1/3) on gate, up and down an MLP computes silu(c·g)/c for silu(g): compare with quadrature over g ~ N(0, 1)."""
-    source = write(tmp_path / "dense", hidden_size=128, intermediate_size=2048, num_hidden_layers=1, initializer_range=128 ** -0.5)
-    path, _ = upcycled(tmp_path, source, method="virtual_groups", granularity=G, num_local_experts=2 * G, num_experts_per_tok=G)
+    """With c = G^(1/3) on gate, up and down an MLP computes silu(c·g)/c for silu(g). Compare it
+    with quadrature over g ~ N(0, 1)."""
+    source = write(tmp_path / "dense", hidden_size=128, intermediate_size=2048, num_hidden_layers=1,
+                   initializer_range=128 ** -0.5)
+    path, _ = upcycled(tmp_path, source, method="virtual_groups", granularity=G, num_local_experts=2 * G,
+                       num_experts_per_tok=G)
     dense, moe = (load_model(p, torch.float64).layers[0].mlp for p in (source, path))
     x = torch.randn(1, 512, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     right = dense(x)
@@ -147,7 +162,8 @@ def test_scale_spread_over_three_matrices_errs_as_predicted(tmp_path, G):
 
 
 def test_groups_are_chosen_whole(tmp_path, random_dense):
-    path, _ = upcycled(tmp_path, random_dense, method="virtual_groups", granularity=4, num_local_experts=32, num_experts_per_tok=8)
+    path, _ = upcycled(tmp_path, random_dense, method="virtual_groups", granularity=4, num_local_experts=32,
+                       num_experts_per_tok=8)
     model = load_model(path, torch.float32)
     ids = tokens(32, 64)
     _, router = model(ids[:, :-1], ids[:, 1:])
@@ -180,7 +196,8 @@ def test_drop_per_matrix_keeps_the_cube(tmp_path):
     for w, dim in (("w1", 1), ("w3", 1), ("w2", 0)):
         assert all((new[0, e, w] == old[w]).all(dim).sum() == 768 for e in range(8))
     n = 2 * 8 * 1024
-    sd = math.sqrt(0.75 ** 3 * (1 - 0.75 ** 3) / n)  # of independent channels; sets without replacement vary less
+    # of independent channels; sets without replacement vary less
+    sd = math.sqrt(0.75 ** 3 * (1 - 0.75 ** 3) / n)
     assert record["measured"]["channels_kept"] == pytest.approx(0.75 ** 3, abs=4 * sd)
 
 
@@ -191,7 +208,8 @@ def test_redrawn_channels_follow_the_block_they_replace(tmp_path):
     save(tmp_path / "dense", model, {})
     path, _ = upcycled(tmp_path, str(tmp_path / "dense"), method="drop", drop_ratio=0.5)
     old, new = mlp(tmp_path / "dense"), experts(path)
-    drawn = [(new[i, e, w].T if w == "w2" else new[i, e, w])[(new[i, e, "w1"] != mlp(tmp_path / "dense", i)["w1"]).any(1)].flatten()
+    drawn = [(new[i, e, w].T if w == "w2"
+              else new[i, e, w])[(new[i, e, "w1"] != mlp(tmp_path / "dense", i)["w1"]).any(1)].flatten()
              for i in (0, 1) for e in range(8) for w in ("w1", "w3", "w2")]
     pairs = torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0)
     assert pairs.abs().max() < 5 / math.sqrt(512 * 32)  # nothing is drawn twice
@@ -206,18 +224,21 @@ def test_redrawn_channels_follow_the_block_they_replace(tmp_path):
             assert b.mean().item() == pytest.approx(a.mean().item(), abs=4 * a.std().item() / math.sqrt(n))
             assert b.std().item() == pytest.approx(a.std().item(), rel=4 / math.sqrt(2 * n))
             assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 4 / math.sqrt(n)
-    assert redrawn.var().item() == pytest.approx(8 * 0.25, rel=4 * math.sqrt(2 / 1024))  # binomial: every channel as likely
+    # binomial: every channel as likely
+    assert redrawn.var().item() == pytest.approx(8 * 0.25, rel=4 * math.sqrt(2 / 1024))
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 def test_noise_statistics(tmp_path, fraction):
     source = write(tmp_path / "dense", intermediate_size=1024)
-    path, record = upcycled(tmp_path, source, method="noise", noise_std=0.2, noise_fraction=fraction, check=True)
+    path, record = upcycled(tmp_path, source, method="noise", noise_std=0.2, noise_fraction=fraction,
+                            check=True)
     old, new = mlp(source), experts(path)
     deltas = {key: (t - old[key[2]]).flatten() / old[key[2]].std() for key, t in new.items() if key[0] == 0}
     for d in deltas.values():
         hit, n = d[d != 0], d.numel()
-        assert len(hit) / n == pytest.approx(fraction, abs=4 * math.sqrt(fraction * (1 - fraction) / n) + 1e-9)
+        assert len(hit) / n == pytest.approx(
+            fraction, abs=4 * math.sqrt(fraction * (1 - fraction) / n) + 1e-9)
         assert hit.mean().abs() < 4 * 0.2 / math.sqrt(len(hit))
         assert hit.std().item() == pytest.approx(0.2, rel=4 / math.sqrt(2 * len(hit)))
         assert (hit / 0.2).pow(4).mean().item() == pytest.approx(3, abs=4 * math.sqrt(96 / len(hit)))
@@ -229,12 +250,15 @@ def test_noise_statistics(tmp_path, fraction):
 
 def test_router_is_drawn_per_group_and_layer(tmp_path):
     source = write(tmp_path / "dense", hidden_size=512, num_attention_heads=8)
-    path, _ = upcycled(tmp_path, source, router_std=0.5, method="virtual_groups", granularity=2, num_local_experts=16)
-    rows = [load(Path(path) / "model.safetensors")[f"model.layers.{i}.block_sparse_moe.gate.weight"] for i in (0, 1)]
+    path, _ = upcycled(tmp_path, source, router_std=0.5, method="virtual_groups", granularity=2,
+                       num_local_experts=16)
+    rows = [load(Path(path) / "model.safetensors")[f"model.layers.{i}.block_sparse_moe.gate.weight"]
+            for i in (0, 1)]
     for r in rows:
         assert (r[0::2] == r[1::2]).all()
         n = r[0::2].numel()
-        assert r[0::2].std().item() == pytest.approx(0.5, rel=4 / math.sqrt(2 * n)) and r[0::2].mean().abs() < 2 / math.sqrt(n)
+        assert r[0::2].std().item() == pytest.approx(0.5, rel=4 / math.sqrt(2 * n))
+        assert r[0::2].mean().abs() < 2 / math.sqrt(n)
     both = torch.corrcoef(torch.cat([r[0::2] for r in rows])).fill_diagonal_(0)
     assert both.abs().max() < 5 / math.sqrt(512)
 
@@ -248,7 +272,8 @@ def test_same_bytes_whatever_the_shards(tmp_path, random_dense, method):
     assert weights[0] == weights[1] != weights[2]
     index = json.loads((Path(paths[2]) / "model.safetensors.index.json").read_text())
     whole, n = load(Path(paths[0]) / "model.safetensors"), len(set(index["weight_map"].values()))
-    assert n > 3 and set(index["weight_map"].values()) == {f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)}
+    assert n > 3 and set(index["weight_map"].values()) == {f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+                                                           for i in range(n)}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     pieces = {}
     for file in set(index["weight_map"].values()):
@@ -257,14 +282,60 @@ def test_same_bytes_whatever_the_shards(tmp_path, random_dense, method):
         assert all(index["weight_map"][name] == file for name in shard)
         pieces |= shard
     assert pieces.keys() == whole.keys()
-    assert all(t.dtype == whole[name].dtype and t.numpy().tobytes() == whole[name].numpy().tobytes() for name, t in pieces.items())
+    assert all(t.dtype == whole[name].dtype and t.numpy().tobytes() == whole[name].numpy().tobytes()
+               for name, t in pieces.items())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Methods
+
+def test_a_method_may_work_in_place(tmp_path, random_dense, monkeypatch):
+    """What it does to its tensors is in the result, once for each expert, and nowhere else."""
+    dense = shutil.copytree(random_dense, tmp_path / "dense")
+    model = load_model(dense, torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(tokens()[:, :-1], tokens()[:, 1:])[0].backward()
+    optimizer.step()
+    shutil.rmtree(dense)
+    save(dense, model, {"tokens": 1, "lineage": {}}, optimizer)
+    files = [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")]
+    monkeypatch.setitem(u.METHODS, "copy", u.Method(
+        weights=lambda o, w, p: w.mul_(1.05), moments=lambda o, m, p, power: m.mul_(2),
+        shared=lambda o, tensors, p: next(tensors).add_(1)))
+    path, _ = upcycled(tmp_path, str(dense), optimizer="copy")
+    assert [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")] == files
+    old, new = mlp(dense), experts(path)
+    assert all(torch.equal(new[0, e, w], old[w] * 1.05) for e in range(8) for w in old)
+    before, after = (load(Path(p) / "model.safetensors")["model.norm.weight"] for p in (dense, path))
+    assert torch.equal(after, before + 1)
+    old, new = (torch.load(Path(p) / "optimizer.pt", weights_only=True)["exp_avg_sq"] for p in (dense, path))
+    for e in range(8):
+        assert torch.equal(new[f"model.layers.1.block_sparse_moe.experts.{e}.w3.weight"],
+                           2 * old["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_every_method_is_described_and_its_knobs_are_settings(tmp_path, random_dense):
+    columns = {"noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std",
+               "optimizer"}
+    assert {knob for method in u.METHODS.values() for knob in method.knobs} | set(u.KNOBS_OF_ALL) == columns
+    assert columns <= set(u.Options.__dataclass_fields__)
+    assert METHODS.keys() == u.METHODS.keys() == set(typing.get_args(u.Options.__annotations__["method"]))
+    for method in METHODS:
+        assert sum(line.startswith(f"| {method} ") for line in u.__doc__.splitlines()) == 1
+        path, _ = upcycled(tmp_path, random_dense, method, method=method, **METHODS[method], router_std=0.5,
+                           merge_with=[random_dense] if method == "merge" else [])
+        lineage = json.loads((Path(path) / "trainer_state.json").read_text())["lineage"]
+        assert columns & lineage.keys() == set(u.METHODS[method].knobs) | {"router_std", "optimizer"}
+        assert all(lineage[knob] == METHODS[method][knob] for knob in METHODS[method] if knob in columns)
+        assert lineage["router_std"] == 0.5 and lineage["optimizer"] == "reset"
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Merge
 
 def test_merge_takes_experts_in_turn_and_averages_the_rest(tmp_path):
-    a, b = write(tmp_path / "a", seed=0), write(tmp_path / "b", seed=1, state={"tokens": 500, "lineage": {"family": "dense"}})
+    a = write(tmp_path / "a", seed=0)
+    b = write(tmp_path / "b", seed=1, state={"tokens": 500, "lineage": {"family": "dense"}})
     path, record = upcycled(tmp_path, a, "average", merge_with=[b], method="merge", num_local_experts=4)
     new, old = experts(path), {0: mlp(a), 1: mlp(b)}
     assert all((new[0, e, w] == old[e % 2][w]).all() for e in range(4) for w in ("w1", "w2", "w3"))
@@ -276,6 +347,38 @@ def test_merge_takes_experts_in_turn_and_averages_the_rest(tmp_path):
     assert (load(Path(path) / "model.safetensors")["lm_head.weight"] == first["lm_head.weight"]).all()
     path, _ = upcycled(tmp_path, a, "same", merge_with=[a], method="merge")
     assert_same_function(a, path)
+
+
+def test_merged_checkpoints_of_another_type_are_converted(tmp_path):
+    a, b = write(tmp_path / "a", torch.float32), write(tmp_path / "b", torch.float64, seed=1)
+    path, _ = upcycled(tmp_path, a, merge_with=[b], method="merge", num_local_experts=2)
+    assert torch.equal(experts(path)[0, 0, "w1"], mlp(a)["w1"])
+    assert torch.equal(experts(path)[0, 1, "w1"], mlp(b)["w1"].float())
+
+
+def test_tokens_of_a_common_trunk_count_once(tmp_path):
+    """Two branches of a trunk saw 1,000 and 1,500 of its tokens and 200 and 300 of their own. A third model
+    is a stranger, written before there was a history."""
+    def state(*history):
+        return {"tokens": history[-1][1], "history": history, "lineage": {"family": "dense"}}
+    a = write(tmp_path / "a", state=state(["trunk", 1000], ["a", 200]))
+    b = write(tmp_path / "b", state=state(["trunk", 1500], ["b", 300]))
+    c = write(tmp_path / "c", state={"tokens": 30, "lineage": {"family": "dense", "tokens_before": 10}})
+    assert upcycled(tmp_path, a, "alone")[1]["D1"] == 1200
+    path, record = upcycled(tmp_path, a, "two", merge_with=[b], method="merge")
+    assert record["D1"] == 2000 and [s["tokens"] for s in record["sources"]] == [1200, 1800]
+    state_of_result = json.loads((Path(path) / "trainer_state.json").read_text())
+    assert state_of_result["history"] == [] and state_of_result["lineage"]["D1"] == 2000
+    assert upcycled(tmp_path, a, "same", merge_with=[a], method="merge")[1]["D1"] == 1200
+    _, record = upcycled(tmp_path, a, "three", merge_with=[b, c], method="merge", num_local_experts=6)
+    assert record["D1"] == 2040
+
+
+def test_the_dense_trunk_is_recorded(tmp_path):
+    dense = {"step": 5, "tokens": 1000, "trunk": "dense-seed-3", "lineage": {"family": "dense"}}
+    path, _ = upcycled(tmp_path, write(tmp_path / "dense", state=dense))
+    state = json.loads((Path(path) / "trainer_state.json").read_text())
+    assert state["lineage"]["dense_trunk"] == "dense-seed-3" and "trunk" not in state
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -293,7 +396,8 @@ def theirs(path, ids, dtype="auto"):
 @pytest.mark.parametrize("method", METHODS)
 def test_transformers_opens_every_method(tmp_path, method, heads, tied, dtype):
     source = write(tmp_path / "dense", dtype, num_key_value_heads=heads, tie_word_embeddings=tied)
-    path, _ = upcycled(tmp_path, source, method=method, shard_size="60KB", **METHODS[method], merge_with=[source] if method == "merge" else [])
+    path, _ = upcycled(tmp_path, source, method=method, shard_size="60KB", **METHODS[method],
+                       merge_with=[source] if method == "merge" else [])
     assert (Path(path) / "model.safetensors.index.json").exists()
     ids = tokens()
     with torch.no_grad():
@@ -308,16 +412,19 @@ def test_transformers_opens_every_method(tmp_path, method, heads, tied, dtype):
 
 
 ROPES = {"plain": None, "linear": {"rope_type": "linear", "factor": 2.0},
-         "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+         "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32},
          "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
 
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_sources_from_transformers(tmp_path, rope):
-    """Sharded, with RoPE scaling, head_dim of its own, tokens and generation files; the dense logits come back."""
+    """A source may be sharded, with RoPE scaling, a head_dim of its own, tokenizer and generation files."""
     theta = {} if rope == "plain" else {"rope_parameters": {"rope_theta": 5000.0, **ROPES[rope]}}
-    c = LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=FF, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                    max_position_embeddings=128, bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6, initializer_range=0.2, **theta)
+    c = LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=FF, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                    max_position_embeddings=128, bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6,
+                    initializer_range=0.2, **theta)
     dense = LlamaForCausalLM(c)
     dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     (tmp_path / "dense" / "tokenizer.json").write_text("{}")
@@ -326,10 +433,13 @@ def test_sources_from_transformers(tmp_path, rope):
     with torch.no_grad():
         assert difference(dense(ids).logits, theirs(path, ids)) < 1e-5
     new, old = (json.loads((p / "config.json").read_text()) for p in (Path(path), tmp_path / "dense"))
-    for key in ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "vocab_size", "rms_norm_eps", "dtype"):
+    for key in ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "vocab_size",
+                "rms_norm_eps", "dtype"):
         assert new[key] == old[key]
-    assert new["rms_norm_eps"] == 1e-6 and "attention_bias" not in new and new["architectures"] == ["MixtralForCausalLM"]
-    assert (Path(path) / "tokenizer.json").read_text() == "{}" and (Path(path) / "generation_config.json").exists()
+    assert new["rms_norm_eps"] == 1e-6 and "attention_bias" not in new
+    assert new["architectures"] == ["MixtralForCausalLM"]
+    assert (Path(path) / "tokenizer.json").read_text() == "{}"
+    assert (Path(path) / "generation_config.json").exists()
     if rope == "yarn":
         assert "yarn" in record["measured"]["not_run"] and record["measured"]["channels_kept"] == 1
     else:
@@ -337,7 +447,8 @@ def test_sources_from_transformers(tmp_path, rope):
 
 
 def test_old_rope_key_and_mistral(tmp_path):
-    c = MistralConfig(vocab_size=V, hidden_size=32, intermediate_size=FF, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    c = MistralConfig(vocab_size=V, hidden_size=32, intermediate_size=FF, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=2,
                       head_dim=8, max_position_embeddings=64, sliding_window=None, initializer_range=0.2)
     dense = MistralForCausalLM(c).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
@@ -352,7 +463,8 @@ def test_old_rope_key_and_mistral(tmp_path):
     with torch.no_grad():
         assert difference(dense.float()(ids).logits, b) > 1e-3  # the scaling does something
         assert difference(load_model(path)(ids), b) < 1e-5
-    file.write_text(json.dumps({key: value for key, value in d.items() if key != "sliding_window"}))  # left out, it is 4096
+    # left out, it is 4096
+    file.write_text(json.dumps({key: value for key, value in d.items() if key != "sliding_window"}))
     with pytest.raises(ConfigError, match="sliding_window"):
         upcycled(tmp_path, str(tmp_path / "dense"), "sliding")
 
@@ -376,11 +488,13 @@ def test_lineage_and_record(tmp_path, random_dense):
     digest = hashlib.sha256((Path(random_dense) / "model.safetensors").read_bytes()).hexdigest()
     state = json.loads((Path(path) / "trainer_state.json").read_text())
     n = parameter_counts(config())["N"]
-    assert state == {"step": 0, "tokens": 0, "sequence": 31, "dataset": "none", "lineage": {
-        "family": "upcycled", "N": n, "D1": 1000, "source": random_dense, "source_sha256": {"model.safetensors": digest}, "method": "copy",
-        "seed": 7, "parent": {"family": "dense"}}}
+    assert state == {"step": 0, "tokens": 0, "sequence": 31, "dataset": "none", "history": [], "lineage": {
+        "family": "upcycled", "N": n, "D1": 1000, "source": random_dense,
+        "source_sha256": {"model.safetensors": digest}, "method": "copy", "seed": 7, "router_std": 0.02,
+        "optimizer": "reset", "dense_trunk": None, "parent": {"family": "dense"}}}
     assert json.loads((Path(path) / "upcycle.json").read_text()) == record
-    assert record["sources"][0]["sha256"] == {"model.safetensors": digest} and record["settings"]["num_local_experts"] == 8
+    assert record["sources"][0]["sha256"] == {"model.safetensors": digest}
+    assert record["settings"]["num_local_experts"] == 8
     assert upcycled(tmp_path, random_dense, "given", D1=77)[1]["D1"] == 77
     path, record = upcycled(tmp_path, random_dense, "groups", method="virtual_groups", granularity=2)
     assert record["N"] == n and load_model(path).config.intermediate_size == FF // 2
@@ -389,18 +503,20 @@ def test_lineage_and_record(tmp_path, random_dense):
 def test_every_tensor_is_used_or_reported(tmp_path):
     source = write(tmp_path / "dense", torch.float32, tie_word_embeddings=True)
     t = load(Path(source) / "model.safetensors")
-    extra = {"lm_head.weight": t["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    extra = {"lm_head.weight": t["model.embed_tokens.weight"].clone(),
+             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(t | extra, Path(source) / "model.safetensors")
     path, record = upcycled(tmp_path, source)
     assert record["sources"][0]["unused"] == sorted(extra) and record["sources"][0]["tensors"] == len(t) + 2
     assert record["tensors"] == len(load(Path(path) / "model.safetensors"))
-    save_file(t | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, Path(source) / "model.safetensors")
-    with pytest.raises(ConfigError, match="q_norm.weight has no place in Mixtral"):
+    save_file(t | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
+              Path(source) / "model.safetensors")
+    with pytest.raises(ConfigError, match="q_norm.weight is none of this architecture's"):
         upcycled(tmp_path, source, "refused")
 
 
 def test_check_agrees_with_transformers(tmp_path, monkeypatch):
-    """Loss, KL, logits and router of the check, computed again with transformers on the same validation tokens."""
+    """Loss, KL, logits and router of the check are computed again with transformers on the same tokens."""
     source = write(tmp_path / "dense", torch.float32)
     val = np.random.default_rng(0).integers(V, size=300).astype(np.uint16)
     np.save(tmp_path / "val.npy", val)
@@ -410,10 +526,13 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
     ids = torch.from_numpy(val[:193].astype(np.int64))
     x, y = ids[:-1].view(3, T), ids[1:].view(3, T)
     a, b = theirs(source, x), theirs(path, x)
-    kl = F.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    kl = F.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True,
+                  reduction="none").sum(-1).mean()
     assert found["tokens"] == 192 and found["on"] == "validation tokens of here"
-    assert found["loss_before"] == pytest.approx(F.cross_entropy(a.flatten(0, 1), y.flatten()).item(), rel=1e-5)
-    assert found["loss_after"] == pytest.approx(F.cross_entropy(b.flatten(0, 1), y.flatten()).item(), rel=1e-5)
+    assert found["loss_before"] == pytest.approx(F.cross_entropy(a.flatten(0, 1), y.flatten()).item(),
+                                                 rel=1e-5)
+    assert found["loss_after"] == pytest.approx(F.cross_entropy(b.flatten(0, 1), y.flatten()).item(),
+                                                rel=1e-5)
     assert found["kl"] == pytest.approx(kl.item(), rel=1e-4) and found["kl"] > 0.01
     assert found["relative_logit_difference"] == pytest.approx(difference(a, b), rel=1e-4)
     routers = AutoModelForCausalLM.from_pretrained(path)(x, output_router_logits=True).router_logits
@@ -432,13 +551,16 @@ def test_moments_come_along(tmp_path, trained_dense, method):
     stored = [torch.load(Path(p) / "optimizer.pt", weights_only=True) for p in (trained_dense, path)]
     model = load_model(path, torch.float64)
     load_moments(path, model, torch.optim.AdamW(model.parameters()))
-    assert stored[1]["step"] == 60 and stored[1]["exp_avg"].keys() == load(Path(path) / "model.safetensors").keys()
+    assert stored[1]["step"] == 60
+    assert stored[1]["exp_avg"].keys() == load(Path(path) / "model.safetensors").keys()
     for power, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
         old, new = stored[0][key], stored[1][key]
         assert new["model.layers.0.block_sparse_moe.gate.weight"].eq(0).all()
-        assert (new["model.layers.1.self_attn.q_proj.weight"] == old["model.layers.1.self_attn.q_proj.weight"]).all()
+        assert (new["model.layers.1.self_attn.q_proj.weight"]
+                == old["model.layers.1.self_attn.q_proj.weight"]).all()
         gate, down = old["model.layers.0.mlp.gate_proj.weight"], old["model.layers.0.mlp.down_proj.weight"]
-        new_gate, new_down = (new[f"model.layers.0.block_sparse_moe.experts.5.{w}.weight"] for w in ("w1", "w2"))
+        new_gate, new_down = (new[f"model.layers.0.block_sparse_moe.experts.5.{w}.weight"]
+                              for w in ("w1", "w2"))
         if method == "drop":
             same = (experts(path)[0, 5, "w1"] == mlp(trained_dense)["w1"]).all(1)
             gate, down = gate * same[:, None], down * same
@@ -447,7 +569,8 @@ def test_moments_come_along(tmp_path, trained_dense, method):
 
 
 def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
-    """A single group is the dense model under other parameters: AdamW's first moments must be those of its own gradients."""
+    """A single group is the dense model under other parameters: AdamW's first moments must be those of its
+    gradients."""
     ids = tokens()
 
     def first_step(path):
@@ -459,31 +582,37 @@ def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
     dense = str(tmp_path / "dense")
     model, optimizer = first_step(random_dense)
     save(dense, model, {}, optimizer)
-    path, _ = upcycled(tmp_path, dense, method="virtual_groups", granularity=4, num_local_experts=4, num_experts_per_tok=4, optimizer="copy")
+    path, _ = upcycled(tmp_path, dense, method="virtual_groups", granularity=4, num_local_experts=4,
+                       num_experts_per_tok=4, optimizer="copy")
     model, optimizer = first_step(path)
     carried = torch.optim.AdamW(model.parameters())
     load_moments(path, model, carried)
     for name, p in model.named_parameters():
         if not name.endswith("mlp.gate.weight"):
             for key in ("exp_avg", "exp_avg_sq"):
-                assert difference(optimizer.state[p][key], carried.state[p][key]) < 1e-6, (name, key)  # the loss is taken in fp32
+                # the loss is taken in fp32
+                assert difference(optimizer.state[p][key], carried.state[p][key]) < 1e-6, (name, key)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Refusals
 
 @pytest.mark.parametrize("options,message", [
-    (dict(method="virtual_groups", granularity=4, num_local_experts=8, num_experts_per_tok=2), "not a multiple of granularity"),
-    (dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4), "last group would lack 2"),
-    (dict(method="virtual_groups", granularity=5, num_local_experts=10, num_experts_per_tok=5), "does not divide intermediate_size"),
+    (dict(method="virtual_groups", granularity=4, num_local_experts=8, num_experts_per_tok=2),
+     "not a multiple of granularity"),
+    (dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4),
+     "last group would lack 2"),
+    (dict(method="virtual_groups", granularity=5, num_local_experts=10, num_experts_per_tok=5),
+     "does not divide intermediate_size"),
     (dict(granularity=2), "goes with --method=virtual_groups"),
     (dict(router_std=0.0), "every token would choose the same"),
-    (dict(num_experts_per_tok=9), "num_experts_per_tok = 9 is not in 1..8"),
-    (dict(num_local_experts=0), "num_local_experts = 0"),
-    (dict(method="drop", drop_ratio=1.5), "drop_ratio = 1.5"),
-    (dict(method="noise", noise_fraction=-0.1), "noise_fraction = -0.1"),
+    (dict(num_experts_per_tok=9), "num_experts_per_tok = 9 is more than num_local_experts = 8"),
+    (dict(num_local_experts=0), "num_local_experts: 0 is not at least 1"),
+    (dict(method="drop", drop_ratio=1.5), "drop_ratio: 1.5"),
+    (dict(method="noise", noise_fraction=-0.1), "noise_fraction: -0.1"),
     (dict(method="merge"), "further checkpoints"),
-    (dict(shard_size="many"), "no size"), (dict(shard_size="-5GB"), "no size"), (dict(shard_size="5XB"), "no size"),
+    (dict(shard_size="many"), "no size"), (dict(shard_size="-5GB"), "no size"),
+    (dict(shard_size="5XB"), "no size"),
     (dict(optimizer="copy"), "optimizer.pt")])
 def test_settings_refused(tmp_path, random_dense, options, message):
     with pytest.raises(ConfigError, match=message):
@@ -493,7 +622,8 @@ def test_settings_refused(tmp_path, random_dense, options, message):
 
 @pytest.mark.parametrize("options", [
     dict(method="virtual_groups", granularity=4, num_local_experts=8, num_experts_per_tok=2),
-    dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4), dict(router_std=0.0)])
+    dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4),
+    dict(router_std=0.0)])
 def test_force_writes_it_and_claims_nothing(tmp_path, random_dense, options):
     path, record = upcycled(tmp_path, random_dense, force=True, check=True, check_tokens=64, **options)
     assert (Path(path) / "config.json").exists()
@@ -502,14 +632,16 @@ def test_force_writes_it_and_claims_nothing(tmp_path, random_dense, options):
 
 
 @pytest.mark.parametrize("key,value", [
-    ("attention_bias", True), ("mlp_bias", True), ("sliding_window", 4096), ("use_qk_norm", True), ("hidden_act", "gelu"),
-    ("model_type", "qwen3"), ("quantization_config", {"bits": 4}), ("num_hidden_layers", 10 ** 9), ("hidden_size", 10 ** 12),
-    ("hidden_size", 64), ("hidden_size", "32"), ("intermediate_size", 65), ("vocab_size", -1), ("num_attention_heads", 3)])
+    ("attention_bias", True), ("mlp_bias", True), ("sliding_window", 4096), ("use_qk_norm", True),
+    ("hidden_act", "gelu"), ("model_type", "qwen3"), ("quantization_config", {"bits": 4}),
+    ("num_hidden_layers", 10 ** 9), ("hidden_size", 10 ** 12), ("hidden_size", 64), ("hidden_size", "32"),
+    ("intermediate_size", 65), ("vocab_size", -1), ("num_attention_heads", 3)])
 def test_what_mixtral_cannot_express_is_refused(tmp_path, key, value):
     source = write(tmp_path / "dense", torch.float32)
     file = Path(source) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ConfigError, match="layers|size|config.json" if key.startswith(("num", "hidden_s", "inter", "vocab")) else key):
+    sizes = key.startswith(("num", "hidden_s", "inter", "vocab"))
+    with pytest.raises(ConfigError, match="layers|size|config.json" if sizes else key):
         upcycled(tmp_path, source)
     assert os.listdir(tmp_path) == ["dense"]
 
@@ -568,30 +700,44 @@ def index_to(target):
     def lie(d):
         os.rename(d / "model.safetensors", d.parent / "outside.safetensors")
         names = header_of(d.parent / "outside.safetensors")[0]
-        (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: target for n in names if n != "__metadata__"}}))
+        weight_map = {n: target for n in names if n != "__metadata__"}
+        (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return lie
 
 
 LIES = {
     "truncated": truncated,
     "empty": lambda d: (d / "model.safetensors").write_bytes(b""),
-    "header longer than the file": lambda d: (d / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}"),
-    "header not JSON": lambda d: (d / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{nothing" + bytes(64)),
+    "header longer than the file": lambda d: (d / "model.safetensors").write_bytes(
+        (1 << 62).to_bytes(8, "little") + b"{}"),
+    "header not JSON": lambda d: (d / "model.safetensors").write_bytes(
+        (8).to_bytes(8, "little") + b"{nothing" + bytes(64)),
     "offsets past the end": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(
         data_offsets=[10 ** 15, 10 ** 15 + h[NAME]["data_offsets"][1] - h[NAME]["data_offsets"][0]])),
-    "overlap": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(data_offsets=h[OTHER]["data_offsets"])),
-    "backwards": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(data_offsets=h[NAME]["data_offsets"][::-1])),
-    "negative": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(data_offsets=[-8, 8])),
-    "shape larger than the data": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(shape=[FF, 3200])),
-    "shape overflows": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(shape=[2 ** 62, 16])),
-    "type smaller than the data": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(dtype="U8")),
+    "overlap": lambda d: with_header(d / "model.safetensors",
+                                     lambda h: h[NAME].update(data_offsets=h[OTHER]["data_offsets"])),
+    "backwards": lambda d: with_header(d / "model.safetensors",
+                                       lambda h: h[NAME].update(data_offsets=h[NAME]["data_offsets"][::-1])),
+    "negative": lambda d: with_header(d / "model.safetensors",
+                                      lambda h: h[NAME].update(data_offsets=[-8, 8])),
+    "shape larger than the data": lambda d: with_header(d / "model.safetensors",
+                                                        lambda h: h[NAME].update(shape=[FF, 3200])),
+    "shape overflows": lambda d: with_header(d / "model.safetensors",
+                                             lambda h: h[NAME].update(shape=[2 ** 62, 16])),
+    "type smaller than the data": lambda d: with_header(d / "model.safetensors",
+                                                        lambda h: h[NAME].update(dtype="U8")),
     "integers": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(dtype="I32")),
-    "transposed": lambda d: with_header(d / "model.safetensors", lambda h: h[NAME].update(shape=h[NAME]["shape"][::-1])),
-    "tensor missing": lambda d: save_file({n: t for n, t in load(d / "model.safetensors").items() if n != NAME}, d / "model.safetensors"),
-    "bias": lambda d: save_file(load(d / "model.safetensors") | {NAME.replace("weight", "bias"): torch.ones(FF)}, d / "model.safetensors"),
+    "transposed": lambda d: with_header(d / "model.safetensors",
+                                        lambda h: h[NAME].update(shape=h[NAME]["shape"][::-1])),
+    "tensor missing": lambda d: save_file(
+        {n: t for n, t in load(d / "model.safetensors").items() if n != NAME}, d / "model.safetensors"),
+    "bias": lambda d: save_file(
+        load(d / "model.safetensors") | {NAME.replace("weight", "bias"): torch.ones(FF)},
+        d / "model.safetensors"),
     "pickle": pickled, "pickle in disguise": pickle_in_disguise,
     "index outside": index_to("../outside.safetensors"), "index absolute": index_to("/etc/passwd"),
-    "index to a missing file": index_to("model-00001-of-00002.safetensors"), "index to a pickle": index_to("pytorch_model.bin"),
+    "index to a missing file": index_to("model-00001-of-00002.safetensors"),
+    "index to a pickle": index_to("pytorch_model.bin"),
     "no weights": lambda d: (d / "model.safetensors").unlink(),
     "config not JSON": lambda d: (d / "config.json").write_text("{"),
     "config too deep": lambda d: (d / "config.json").write_text("[" * 100_000),
@@ -622,20 +768,22 @@ def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
 # Disk, memory, command line
 
 def test_no_room_says_what_is_needed(tmp_path, random_dense, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage",
+                        lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000))
     with pytest.raises(ConfigError, match="disk is full .*GB needed"):
         upcycled(tmp_path, random_dense)
     assert not list(tmp_path.iterdir())
 
 
 def python(code, *args, **kwargs):
-    return subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, text=True, capture_output=True, timeout=120, **kwargs)
+    return subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, text=True, capture_output=True,
+                          timeout=120, **kwargs)
 
 
 def test_killed_or_cut_off_it_leaves_nothing(tmp_path, random_dense):
-    """A file-size limit makes a write fail midway; then SIGKILL between two shards; then all is well again."""
+    """A file-size limit makes a write fail midway, and SIGKILL ends the next one between two shards."""
     done = python("""
-import resource, sys, upcycle as u
+import checkpoint, resource, sys, upcycle as u
 from configurator import ConfigError
 o = u.Options(sys.argv[1], sys.argv[2], shard_size="40KB", check=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
@@ -645,12 +793,12 @@ except ConfigError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 import os; print(os.listdir(os.path.dirname(sys.argv[2])), flush=True)
-write, shards = u.write_shard, []
+write, shards = checkpoint.write_shard, []
 def killed(*args):
     if len(shards) == 2:
         os.kill(os.getpid(), 9)
     shards.append(write(*args))
-u.write_shard = killed
+checkpoint.write_shard = killed
 u.upcycle(o)
 """, random_dense, str(tmp_path / "moe"))
     assert done.returncode == -9, done.stderr
@@ -665,12 +813,14 @@ u.upcycle(o)
 def test_memory_is_a_few_times_the_largest_tensor(tmp_path):
     """Anonymous memory, sampled while 100 MB are written out of 25 MB, tensors of at most 4 MB."""
     source = tmp_path / "dense"
-    model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=1))
+    model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048,
+                               num_attention_heads=8, num_hidden_layers=1))
     save(source, model.bfloat16(), {})
     done = python("""
 import sys, threading, time, upcycle as u
 def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+    return int(next(line for line in open("/proc/self/status")
+                    if line.startswith("RssAnon")).split()[1]) * 1024
 source, out = sys.argv[1:]
 u.upcycle(u.Options(source, out + "/first", num_local_experts=2, check=False))
 for method in ("copy", "drop"):
@@ -693,11 +843,13 @@ for method in ("copy", "drop"):
 
 
 def test_command_line(tmp_path, random_dense, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["upcycle.py", random_dense, str(tmp_path / "moe"), "--method=drop", "--drop_ratio=0.25", "--check_tokens=64"])
+    monkeypatch.setattr(sys, "argv", ["upcycle.py", random_dense, str(tmp_path / "moe"), "--method=drop",
+                                      "--drop_ratio=0.25", "--check_tokens=64"])
     run(u.main, u.Options)
     out = capsys.readouterr().out
     assert "8 experts, top-2, by drop" in out and "D1 1,000" in out and "64 random tokens" in out
-    assert any(line.split()[-2:] == ["0.75", "0.75"] for line in out.splitlines() if line.startswith("channels kept"))
+    assert any(line.split()[-2:] == ["0.75", "0.75"] for line in out.splitlines()
+               if line.startswith("channels kept"))
     with pytest.raises(SystemExit) as stop:
         run(u.main, u.Options)
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("upcycle.py: ")
