@@ -9,6 +9,7 @@ done, row.json: its point for fit_laws.py, which is also appended to the file `r
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -25,9 +26,9 @@ import torch.nn.functional as F
 
 import checkpoint
 from configurator import ConfigError, code_version, progress, run, setting, write_config
-from data.stream import load_tokens, locate, sequences, shuffled
+from data.stream import batches, load_tokens, locate, sequences
 from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token, parameter_counts
-from rows import KNOBS, append_row
+from rows import ARCHITECTURE, KNOBS, ROUTING, TRAINING, append_row, differences, run_key
 
 
 @dataclass
@@ -87,14 +88,47 @@ MODEL_KEYS = [f.name for f in dataclasses.fields(ModelConfig) if f.name in Train
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the step under way is finished and saved. args[0]: the signal."""
+    """A run was stopped by SIGTERM or Ctrl-C after the step under way was finished and saved. args[0]: the signal."""
+
+
+@dataclass
+class Run:
+    """A resolved run: what the steps, the log, the checkpoints and the row are made from."""
+    c: Train  # with nothing left open
+    model_config: ModelConfig
+    state: dict  # what trainer_state.json says, as of now
+    source: str | None  # the checkpoint directory that the weights come from
+    moments: bool  # the optimizer's moments come from there too
+    max_steps: int
+    micro: int  # sequences in one pass of this rank
+    accumulate: int  # passes in one step
+    tokens: np.ndarray
+    val_tokens: np.ndarray
+    row: dict  # all of the row but what only the end of the run tells
+    device: torch.device
+    model: Transformer = None  # as it is saved
+    forward: torch.nn.Module = None  # the same, compiled and sharded
+    no_sync: object = contextlib.nullcontext  # makes a context in which gradients are not summed over ranks
+    optimizer: torch.optim.Optimizer = None
+
+    @property
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.dtype == "bfloat16")
+
+
+def ranks():
+    """(this process's rank, number of ranks)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Pure functions of the step and of the index
+# Pure functions of the settings
 
 def learning_rate(step, c, max_steps):
-    """Learning rate of 0-based `step`: linear warm-up, stable, linear decay over [decay_start, decay_start + decay_steps), or cosine."""
+    """Learning rate of 0-based `step`: linear warm-up, stable, and a decay that is linear (wsd) or a cosine.
+
+    The linear decay goes over the steps [decay_start, decay_start + decay_steps).
+    """
     scale = min(1.0, (step + 1) / max(c.warmup_steps, 1))
     if c.schedule == "cosine":
         done = (step - c.warmup_steps) / max(max_steps - c.warmup_steps, 1)
@@ -105,15 +139,330 @@ def learning_rate(step, c, max_steps):
     return c.learning_rate * scale * (c.min_lr_ratio + (1 - c.min_lr_ratio) * decay)
 
 
+def passes(c, world):
+    """(sequences in one pass of a rank, passes in one step). Raises ConfigError where the ranks' shares differ."""
+    per_rank, odd = divmod(c.tokens_per_step, c.max_seq_len * world)
+    micro = min(c.micro_batch_size, per_rank)
+    if odd or not per_rank or per_rank % micro:
+        raise ConfigError(f"tokens_per_step = {c.tokens_per_step} is not a multiple of max_seq_len {c.max_seq_len} x "
+                          f"{world} ranks x micro_batch_size {micro}")
+    return micro, per_rank // micro
+
+
+def planned_row(c, m, lineage, tokens, data_sha256, tokens_before_schedule=0, world=1):
+    """The row of a run before it is run: all columns but loss, loss_se, git and torch.
+
+    c: its resolved Train settings. m: its ModelConfig. lineage: family, N, and of an upcycled model D1, method and knobs.
+    tokens: those that the weights will have seen since the random start or the upcycling.
+    """
+    n, upcycled = parameter_counts(m), lineage["family"] == "upcycled"
+    settings = {key: getattr(m, key) for key in ARCHITECTURE} | {key: getattr(c, key) for key in TRAINING}
+    if m.num_local_experts:
+        settings |= {key: getattr(c, key) for key in ROUTING} | {"sequences_per_pass": passes(c, world)[0] * world}
+    return {"family": lineage["family"], "N": lineage["N"], "N_active": n["N_active"], "N_total": n["N_total"],
+            **({"D1": lineage["D1"], "D2": tokens} if upcycled else {"D": tokens}),
+            "num_local_experts": m.num_local_experts,
+            "num_experts_per_tok": m.num_experts_per_tok if m.num_local_experts else 0,
+            "method": lineage.get("method"), **{key: lineage[key] for key in KNOBS if key in lineage},
+            "seed": c.seed, "flops": tokens * flops_per_token(m, c.max_seq_len), "trunk": c.trunk,
+            **({"dense_trunk": lineage.get("dense_trunk")} if upcycled else {}), **settings,
+            "tokens_before_schedule": tokens_before_schedule, "config": os.path.join(c.out_dir, "config.py"),
+            "data_sha256": data_sha256}
+
+
+def tokens_seen(state):
+    """Tokens that a state's weights have seen since the random start or the upcycling."""
+    return sum(tokens for _, tokens in state["history"])
+
+
+def add_to_history(history, row, lineage, source, resumed):
+    """Append [run_id, 0] to `history` for the run of `row`, unless a resumed run goes on with its last entry.
+
+    run_id is a hash of what makes the run's weights: its settings and data, the runs before it, the upcycling (lineage),
+    and `source`, another tool's checkpoint. Runs that differ only in where they end or how they are validated share it.
+    """
+    ends = () if row["schedule"] == "cosine" else ("D", "D2")
+    made_by = run_key(row, (*ends, "eval_tokens", "trunk", "dense_trunk"))
+    upcycling = {key: value for key, value in lineage.items() if key != "source"}
+
+    def run_id(before):
+        return hashlib.sha256(json.dumps([made_by, before, upcycling, source]).encode()).hexdigest()[:16]
+    if not (resumed and history and history[-1][0] == run_id(history[:-1])):
+        history.append([run_id(history), 0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run starts from
+
+def resolve(c, device):
+    """The Run of settings `c`, without a model yet. Raises ConfigError where settings and files do not fit."""
+    if c.branch and not c.init_from:
+        raise ConfigError("--branch needs the checkpoint to branch from: --init_from=...")
+    tokens, meta = load_tokens(c.dataset, "train")
+    val_tokens, _ = load_tokens(c.dataset, "val")
+    own = newest(c) if c.resume else None
+    source, whole = own or c.init_from, bool(own or c.branch)
+    c, m = resolve_architecture(c, source, meta)
+    before = checkpoint.read_state(source) if source else {}
+    state = starting_state(c, m, meta, before, source, own)
+    c, max_steps = resolve_schedule(c, state, source, own)
+    if min(len(tokens), len(val_tokens)) <= c.max_seq_len:
+        raise ConfigError(f"{c.dataset}: too few tokens for one sequence of max_seq_len = {c.max_seq_len}")
+    if c.eval_tokens < c.max_seq_len:
+        raise ConfigError(f"eval_tokens = {c.eval_tokens} is less than one sequence, max_seq_len = {c.max_seq_len}")
+    micro, accumulate = passes(c, ranks()[1])
+    trunk = c.trunk or whole and before.get("trunk") or os.path.basename(os.path.abspath(c.out_dir))
+    c = dataclasses.replace(c, trunk=trunk)
+    seen = tokens_seen(state)
+    row = planned_row(c, m, state["lineage"], seen + (max_steps - state["step"]) * c.tokens_per_step,
+                      meta["data_sha256"], seen - state["tokens"], ranks()[1])
+    add_to_history(state["history"], row, state["lineage"], None if before else source, bool(own))
+    state |= {"trunk": trunk, "sequences_per_pass": row.get("sequences_per_pass")}
+    return Run(c, m, state, source, whole, max_steps, micro, accumulate, tokens, val_tokens, row, device)
+
+
+def resolve_architecture(c, source, meta):
+    """(settings, ModelConfig): a checkpoint decides its architecture. Raises ConfigError where a setting contradicts it."""
+    if not source:
+        try:
+            return c, ModelConfig(
+                vocab_size=meta["vocab_size"], max_position_embeddings=c.max_seq_len, eos_token_id=meta.get("eos_token_id"),
+                router_bias=c.router_bias_update_rate > 0, **{key: getattr(c, key) for key in MODEL_KEYS})
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    m, found = checkpoint.read_config(source), {}
+    for key in MODEL_KEYS:
+        asked, found[key] = getattr(c, key) if key in given_settings(c) else None, getattr(m, key)
+        if key == "router_aux_loss_coef" and asked is not None:  # a setting of the training, which the config carries
+            found[key] = asked
+        elif asked not in (None, found[key]):
+            raise ConfigError(f"{source}: {key} is {found[key]!r} there, {asked!r} is asked for; leave {key} out")
+    if c.max_seq_len > m.max_position_embeddings:
+        raise ConfigError(f"{source}: max_position_embeddings is {m.max_position_embeddings}, "
+                          f"max_seq_len = {c.max_seq_len} is too long")
+    if meta["vocab_size"] > m.vocab_size:
+        raise ConfigError(f"{source}: vocab_size is {m.vocab_size}, dataset {c.dataset} has {meta['vocab_size']}")
+    m = dataclasses.replace(m, router_aux_loss_coef=found["router_aux_loss_coef"],
+                            router_bias=m.router_bias or c.router_bias_update_rate > 0)
+    return dataclasses.replace(c, **found), m
+
+
+def given_settings(c):
+    """The settings that were given: on the command line and in the config file, or else those that differ from the default."""
+    return getattr(c, "given", {f.name for f in dataclasses.fields(c) if getattr(c, f.name) != f.default})
+
+
+def starting_state(c, m, meta, before, source, own):
+    """What trainer_state.json says as the run starts. before: what it says in `source`, {} if another tool wrote it.
+
+    Raises ConfigError where the run cannot go on from there.
+    """
+    whole = own or c.branch
+    needed = ("step", "sequence", "data_seed", "max_seq_len") if "data_sha256" in before else ("step",)
+    if (before or own) and any(key not in before for key in needed):
+        raise ConfigError(f"{source}: trainer_state.json is not complete")
+    if whole and not os.path.exists(os.path.join(source, "optimizer.pt")):
+        raise ConfigError(f"{source}: has no optimizer.pt to branch from; leave --branch out to start from its weights")
+    lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
+                                        "N": parameter_counts(m)["N"]}
+    if source and c.rows and (not before or lineage.get("D1", 0) is None):
+        raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row would be "
+                          "wrong: give --D1 to upcycle.py, or --rows=none")
+    goes_on = before.get("data_sha256") == meta["data_sha256"] and (own or not c.repeat_data)
+    if goes_on and before["max_seq_len"] != c.max_seq_len:
+        raise ConfigError(f"{source}: was trained with max_seq_len = {before['max_seq_len']}. With {c.max_seq_len} it "
+                          "would read the same data again: keep it, or allow that with --repeat_data")
+    if own and not goes_on:
+        raise ConfigError(f"{source}: was trained on other data than {c.dataset} holds now; choose another out_dir")
+    return {"step": before["step"] if whole else 0, "tokens": before["tokens"] if whole else 0,
+            "sequence": before["sequence"] if goes_on else 0, "data_seed": before["data_seed"] if goes_on else c.seed,
+            "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"],
+            "max_seq_len": c.max_seq_len, "lineage": lineage, "history": before.get("history", [])}
+
+
+def resolve_schedule(c, state, source, own):
+    """(settings, number of the last step). Raises ConfigError where max_tokens leaves nothing to train."""
+    max_steps = state["step"] + -(-(c.max_tokens - state["tokens"]) // c.tokens_per_step)
+    if max_steps < state["step"] or max_steps == state["step"] and not own:
+        raise ConfigError(f"{source}: has seen {state['tokens']:,} tokens already, max_tokens = {c.max_tokens:,} leaves "
+                          "nothing to train")
+    if c.decay_steps is None:
+        fifth = max_steps // 5
+        c = dataclasses.replace(c, decay_steps=fifth if c.decay_start is None else max(0, max_steps - c.decay_start))
+    if c.decay_start is None:
+        c = dataclasses.replace(c, decay_start=max_steps - c.decay_steps)
+    return c, max_steps
+
+
+def newest(c):
+    """The checkpoint in out_dir that a resumed run goes on from, or None: the newest one.
+
+    Where a level in save_at_tokens has no checkpoint, because the level was added since, it is the newest one before
+    that level.
+    """
+    saved = {checkpoint.read_state(path).get("tokens", 0): path for _, path in checkpoint.checkpoints(c.out_dir)}
+    first = checkpoint.read_state(c.init_from).get("tokens", 0) if c.branch else 0
+    missing = [level for level in c.save_at_tokens if level > first
+               and not any(level <= tokens < level + c.tokens_per_step for tokens in saved)]
+    return saved.get(max((tokens for tokens in saved if tokens < min(missing, default=math.inf)), default=None))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Set-up: the model, the optimizer, the ranks
+
+def make_optimizer(model, c):
+    """AdamW that decays matrices and leaves norms alone."""
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+
+
+def wrap(model, c, device):
+    """(the model as the loop calls it: compiled and spread over ranks; a maker of contexts without gradient sums)."""
+    forward = torch.compile(model, dynamic=False) if c.compile else model
+    if not dist.is_initialized():
+        return forward, contextlib.nullcontext
+    forward = torch.nn.parallel.DistributedDataParallel(
+        forward, device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False)  # every rank computes the same ones
+    return forward, forward.no_sync
+
+
+def build(run):
+    """Give the run its model and its optimizer. Raises ConfigError for a checkpoint that cannot be read."""
+    c, m = run.c, run.model_config
+    if run.source:
+        run.model = checkpoint.load_model(run.source, router_bias=m.router_bias)
+    else:
+        run.model = Transformer(m).init_weights(c.seed)
+    run.model.config = m
+    run.model.to(run.device)
+    run.optimizer = make_optimizer(run.model, c)
+    if run.source and run.moments:
+        checkpoint.load_moments(run.source, run.model, run.optimizer)
+    run.forward, run.no_sync = wrap(run.model, c, run.device)
+
+
+@contextlib.contextmanager
+def process_group(name):
+    """Yields this process's torch.device for the setting `device`; under torchrun, within a process group."""
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch sees no GPU here")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    start = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if start:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        if start:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """Yields a list to which SIGTERM and SIGINT are appended in place of what they do."""
+    caught = []
+    handlers = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def claim(c, stack):
+    """Make out_dir and lock it while `stack` lasts, and see that rows can be written. Returns what is wrong, or None."""
+    try:
+        os.makedirs(c.out_dir, exist_ok=True)
+        lock = stack.enter_context(open(os.path.join(c.out_dir, ".lock"), "w"))
+        if c.rows:
+            folder = os.path.dirname(c.rows) or "."
+            os.makedirs(folder, exist_ok=True)
+            if os.path.isdir(c.rows) or not os.access(c.rows if os.path.exists(c.rows) else folder, os.W_OK):
+                return f"{c.rows}: rows cannot be written there"
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"{c.out_dir}: another process is training there"
+    except OSError as error:
+        return f"{error.filename}: cannot be written: {error.strerror}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The step
+
+def train_step(run, ids, targets, lr, stop, save_now):
+    """One optimizer step on this rank's sequences, ids and targets (B, T) each. It waits for the device once.
+
+    Returns what all ranks measured: {"loss", "balance_loss", "z_loss", "grad_norm": floats, "counts": (L, E) assignments
+    or None, "stop", "save": whether a rank asks for it}. Raises ConfigError, before the update, where the loss or the
+    gradient is not finite.
+    """
+    c, micro, router = run.c, run.micro, None
+    sums, counts = torch.zeros(5, device=run.device), 0  # loss, balance, z, stop, save
+    for i in range(run.accumulate):
+        with contextlib.nullcontext() if i == run.accumulate - 1 else run.no_sync():
+            with run.autocast:
+                loss, router = run.forward(ids[i * micro:(i + 1) * micro], targets[i * micro:(i + 1) * micro])
+            sums[0] += loss.detach()
+            if router:
+                balance = balance_loss(router["counts"], router["probs"])
+                sums[1:3] += torch.stack((balance, router["z_loss"])).detach()
+                counts = counts + router["counts"]
+                loss = loss + c.router_aux_loss_coef * balance + c.router_z_loss_coef * router["z_loss"]
+            (loss / run.accumulate).backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip or math.inf)
+    sums[:3] /= run.accumulate * ranks()[1]
+    sums[3], sums[4] = stop, save_now
+    shared = torch.cat((sums, counts.flatten())) if router else sums
+    if dist.is_initialized():
+        dist.all_reduce(shared)
+    values = torch.cat((norm.reshape(1), shared)).tolist()
+    measured = dict(zip(("grad_norm", "loss", "balance_loss", "z_loss", "stop", "save"), values), counts=None)
+    check_finite(run, measured)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if router:
+        measured["counts"] = torch.tensor(values[6:]).view(counts.shape)
+        if c.router_bias_update_rate:
+            for layer, count in zip(run.model.layers, shared[5:].view(counts.shape)):
+                layer.mlp.bias += c.router_bias_update_rate * torch.sign(count.mean() - count)
+    return measured
+
+
+def check_finite(run, measured):
+    """Raises ConfigError where the loss or the gradient norm is not finite."""
+    if not (math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])):
+        last = checkpoint.checkpoints(run.c.out_dir)
+        raise ConfigError(
+            f"{run.c.out_dir}: loss {measured['loss']:g}, gradient norm {measured['grad_norm']:g} at step "
+            f"{run.state['step']}, token {run.state['tokens']}; stopped before the update. Last good checkpoint: "
+            f"{last[-1][1] if last else 'none'}; try a lower learning_rate than {run.c.learning_rate:g}")
+
+
+def read_batches(run):
+    """The iterator over this rank's share of each step's sequences: (inputs, targets), (B, T) int64 each."""
+    c, share = run.c, run.micro * run.accumulate
+    first = run.state["sequence"] + ranks()[0] * share
+    return batches(run.tokens, first, share, c.tokens_per_step // c.max_seq_len, c.max_seq_len,
+                   run.state["data_seed"], run.device)
+
+
 @torch.no_grad()
 def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext()):
-    """(mean cross-entropy in nats, its standard error over sequences) of the first eval_tokens of `tokens`, shared over ranks."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(mean cross-entropy in nats, its standard error over sequences) of the first eval_tokens of `tokens`, over all ranks."""
+    rank, world = ranks()
     n = min(eval_tokens, len(tokens) - 1) // seq_len
     losses = torch.zeros(n, dtype=torch.float64, device=device)
-    mine = range(rank, n, world)
-    for start in range(0, len(mine), batch_size):
-        places = mine[start:start + batch_size]
+    share = range(rank, n, world)
+    for start in range(0, len(share), batch_size):
+        places = share[start:start + batch_size]
         ids, targets = sequences(tokens, places, seq_len, device)
         with autocast:
             logits = model(ids)
@@ -125,76 +474,10 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What a run starts from
+# What is written
 
-def resolve(c, meta):
-    """(settings with nothing left open, ModelConfig, state, checkpoint to load or None). Raises ConfigError."""
-    own = newest(c) if c.resume else None
-    source = own or c.init_from
-    state = checkpoint.read_state(source) if source else {}
-    if source:
-        m = checkpoint.read_config(source)
-        for key in MODEL_KEYS:  # the checkpoint decides; a setting that asks for something else is a mistake
-            asked, default, there = getattr(c, key), Train.__dataclass_fields__[key].default, getattr(m, key)
-            if asked not in (default, there) and not key.startswith("router_"):
-                raise ConfigError(f"{source}: {key} is {there!r} there, {asked!r} is asked for; leave {key} out")
-        if c.max_seq_len > m.max_position_embeddings:
-            raise ConfigError(f"{source}: max_position_embeddings is {m.max_position_embeddings}, max_seq_len = {c.max_seq_len} is too long")
-        if meta["vocab_size"] > m.vocab_size:
-            raise ConfigError(f"{source}: vocab_size is {m.vocab_size}, dataset {c.dataset} has {meta['vocab_size']}")
-        c = dataclasses.replace(c, **{key: getattr(m, key) for key in MODEL_KEYS if not key.startswith("router_")})
-        m = dataclasses.replace(m, router_aux_loss_coef=c.router_aux_loss_coef, router_bias=m.router_bias or c.router_bias_update_rate > 0)
-    else:
-        try:
-            m = ModelConfig(vocab_size=meta["vocab_size"], max_position_embeddings=c.max_seq_len, eos_token_id=meta.get("eos_token_id"),
-                            router_bias=c.router_bias_update_rate > 0, **{key: getattr(c, key) for key in MODEL_KEYS})
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    whole = own or c.branch
-    needed = ("step", "sequence", "data_seed", "max_seq_len") if "data_sha256" in state else ("step",) if state or own else ()
-    if any(key not in state for key in needed):
-        raise ConfigError(f"{source}: trainer_state.json is not complete")
-    if whole and source and not os.path.exists(os.path.join(source, "optimizer.pt")):
-        raise ConfigError(f"{source}: has no optimizer.pt to branch from; leave --branch out to start from its weights")
-    lineage = state.get("lineage") or {"family": "moe" if m.num_local_experts else "dense", "N": parameter_counts(m)["N"]}
-    if source and c.rows and (not state or lineage.get("D1", 0) is None):
-        raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row would be wrong: give --D1 to upcycle.py, "
-                          "or --rows=none")
-    if state and not whole and state["tokens"]:  # a new schedule on weights that have seen tokens
-        lineage = lineage | {"tokens_before": lineage.get("tokens_before", 0) + state["tokens"]}
-    goes_on = state.get("data_sha256") == meta["data_sha256"] and (own or not c.repeat_data)
-    if goes_on and state["max_seq_len"] != c.max_seq_len:
-        raise ConfigError(f"{source}: was trained with max_seq_len = {state['max_seq_len']}; with {c.max_seq_len} its data would come "
-                          "again unseen by the order: keep it, or allow that with --repeat_data")
-    if own and not goes_on:
-        raise ConfigError(f"{source}: was trained on other data than {c.dataset} holds now; choose another out_dir")
-    state = {"step": state["step"] if whole else 0, "tokens": state["tokens"] if whole else 0,
-             "sequence": state["sequence"] if goes_on else 0, "data_seed": state["data_seed"] if goes_on else c.seed,
-             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"], "max_seq_len": c.max_seq_len,
-             "lineage": lineage}
-    max_steps = state["step"] + -(-(c.max_tokens - state["tokens"]) // c.tokens_per_step)
-    if max_steps < state["step"] or max_steps == state["step"] and not own:
-        raise ConfigError(f"{source}: has seen {state['tokens']:,} tokens already, max_tokens = {c.max_tokens:,} leaves nothing to train")
-    if c.decay_steps is None:
-        c = dataclasses.replace(c, decay_steps=max_steps // 5 if c.decay_start is None else max(0, max_steps - c.decay_start))
-    if c.decay_start is None:
-        c = dataclasses.replace(c, decay_start=max_steps - c.decay_steps)
-    start = os.path.split(os.path.abspath(c.init_from or ""))
-    trunk = c.trunk or os.path.basename(start[0] if c.branch and start[1].startswith("checkpoint-") else os.path.abspath(c.out_dir))
-    return dataclasses.replace(c, trunk=trunk), m, state, source, max_steps
-
-
-def newest(c):
-    """The checkpoint of its own that a resumed run goes on from: the newest, or, where a level was added to save_at_tokens since,
-    the newest before the first that is missing; None where there is none."""
-    saved = dict(checkpoint.checkpoints(c.out_dir))
-    first = checkpoint.read_state(c.init_from).get("step", 0) if c.branch else 0
-    missing = [step for step in (-(-t // c.tokens_per_step) for t in c.save_at_tokens) if step not in saved and step > first]
-    return saved.get(max((step for step in saved if not missing or step < min(missing)), default=None))
-
-
-def truncate_log(path, step):
-    """Drop what log.jsonl says of steps after `step`: they are about to be run again."""
+def open_log(path, step):
+    """log.jsonl opened to append to, without what it says of steps after `step`: they are about to be run again."""
     if os.path.exists(path):
         kept = []
         with open(path) as f:
@@ -206,6 +489,34 @@ def truncate_log(path, step):
                     break
                 kept.append(line)
         write_atomically(path, "".join(kept))
+    return open(path, "a", buffering=1)
+
+
+def log_line(run, measured, lr, seconds):
+    """The line of log.jsonl for the step just made, a dict. Loss in nats a token, without the auxiliary losses."""
+    speed = run.c.tokens_per_step / seconds
+    line = {"step": run.state["step"], "tokens": run.state["tokens"], "loss": measured["loss"], "lr": lr,
+            "grad_norm": measured["grad_norm"], "tokens_per_s": round(speed),
+            "flops_per_s": round(speed * flops_per_token(run.model_config, run.c.max_seq_len))}
+    counts = measured["counts"]
+    if counts is not None:
+        load = counts / counts.sum(-1, keepdim=True)
+        line |= {"balance_loss": measured["balance_loss"], "z_loss": measured["z_loss"],
+                 "effective_experts": [round(e, 3) for e in effective_experts(counts).tolist()],
+                 "router_load": [[round(share, 4) for share in layer] for layer in load.tolist()]}
+    return line
+
+
+def save(run, kept):
+    """Write the checkpoint of the step just made; a later one replaces it unless it is `kept`."""
+    step, out_dir = run.state["step"], run.c.out_dir
+    path = os.path.join(out_dir, f"checkpoint-{step}")
+    if not os.path.exists(path):
+        passing = {} if kept else {"passing": True}
+        checkpoint.save(path, run.model, run.state | passing, run.optimizer, locate(run.c.dataset))
+    for old, directory in checkpoint.checkpoints(out_dir):
+        if old < step and checkpoint.read_state(directory).get("passing"):
+            shutil.rmtree(directory)
 
 
 def write_atomically(path, text):
@@ -214,6 +525,21 @@ def write_atomically(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+def announce(run, stack):
+    """Print what is about to be trained and what may surprise about it. Returns report(tokens) of a progress line."""
+    c, state, row, world = run.c, run.state, run.row, ranks()[1]
+    print(f"{c.out_dir}: {row['family']}, {row['N']:,} backbone parameters ({row['N_active']:,} active, "
+          f"{row['N_total']:,} total), step {state['step']} of {run.max_steps}, {world} x {run.device.type}, "
+          f"{run.accumulate} x {run.micro} sequences of {c.max_seq_len}")
+    available = (len(run.tokens) - 1) // c.max_seq_len
+    if state["sequence"] + (run.max_steps - state["step"]) * c.tokens_per_step // c.max_seq_len > available:
+        print(f"{c.dataset}: {available * c.max_seq_len:,} training tokens are fewer than this run needs; some come again")
+    if c.schedule == "wsd" and c.decay_steps and c.decay_start + c.decay_steps != run.max_steps:
+        print(f"note: the decay ends at step {c.decay_start + c.decay_steps}, the run at {run.max_steps}")
+    done = state["step"] * c.tokens_per_step
+    return stack.enter_context(progress(run.max_steps * c.tokens_per_step, row["family"], "tok", initial=done)).update
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -225,206 +551,89 @@ def train(c, report=None):
     report(tokens): called after each step in place of the progress line. Raises ConfigError for settings or files that do not
     fit and for a loss that is not finite, Stopped after SIGTERM or Ctrl-C.
     """
-    ddp = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    cuda = c.device == "cuda" or (c.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch sees no GPU here")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    started_group = ddp and not dist.is_initialized()
-    if started_group:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
-    signals = []
-    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with contextlib.ExitStack() as stack:
-            problem = [claim(c, stack) if rank == 0 else None]
-            if ddp:
-                dist.broadcast_object_list(problem)
-            if problem[0]:
-                raise ConfigError(problem[0])
-            return _train(c, report, rank, world, device, ddp, signals)
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        if started_group:
-            dist.destroy_process_group()
+    with process_group(c.device) as device, caught_signals() as signals, contextlib.ExitStack() as stack:
+        problem = [claim(c, stack) if ranks()[0] == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(problem)
+        if problem[0]:
+            raise ConfigError(problem[0])
+        if not c.resume and checkpoint.checkpoints(c.out_dir):
+            raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it, or choose another out_dir")
+        run = resolve(c, device)
+        if c.resume and os.path.exists(os.path.join(c.out_dir, "row.json")):
+            return finished(run, report)
+        build(run)
+        loop(run, signals, report)
+        return finish(run, report) if c.rows else None
 
 
-def claim(c, stack):
-    """Make out_dir and lock it while `stack` lasts, and see that the rows can be written. Returns what is wrong, or None."""
-    try:
-        os.makedirs(c.out_dir, exist_ok=True)
-        lock = stack.enter_context(open(os.path.join(c.out_dir, ".lock"), "w"))
-        if c.rows:
-            os.makedirs(os.path.dirname(c.rows) or ".", exist_ok=True)
-            if os.path.isdir(c.rows) or not os.access(c.rows if os.path.exists(c.rows) else os.path.dirname(c.rows) or ".", os.W_OK):
-                return f"{c.rows}: rows cannot be written there"
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"{c.out_dir}: another process is training there"
-    except OSError as error:
-        return f"{error.filename}: cannot be written: {error.strerror}"
+def finished(run, report):
+    """The row of a run that was finished before. Raises ConfigError where it was a run of other settings."""
+    path = os.path.join(run.c.out_dir, "row.json")
+    row = checkpoint.read_json(path)
+    for key, there, asked in differences(row, run.row):
+        raise ConfigError(f"{path}: {key} is {there!r} in this finished run, {asked!r} is asked for; choose another out_dir")
+    if ranks()[0] == 0 and report is None:
+        print(f"{path}: finished already, loss {row['loss']:.4f}; another out_dir starts anew")
+    return row
 
 
-def _train(c, report, rank, world, device, ddp, signals):
-    done = os.path.join(c.out_dir, "row.json")
-    if c.resume and os.path.exists(done):
-        row = checkpoint.read_json(done)
-        if rank == 0 and report is None:
-            print(f"{done}: finished already, loss {row['loss']:.4f}; another out_dir starts anew")
-        return row
-    if not c.resume and checkpoint.checkpoints(c.out_dir):
-        raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it, or choose another out_dir")
-    tokens, meta = load_tokens(c.dataset, "train")
-    val_tokens, _ = load_tokens(c.dataset, "val")
-    c, model_config, state, source, max_steps = resolve(c, meta)
-    T, available = c.max_seq_len, (len(tokens) - 1) // c.max_seq_len
-    if available < 1 or len(val_tokens) <= T:
-        raise ConfigError(f"{c.dataset}: too few tokens for one sequence of max_seq_len = {T}")
-    if c.eval_tokens < T:
-        raise ConfigError(f"eval_tokens = {c.eval_tokens} is less than one sequence, max_seq_len = {T}")
-    per_rank, odd = divmod(c.tokens_per_step, T * world)
-    micro = min(c.micro_batch_size, per_rank)
-    if odd or not per_rank or per_rank % micro:
-        raise ConfigError(f"tokens_per_step = {c.tokens_per_step} is not a multiple of max_seq_len {T} x {world} ranks x micro_batch_size {micro}")
-    accumulate = per_rank // micro
-
-    model = checkpoint.load_model(source, router_bias=model_config.router_bias) if source else Transformer(model_config).init_weights(c.seed)
-    model.config = model_config
-    model.to(device)
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
-    if source and (c.branch or source != c.init_from):
-        checkpoint.load_moments(source, model, optimizer)
-    step, lineage = state["step"], state["lineage"]
-    family, n, flops = lineage["family"], parameter_counts(model_config), flops_per_token(model_config, T)
-    forward = torch.compile(model, dynamic=False) if c.compile else model
-    if ddp:
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
-                                                            broadcast_buffers=False)  # every rank computes the same ones
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
-    main = rank == 0
-    log_path = os.path.join(c.out_dir, "log.jsonl")
-    if main:
-        write_config(c, os.path.join(c.out_dir, "config.py"))
-        truncate_log(log_path, step if source != c.init_from else -1)
-    keep_at = {step + -(-(t - state["tokens"]) // c.tokens_per_step) for t in c.save_at_tokens}  # those behind included
-    if main and report is None:
-        print(f"{c.out_dir}: {family}, {n['N']:,} backbone parameters ({n['N_active']:,} active, {n['N_total']:,} total), "
-              f"step {step} of {max_steps}, {world} x {device.type}, {accumulate} x {micro} sequences of {T}")
-        if state["sequence"] + (max_steps - step) * c.tokens_per_step // T > available:
-            print(f"{c.dataset}: {available * T:,} training tokens are fewer than this run needs; some come again")
-        if c.schedule == "wsd" and c.decay_steps and c.decay_start + c.decay_steps != max_steps:
-            print(f"note: the decay ends at step {c.decay_start + c.decay_steps}, the run at {max_steps}")
-    bar = progress(max_steps * c.tokens_per_step, family, "tok", initial=step * c.tokens_per_step) if main and report is None else None
-
-    def save():
+def loop(run, signals, report):
+    """Train from run.state to run.max_steps; log and save on the way. Raises Stopped when a signal was caught."""
+    c, state, main = run.c, run.state, ranks()[0] == 0
+    kept_steps = {state["step"] + -(-(level - state["tokens"]) // c.tokens_per_step) for level in c.save_at_tokens}
+    kept_steps.add(run.max_steps)
+    with contextlib.ExitStack() as stack:
         if main:
-            path = os.path.join(c.out_dir, f"checkpoint-{step}")
-            if not os.path.exists(path):
-                passing = {} if step in keep_at or step == max_steps else {"passing": True}
-                checkpoint.save(path, model, state | {"step": step} | passing, optimizer, locate(c.dataset))
-            for old, directory in checkpoint.checkpoints(c.out_dir):  # a newer one is complete: those to resume from can go
-                if old < step and checkpoint.read_state(directory).get("passing"):
-                    shutil.rmtree(directory)
-
-    model.train()
-    clock = saved_at = time.perf_counter()
-    log = open(log_path, "a", buffering=1) if main else contextlib.nullcontext()
-    with log:
-        while step < max_steps:
-            lr = learning_rate(step, c, max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            places = shuffled(state["sequence"] + rank * per_rank + np.arange(per_rank), available, state["data_seed"])
-            sums, counts = torch.zeros(5, device=device), 0  # loss, balance, z, stop, save
-            for i in range(accumulate):
-                ids, targets = sequences(tokens, places[i * micro:(i + 1) * micro], T, device)
-                sync = contextlib.nullcontext() if not ddp or i == accumulate - 1 else forward.no_sync()
-                with sync:
-                    with autocast:
-                        loss, router = forward(ids, targets)
-                    sums[0] += loss.detach()
-                    if router:
-                        balance = balance_loss(router["counts"], router["probs"])
-                        sums[1:3] += torch.stack((balance, router["z_loss"])).detach()
-                        counts = counts + router["counts"]
-                        loss = loss + c.router_aux_loss_coef * balance + c.router_z_loss_coef * router["z_loss"]
-                    (loss / accumulate).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-            sums[:3] /= accumulate * world
-            sums[3] = bool(signals)
-            sums[4] = bool(main and c.save_every_seconds and time.perf_counter() - saved_at > c.save_every_seconds)
-            if ddp:
-                dist.all_reduce(sums)
-                if router:
-                    dist.all_reduce(counts)
-            loss, balance, z_loss, stop, save_now = sums.tolist()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                last = checkpoint.checkpoints(c.out_dir)
-                raise ConfigError(f"{c.out_dir}: loss {loss:g}, gradient norm {float(norm):g} at step {step}, token {state['tokens']}; stopped "
-                                  f"before the update. Last good checkpoint: {last[-1][1] if last else 'none'}; try a lower learning_rate "
-                                  f"than {c.learning_rate:g}")
-            optimizer.step()
-            optimizer.zero_grad()
-            if router and c.router_bias_update_rate:
-                for layer, count in zip(model.layers, counts):
-                    layer.mlp.bias += c.router_bias_update_rate * torch.sign(count.mean() - count)
-            step += 1
+            write_config(c, os.path.join(c.out_dir, "config.py"))
+            begins = state["step"] if run.source != c.init_from else -1
+            log = stack.enter_context(open_log(os.path.join(c.out_dir, "log.jsonl"), begins))
+        if main and report is None:
+            report = announce(run, stack)
+        batches = stack.enter_context(contextlib.closing(read_batches(run)))
+        run.model.train()
+        clock = saved_at = time.perf_counter()
+        while state["step"] < run.max_steps:
+            lr = learning_rate(state["step"], c, run.max_steps)
+            due = main and c.save_every_seconds and time.perf_counter() - saved_at > c.save_every_seconds
+            measured = train_step(run, *next(batches), lr, bool(signals), bool(due))
+            state["step"] += 1
             state["tokens"] += c.tokens_per_step
-            state["sequence"] += c.tokens_per_step // T
-
-            now = time.perf_counter()
-            speed, clock = c.tokens_per_step / (now - clock), now
-            if main:
-                line = {"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": float(norm),
-                        "tokens_per_s": round(speed), "flops_per_s": round(speed * flops)}
-                if router:
-                    load = counts / counts.sum(-1, keepdim=True)  # (L, E)
-                    line |= {"balance_loss": balance, "z_loss": z_loss,
-                             "effective_experts": [round(e, 3) for e in effective_experts(counts).tolist()],
-                             "router_load": [[round(share, 4) for share in layer] for layer in load.tolist()]}
-            if c.eval_every_steps and step % c.eval_every_steps == 0:
-                val, _ = validate(model, val_tokens, c.eval_tokens, T, micro, device, autocast)
-                if main:
-                    line["val_loss"] = val
+            state["sequence"] += c.tokens_per_step // c.max_seq_len
+            state["history"][-1][1] += c.tokens_per_step
+            line = log_line(run, measured, lr, time.perf_counter() - clock)
+            clock = time.perf_counter()
+            if c.eval_every_steps and state["step"] % c.eval_every_steps == 0:
+                line["val_loss"] = validation(run)[0]
+                clock = time.perf_counter()  # tokens_per_s is the training's alone
             if main:
                 log.write(json.dumps(line) + "\n")
-            if step in keep_at or step == max_steps or save_now or stop:
-                save()
+            if state["step"] in kept_steps or measured["save"] or measured["stop"]:
+                if main:
+                    save(run, state["step"] in kept_steps)
                 clock = saved_at = time.perf_counter()
-            if bar is not None:
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update(c.tokens_per_step)
-            elif report:
+            if main and report:
                 report(c.tokens_per_step)
-            if stop and step < max_steps:
+            if measured["stop"] and state["step"] < run.max_steps:
                 raise Stopped(signals[0] if signals else signal.SIGTERM)
-    if bar is not None:
-        bar.close()
-    if c.rows is None:
-        return None
 
-    loss, se = validate(model, val_tokens, c.eval_tokens, T, micro, device, autocast)
-    seen = state["tokens"] + lineage.get("tokens_before", 0)
-    method = lineage.get("method")
-    row = {"family": family, "N": lineage["N"], "N_active": n["N_active"], "N_total": n["N_total"],
-           **({"D1": lineage["D1"], "D2": seen} if family == "upcycled" else {"D": seen}), "loss": loss, "loss_se": se,
-           "num_local_experts": c.num_local_experts, "num_experts_per_tok": c.num_experts_per_tok if c.num_local_experts else 0,
-           "method": method, **{key: lineage[key] for key in KNOBS if key in lineage}, "seed": c.seed, "flops": seen * flops,
-           "trunk": c.trunk, "config": os.path.join(c.out_dir, "config.py"), "data_sha256": meta["data_sha256"],
-           "git": code_version(), "torch": torch.__version__}
-    if main:
-        append_row(c.rows, row)
-        write_atomically(os.path.join(c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
+
+def validation(run):
+    """(mean cross-entropy in nats a token, its standard error) of the run's model on its validation tokens."""
+    c = run.c
+    return validate(run.model, run.val_tokens, c.eval_tokens, c.max_seq_len, run.micro, run.device, run.autocast)
+
+
+def finish(run, report):
+    """Validate the finished run; write its row to c.rows and to row.json, and return it."""
+    loss, se = validation(run)
+    row = run.row | {"loss": loss, "loss_se": se, "git": code_version(), "torch": torch.__version__}
+    if ranks()[0] == 0:
+        append_row(run.c.rows, row)
+        write_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
         if report is None:
-            print(f"{family}: validation loss {loss:.4f} ± {se:.4f} (standard error) nats a token after {seen:,} tokens; row in {c.rows}")
+            print(f"{row['family']}: validation loss {loss:.4f} ± {se:.4f} (standard error) nats a token after "
+                  f"{tokens_seen(run.state):,} tokens; row in {run.c.rows}")
     return row
 
 

@@ -157,6 +157,11 @@ def refuse(o, dense):
             raise ConfigError(f"{why} (--force to do it all the same)")
 
 
+def knobs(o):
+    """{knob: value} of the settings that tell two ways of upcycling apart: the method's own, and those of all methods."""
+    return {key: getattr(o, key) for key in (*KNOBS.get(o.method, ()), "router_std", "optimizer")}
+
+
 def parse_size(text):
     """Bytes of 5GB, 500MB, 64KB or a plain number; powers of 1000 as Hugging Face counts. Raises ConfigError."""
     units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -519,7 +524,7 @@ def upcycle(o):
     moe = dataclasses.replace(dense, num_local_experts=o.num_local_experts, num_experts_per_tok=o.num_experts_per_tok,
                               intermediate_size=dense.intermediate_size // o.granularity)
     shard_size, pieces = parse_size(o.shard_size), plan(first, moe)
-    seen = [s.state["tokens"] + s.state["lineage"].get("tokens_before", 0) if s.state else None for s in sources]
+    seen = [sum(tokens for _, tokens in s.state.get("history", [["", s.state["tokens"]]])) if s.state else None for s in sources]
     check_bytes = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"])
     record = {"method": o.method, "seed": o.seed, "N": parameter_counts(dense)["N"],
               "D1": o.D1 if o.D1 is not None else None if None in seen else sum(seen),
@@ -542,8 +547,9 @@ def upcycle(o):
         record["tensors"] = len(pieces)
         lineage = {"family": "upcycled", "N": record["N"], "D1": record["D1"], "source": o.source,
                    "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed,
-                   **{key: getattr(o, key) for key in KNOBS.get(o.method, ())}, "parent": first.state.get("lineage")}
-        write_json(directory, "trainer_state.json", first.state | {"step": 0, "tokens": 0, "lineage": lineage})
+                   **knobs(o), "dense_trunk": first.state.get("trunk"), "parent": first.state.get("lineage")}
+        state = {key: value for key, value in first.state.items() if key != "trunk"}
+        write_json(directory, "trainer_state.json", state | {"step": 0, "tokens": 0, "history": [], "lineage": lineage})
         written = open_tensors(directory)
         if {(name, tuple(f.get_slice(name).get_shape())) for name, f in written.items()} != {(p.name, p.shape) for p in pieces}:
             raise ConfigError(f"{o.destination}: what was written cannot be read back in full")

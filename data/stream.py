@@ -1,5 +1,6 @@
 """Tokens -> batches: the token files that data/prepare.py wrote, and the order in which training reads them."""
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,40 @@ def shuffled(index, n, seed):
     return x.astype(np.int64)
 
 
-def sequences(tokens, places, seq_len, device):
-    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`. A sequence's last target is the next one's first input."""
-    rows = np.stack([tokens[p * seq_len: p * seq_len + seq_len + 1] for p in places]).astype(np.int64)
+def gather(tokens, places, seq_len, pinned):
+    """The sequences at `places` with one token more each, a tensor (B, T + 1) int64, in pinned memory if asked for."""
     import torch  # preparing data needs none
 
-    rows = torch.from_numpy(rows)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
+    rows = np.stack([tokens[place * seq_len:(place + 1) * seq_len + 1] for place in places]).astype(np.int64)
+    return torch.from_numpy(rows).pin_memory() if pinned else torch.from_numpy(rows)
+
+
+def on_device(rows, device):
+    """(inputs, targets), (B, T) each on `device`, of sequences (B, T + 1)."""
+    rows = rows.to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
+
+
+def sequences(tokens, places, seq_len, device):
+    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`.
+
+    A sequence's last target is the first input of the sequence behind it.
+    """
+    return on_device(gather(tokens, places, seq_len, device.type == "cuda"), device)
+
+
+def batches(tokens, first, count, stride, seq_len, seed, device):
+    """Yields (inputs, targets), (count, T) int64 each on `device`, without end: sequences first .. first + count of the
+    stream shuffled by `seed`, then those `stride` further on, and so forth. A thread gathers each batch one ahead.
+    """
+    available = (len(tokens) - 1) // seq_len
+
+    def gather_from(index):
+        return gather(tokens, shuffled(index + np.arange(count), available, seed), seq_len, device.type == "cuda")
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(gather_from, first)
+        while True:
+            rows = ahead.result()
+            first += stride
+            ahead = pool.submit(gather_from, first)
+            yield on_device(rows, device)
