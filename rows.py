@@ -1,4 +1,4 @@
-"""A row is one finished run, a line of a JSONL file: its columns, which run it is, how rows are read and appended."""
+"""A row is one finished run, a line of a JSONL file: its columns, which run it is, reading and appending."""
 import csv
 import fcntl
 import json
@@ -11,24 +11,26 @@ from configurator import ConfigError
 FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}
 
 # The columns that tell two ways of upcycling apart, beside `method`.
-KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std", "optimizer")
+KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std",
+         "optimizer")
 
 # Every setting that moves the loss: train.py writes them all to the row. A dense row has no ROUTING columns.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads")
 ARCHITECTURE = (*SIZES, "tie_word_embeddings", "rope_theta", "initializer_range")
 DECAY = ("decay_start", "decay_steps")
-TRAINING = (*DECAY, "tokens_per_step", "max_seq_len", "learning_rate", "schedule", "warmup_steps", "min_lr_ratio",
-            "weight_decay", "beta1", "beta2", "grad_clip", "dtype", "repeat_data", "eval_tokens")
+TRAINING = (*DECAY, "tokens_per_step", "max_seq_len", "learning_rate", "schedule", "warmup_steps",
+            "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "dtype", "repeat_data",
+            "eval_tokens")
 ROUTING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
-DERIVED = ("sequences_per_pass",  # sequences of all ranks over which one balance loss is taken; none in a dense row
-           "tokens_before_schedule")  # tokens that the weights had seen when this learning-rate schedule began
-SETTINGS = ARCHITECTURE + TRAINING + ROUTING + DERIVED
+# sequences_per_pass: sequences of all ranks over which one balance loss is taken; a dense row has none.
+# tokens_before_schedule: tokens that the weights had seen when this learning-rate schedule began.
+SETTINGS = (*ARCHITECTURE, *TRAINING, *ROUTING, "sequences_per_pass", "tokens_before_schedule")
 
 # The settings that must agree among the rows of one fit: all but those that vary with N and D by design.
 CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
 
-NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even where they look like numbers
+NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
 RUN = ("N", "D", "D1", "D2", "seed", "num_local_experts", "num_experts_per_tok", *NAMES, *KNOBS, *SETTINGS)
 ORIGIN = ("config", "git", "torch")  # where and with what a run was made: no part of which run it is
 
@@ -41,7 +43,7 @@ class RowError(ConfigError, ValueError):
 # Which run a row is
 
 def plain(column, value):
-    """A column's value, the same from JSON and from CSV: "2e3" is 2000.0, "true" is True, "" and nan are None."""
+    """A column's value, the same from JSON and CSV: "2e3" is 2000.0, "true" is True, "" and nan are None."""
     if column in NAMES and value is not None:
         return str(value) or None
     if isinstance(value, str):
@@ -78,7 +80,7 @@ def differences(a, b, but=()):
 def mixed_conditions(rows):
     """{condition: its values, two or more} where rows of one fit were made under different conditions.
 
-    A column that a row lacks says nothing. An initializer_range that is automatic_range(hidden_size) is "auto".
+    A column that a row lacks says nothing. An initializer_range of automatic_range(hidden_size) is "auto".
     """
     found = {key: {} for key in CONDITIONS}
     for row in rows:
@@ -91,7 +93,7 @@ def mixed_conditions(rows):
 
 
 def automatic_range(hidden_size):
-    """The standard deviation of fresh weights with which no width starts with a plateau; 0.02 is that of 1,156."""
+    """The standard deviation of fresh weights with which training of no width starts with a plateau."""
     return 0.68 / math.sqrt(hidden_size) if hidden_size else None
 
 
@@ -158,7 +160,7 @@ def clean(raw):
 
 
 def raw_rows(path):
-    """Yields (line number, what JSON or CSV holds there or the ValueError of reading it) of a file of rows."""
+    """Yields (line number, what a file of rows holds there or the ValueError of reading it)."""
     table = path.endswith(".csv")
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="" if table else None) as f:
@@ -182,7 +184,7 @@ def raw_rows(path):
 
 
 def read_rows(paths, skip_bad=False):
-    """([row], [what was dropped and why]) of JSONL files, and of CSV files with columns family,N,D,D1,D2,loss and more.
+    """([row], [what was dropped and why]) of JSONL files, and CSV files with columns family,N,D,D1,D2,loss.
 
     Rows that differ in ORIGIN alone count once. A run that was repeated with another loss is there each time.
     Raises RowError at the first bad row unless skip_bad.
@@ -194,7 +196,8 @@ def read_rows(paths, skip_bad=False):
                 if isinstance(raw, ValueError):
                     raise raw
                 row = clean(raw)
-                rows.setdefault(frozenset((key, plain(key, row[key])) for key in row if key not in ORIGIN), row)
+                content = frozenset((key, plain(key, row[key])) for key in row if key not in ORIGIN)
+                rows.setdefault(content, row)
             except ValueError as error:
                 if not skip_bad:
                     raise RowError(f"{path}:{line}: {error} (--skip_bad drops such rows)") from None

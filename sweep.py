@@ -2,10 +2,10 @@
 
     python sweep.py config/study_quick.py [--dry_run]
 
-A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays. Points of one
-dense trunk are also where upcycling starts. What is finished is skipped. Ctrl-C, SIGTERM and, on Linux, a kill of this
-process let each run save the step under way. A run that is killed itself goes on from its last checkpoint (see
-save_every_seconds). Rows go to out_dir/rows.jsonl.
+A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays. Upcycling
+starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl. Finished runs are skipped. Ctrl-C,
+SIGTERM and, on Linux, a kill of this process let each run save the step under way; a run that is killed itself
+goes on from its last checkpoint (save_every_seconds).
 """
 import contextlib
 import ctypes
@@ -24,14 +24,15 @@ from configurator import REQUIRED, ConfigError, from_dict, progress, read_config
 from data.stream import load_tokens
 from model import ModelConfig, flops_per_token, parameter_counts
 from rows import append_row, differences, run_key, unusual_knobs
-from train import MODEL_KEYS, Stopped, Train, caught_signals, planned_row, train
+from start import MODEL_KEYS, planned_row
+from train import Stopped, Train, caught_signals, train
 from upcycle import Options as UpcycleOptions, knobs, upcycle
 
 
 @dataclass
 class Study:
     """Train a grid of dense, upcycled and from-scratch MoE runs that share their trunks."""
-    config: str = setting(REQUIRED, "study file (config/study_quick.py): plain assignments of the settings below",
+    config: str = setting(REQUIRED, "study file: assignments of the settings below, as config/study_quick.py",
                           positional=True)
     out_dir: str = setting("out/study", "where runs and rows.jsonl go")
     sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size")
@@ -40,20 +41,20 @@ class Study:
     D_dense: list[int] = setting([], "tokens of dense runs; empty: D1")
     D_moe: list[int] = setting([], "tokens of from-scratch MoE runs; empty: D1 and D2")
     seeds: list[int] = setting([0], "every run is made once a seed", least=0)
-    methods: list[dict] = setting([{"method": "copy"}], "upcycling methods: {setting of upcycle.py: value} each")
+    methods: list[dict] = setting([{"method": "copy"}], "ways of upcycling: {setting of upcycle.py: value} each")
     num_local_experts: int = setting(8, "experts of upcycled and MoE runs")
     num_experts_per_tok: int = setting(2, "experts a token uses")
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
-    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each; on GPUs worker i trains "
-                           "on GPU i modulo their number", least=1)
+    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each; on GPUs "
+                           "worker i trains on GPU i modulo their number", least=1)
     dry_run: bool = setting(False, "print the plan, train nothing")
 
 
 # What a study sets itself in its runs.
-SET_BY_STUDY = {
-    "config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data", "num_local_experts",
-    "num_experts_per_tok", "max_tokens", "schedule", "decay_start", "decay_steps", "save_at_tokens"}
+SET_BY_STUDY = {"config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data",
+                "num_local_experts", "num_experts_per_tok", "max_tokens", "schedule", "decay_start", "decay_steps",
+                "save_at_tokens"}
 
 
 @dataclass
@@ -85,7 +86,7 @@ def checkpoint_path(run_dir, tokens, c):
 # The plan
 
 def study_jobs(study):
-    """[Job] in an order in which each one's needs come before it. Raises ConfigError for a study that makes no sense."""
+    """[Job] in an order in which each one's needs come before it. Raises ConfigError."""
     for key in ("sizes", "D1", "D2", "seeds"):
         if not getattr(study, key):
             raise ConfigError(f"{study.config}: {key} is empty")
@@ -98,8 +99,8 @@ def study_jobs(study):
         for size in study.sizes:
             dense = from_dict(Train, study.train | size | {"seed": seed, "rows": None}, f"{study.config}: ")
             if dense.tokens_per_step % dense.max_seq_len:
-                raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a multiple of "
-                                  f"max_seq_len = {dense.max_seq_len}")
+                raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a multiple "
+                                  f"of max_seq_len = {dense.max_seq_len}")
             n = parameter_counts(model_of(dense)[0])["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
@@ -112,33 +113,36 @@ def study_jobs(study):
 
 
 def jobs_of_size(study, dense, n):
-    """[Job] of one size and seed: the dense trunk, the MoE trunk, and the upcycled trunks, each with its branches."""
+    """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches."""
     experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
     moe = dataclasses.replace(dense, **experts)
     dense_trunk = f"dense-N{n}-s{dense.seed}"
-    jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n}, study.D_dense or study.D1, study.D1)
+    jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n}, study.D_dense or study.D1,
+                              keep=study.D1)
     jobs += trunk_and_branches(study, moe, f"moe-N{n}-s{dense.seed}", {"family": "moe", "N": n},
                                study.D_moe or sorted({*study.D1, *study.D2}))
     for d1 in rounded_levels(study, dense, study.D1):
         for method in study.methods:
             source = checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
-            given = {"source": source, "destination": "start", "check": False, "seed": dense.seed} | experts | method
-            options = from_dict(UpcycleOptions, given, f"{study.config}: methods: ")
+            given = {"source": source, "destination": "start", "check": False, "seed": dense.seed}
+            options = from_dict(UpcycleOptions, given | experts | method, f"{study.config}: methods: ")
             name = f"upcycled-N{n}-s{dense.seed}-D1_{d1}-{method_name(study, options)}"
             options.destination = os.path.join(study.out_dir, name, "start")
-            upcycled = dataclasses.replace(
-                dense, num_local_experts=options.num_local_experts, num_experts_per_tok=options.num_experts_per_tok,
-                intermediate_size=dense.intermediate_size // options.granularity)
-            lineage = {"family": "upcycled", "N": n, "D1": d1, "method": options.method, "dense_trunk": dense_trunk,
-                       **knobs(options)}
+            upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
+                                           num_experts_per_tok=options.num_experts_per_tok,
+                                           intermediate_size=dense.intermediate_size // options.granularity)
+            lineage = {"family": "upcycled", "N": n, "D1": d1, "method": options.method,
+                       "dense_trunk": dense_trunk, **knobs(options)}
             jobs += trunk_and_branches(study, upcycled, name, lineage, study.D2, upcycling=options)
     return jobs
 
 
 def method_name(study, options):
-    """A way of upcycling as part of a directory's name, as drop-drop_ratio_0.5: what rows.method_label says in words."""
-    told = unusual_knobs(knobs(options)) | {key: getattr(options, key) for key in ("num_local_experts", "num_experts_per_tok")
-                                            if getattr(options, key) != getattr(study, key)}
+    """What rows.method_label says in words, for the name of a directory, as drop-drop_ratio_0.5."""
+    told = unusual_knobs(knobs(options))
+    for key in ("num_local_experts", "num_experts_per_tok"):
+        if getattr(options, key) != getattr(study, key):
+            told[key] = getattr(options, key)
     return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
@@ -156,15 +160,15 @@ def rounded_levels(study, c, tokens):
     """Token counts rounded to whole steps. Raises ConfigError when two become one or none is left."""
     rounded = [round(t / c.tokens_per_step) * c.tokens_per_step for t in tokens]
     if len(set(rounded)) < len(rounded) or min(rounded) <= c.warmup_steps * c.tokens_per_step:
-        raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of {c.tokens_per_step} tokens "
-                          f"and exceed {c.warmup_steps} warm-up steps")
+        raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of {c.tokens_per_step} "
+                          f"tokens and exceed {c.warmup_steps} warm-up steps")
     return rounded
 
 
 def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None):
     """[Job] of the trunk `name` and of its branches, one for each of the token counts `levels`.
 
-    The trunk also keeps checkpoints at the token counts `keep`. It starts from the weights that `upcycling` makes.
+    The trunk keeps checkpoints at the token counts `keep` too. It starts from the weights that `upcycling` makes.
     """
     step = c.tokens_per_step
     m, data_sha256 = model_of(c)
@@ -173,10 +177,10 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None)
     for end in sorted(rounded_levels(study, c, levels)):
         points.append((end, end - max(1, round(end * study.decay_fraction / step)) * step))
     stops = sorted({start for _, start in points} | set(rounded_levels(study, c, keep) if keep else ()))
-    trunk = dataclasses.replace(c, out_dir=os.path.join(study.out_dir, name), trunk=name, max_tokens=stops[-1], decay_steps=0,
-                                decay_start=0, save_at_tokens=stops, resume=True)
+    trunk = dataclasses.replace(c, out_dir=os.path.join(study.out_dir, name), trunk=name, max_tokens=stops[-1],
+                                decay_steps=0, decay_start=0, save_at_tokens=stops, resume=True)
     if upcycling:
-        trunk = dataclasses.replace(trunk, init_from=upcycling.destination, branch=upcycling.optimizer == "copy")
+        trunk.init_from, trunk.branch = upcycling.destination, upcycling.optimizer == "copy"
 
     def job(settings, needs, begin, end, made=None):
         row = planned_row(settings, m, lineage, end, data_sha256)
@@ -184,9 +188,10 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None)
     jobs = [job(trunk, upcycling and upcycling.source, 0, stops[-1], upcycling)]
     for end, start in points:
         first = checkpoint_path(trunk.out_dir, start, c)
-        branch = dataclasses.replace(
-            trunk, out_dir=f"{trunk.out_dir}-D{end}", init_from=first, branch=True, max_tokens=end, save_at_tokens=[],
-            decay_start=start // step, decay_steps=(end - start) // step, rows=os.path.join(study.out_dir, "rows.jsonl"))
+        branch = dataclasses.replace(trunk, out_dir=f"{trunk.out_dir}-D{end}", init_from=first, branch=True,
+                                     max_tokens=end, save_at_tokens=[], decay_start=start // step,
+                                     decay_steps=(end - start) // step,
+                                     rows=os.path.join(study.out_dir, "rows.jsonl"))
         jobs.append(job(branch, first, start, end))
     return jobs
 
@@ -203,24 +208,25 @@ def study_totals(study):
 
 
 def describe(jobs):
-    """The plan as text: rows, tokens and FLOPs by family, and what sharing trunks saves against training each row alone."""
-    rows = [job.row for job in jobs if not job.is_trunk]
-    dense_flops = {(row["N"], row["seed"]): row["flops"] // row["D"] for row in rows if row["family"] == "dense"}
-    lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}{'  each row alone: tokens':>26}{'FLOPs':>10}"]
-    totals = [0] * 6
+    """The plan as text: rows, tokens and FLOPs by family, and how much it saves that rows share trunks."""
+    dense_flops = {(j.row["N"], j.row["seed"]): j.row["flops"] // j.row["D"] for j in jobs if "D" in j.row
+                   and j.row["family"] == "dense"}
+    lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}{'each row alone: tokens':>26}"
+             f"{'FLOPs':>10}"]
+    form, totals = "{:10}{:8}{:6}{:12.4g}{:10.3g}{:26.4g}{:10.3g}", [0] * 6
     for family in ("dense", "moe", "upcycled"):
         of_family = [job for job in jobs if job.row["family"] == family]
         rows = [job.row for job in of_family if not job.is_trunk]
         alone = sum(r.get("D", 0) + r.get("D1", 0) + r.get("D2", 0) for r in rows)
         alone_flops = sum(r["flops"] + r.get("D1", 0) * dense_flops[r["N"], r["seed"]] for r in rows)
-        values = [len(of_family) - len(rows), len(rows), sum(j.tokens for j in of_family), sum(j.flops for j in of_family),
-                  alone, alone_flops]
+        tokens, flops = sum(j.tokens for j in of_family), sum(j.flops for j in of_family)
+        values = [len(of_family) - len(rows), len(rows), tokens, flops, alone, alone_flops]
         totals = [a + b for a, b in zip(totals, values)]
-        lines.append("{:10}{:8}{:6}{:12.4g}{:10.3g}{:26.4g}{:10.3g}".format(family, *values))
-    lines.append("{:10}{:8}{:6}{:12.4g}{:10.3g}{:26.4g}{:10.3g}".format("all", *totals))
-    lines.append(f"shared trunks save {1 - totals[2] / totals[4]:.0%} of the tokens and {1 - totals[3] / totals[5]:.0%} "
-                 f"of the FLOPs; {sum(j.done for j in jobs)} of {len(jobs)} runs are finished")
-    return "\n".join(lines)
+        lines.append(form.format(family, *values))
+    lines.append(form.format("all", *totals))
+    return "\n".join(lines + [
+        f"shared trunks save {1 - totals[2] / totals[4]:.0%} of the tokens and {1 - totals[3] / totals[5]:.0%} of the "
+        f"FLOPs; {sum(j.done for j in jobs)} of {len(jobs)} runs are finished"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def worker(connection, number):
     """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
     import torch
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop, and save, when the parent is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save when the parent is killed
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # where train() looks
@@ -264,14 +270,13 @@ def worker(connection, number):
 def check_row(job, row, where):
     """Raises ConfigError, naming the column, where `row`, found in the file `where`, is not the job's."""
     for key, there, planned in differences(row, job.row):
-        raise ConfigError(f"{where}: {key} was {there!r}, the study now says {planned!r}; take another --out_dir, or "
-                          "delete that run")
+        raise ConfigError(f"{where}: {key} was {there!r}, the study now says {planned!r}; take another --out_dir, "
+                          "or delete that run")
 
 
 def check_unchanged(job):
-    """Raises ConfigError where the job's directory holds a run of other settings: its row would not be of this study."""
-    c = job.settings
-    path, config = (os.path.join(c.out_dir, name) for name in ("row.json", "config.py"))
+    """Raises ConfigError where the job's directory holds a run of other settings, begun or finished."""
+    path, config = (os.path.join(job.settings.out_dir, name) for name in ("row.json", "config.py"))
     if not job.is_trunk and os.path.exists(path):
         check_row(job, checkpoint.read_json(path), path)
     elif os.path.exists(config):
@@ -301,7 +306,7 @@ def chain_flops(jobs):
 
 
 def sweep(study, jobs):
-    """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped on SIGTERM or Ctrl-C."""
+    """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
     os.makedirs(study.out_dir, exist_ok=True)
     with open(os.path.join(study.out_dir, ".lock"), "w") as lock:
         try:
@@ -310,9 +315,9 @@ def sweep(study, jobs):
             raise ConfigError(f"{study.out_dir}: another sweep is running there") from None
         for job in jobs:
             check_unchanged(job)
-        for job in jobs:  # a kill between its two files can lose a finished run's row
-            if not job.is_trunk and job.done:
-                append_row(job.settings.rows, checkpoint.read_json(os.path.join(job.settings.out_dir, "row.json")))
+        for c in (job.settings for job in jobs if job.done and not job.is_trunk):
+            # A kill just before it was finished can have lost its row.
+            append_row(c.rows, checkpoint.read_json(os.path.join(c.out_dir, "row.json")))
         order = chain_flops(jobs)
         todo = sorted((j for j in jobs if not j.done), key=lambda j: -order[id(j)])
         if not todo:
@@ -338,7 +343,7 @@ def start_workers(count):
 
 
 def run_jobs(todo, count, caught, bar):
-    """Run the jobs `todo` on `count` workers until all are run or `caught` holds a signal. Returns what failed."""
+    """Run jobs on `count` workers until all are run or `caught` holds a signal. Returns what failed."""
     workers, busy, failed = start_workers(count), {}, []
     try:
         while (todo or busy) and not caught:
@@ -348,7 +353,7 @@ def run_jobs(todo, count, caught, bar):
                     busy[connection] = job
                     connection.send(job)
             if not busy:
-                return failed + [f"{j.settings.out_dir}: not run, {j.needs or 'its start'} was not made" for j in todo]
+                return failed + [f"{j.settings.out_dir}: not run, {j.needs} was not made" for j in todo]
             for connection in wait(list(busy), timeout=0.5):
                 try:
                     kind, value = connection.recv()
@@ -368,7 +373,7 @@ def run_jobs(todo, count, caught, bar):
 
 
 def end_workers(workers, busy, terminate):
-    """Wait for the workers in `busy` to answer, after SIGTERM if they are to terminate, and for all to end."""
+    """Wait for the workers in `busy` to answer, and for all to end; `terminate` them first if so asked."""
     for process in workers.values() if terminate else ():
         process.terminate()  # a run under way is saved
     for connection in busy:
