@@ -2,10 +2,10 @@
 
     python sweep.py config/study_quick.py [--dry_run]
 
-A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays. Upcycling
-starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl. Finished runs are skipped. Ctrl-C,
-SIGTERM and, on Linux, a kill of this process let each run save the step under way; a run that is killed itself
-goes on from its last checkpoint (save_every_seconds).
+A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays.
+Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; finished runs are skipped.
+Ctrl-C, SIGTERM and, on Linux, a kill of this process let each run save the step under way. A run that is killed
+itself goes on from its last checkpoint (save_every_seconds).
 """
 import contextlib
 import ctypes
@@ -41,7 +41,7 @@ class Study:
     D_dense: list[int] = setting([], "tokens of dense runs; empty: D1")
     D_moe: list[int] = setting([], "tokens of from-scratch MoE runs; empty: D1 and D2")
     seeds: list[int] = setting([0], "every run is made once a seed", least=0)
-    methods: list[dict] = setting([{"method": "copy"}], "ways of upcycling: {setting of upcycle.py: value} each")
+    methods: list[dict] = setting([{"method": "copy"}], "upcyclings: {setting of upcycle.py: value} each")
     num_local_experts: int = setting(8, "experts of upcycled and MoE runs")
     num_experts_per_tok: int = setting(2, "experts a token uses")
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
@@ -53,8 +53,8 @@ class Study:
 
 # What a study sets itself in its runs.
 SET_BY_STUDY = {"config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data",
-                "num_local_experts", "num_experts_per_tok", "max_tokens", "schedule", "decay_start", "decay_steps",
-                "save_at_tokens"}
+                "num_local_experts", "num_experts_per_tok", "max_tokens", "schedule", "decay_start",
+                "decay_steps", "save_at_tokens"}
 
 
 @dataclass
@@ -99,8 +99,8 @@ def study_jobs(study):
         for size in study.sizes:
             dense = from_dict(Train, study.train | size | {"seed": seed, "rows": None}, f"{study.config}: ")
             if dense.tokens_per_step % dense.max_seq_len:
-                raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a multiple "
-                                  f"of max_seq_len = {dense.max_seq_len}")
+                raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
+                                  f"multiple of max_seq_len = {dense.max_seq_len}")
             n = parameter_counts(model_of(dense)[0])["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
@@ -117,8 +117,8 @@ def jobs_of_size(study, dense, n):
     experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
     moe = dataclasses.replace(dense, **experts)
     dense_trunk = f"dense-N{n}-s{dense.seed}"
-    jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n}, study.D_dense or study.D1,
-                              keep=study.D1)
+    jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
+                              study.D_dense or study.D1, keep=study.D1)
     jobs += trunk_and_branches(study, moe, f"moe-N{n}-s{dense.seed}", {"family": "moe", "N": n},
                                study.D_moe or sorted({*study.D1, *study.D2}))
     for d1 in rounded_levels(study, dense, study.D1):
@@ -160,15 +160,15 @@ def rounded_levels(study, c, tokens):
     """Token counts rounded to whole steps. Raises ConfigError when two become one or none is left."""
     rounded = [round(t / c.tokens_per_step) * c.tokens_per_step for t in tokens]
     if len(set(rounded)) < len(rounded) or min(rounded) <= c.warmup_steps * c.tokens_per_step:
-        raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of {c.tokens_per_step} "
-                          f"tokens and exceed {c.warmup_steps} warm-up steps")
+        raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of "
+                          f"{c.tokens_per_step} tokens and exceed {c.warmup_steps} warm-up steps")
     return rounded
 
 
 def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None):
     """[Job] of the trunk `name` and of its branches, one for each of the token counts `levels`.
 
-    The trunk keeps checkpoints at the token counts `keep` too. It starts from the weights that `upcycling` makes.
+    The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes.
     """
     step = c.tokens_per_step
     m, data_sha256 = model_of(c)
@@ -177,8 +177,8 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None)
     for end in sorted(rounded_levels(study, c, levels)):
         points.append((end, end - max(1, round(end * study.decay_fraction / step)) * step))
     stops = sorted({start for _, start in points} | set(rounded_levels(study, c, keep) if keep else ()))
-    trunk = dataclasses.replace(c, out_dir=os.path.join(study.out_dir, name), trunk=name, max_tokens=stops[-1],
-                                decay_steps=0, decay_start=0, save_at_tokens=stops, resume=True)
+    trunk = dataclasses.replace(c, out_dir=os.path.join(study.out_dir, name), trunk=name, resume=True,
+                                max_tokens=stops[-1], decay_steps=0, decay_start=0, save_at_tokens=stops)
     if upcycling:
         trunk.init_from, trunk.branch = upcycling.destination, upcycling.optimizer == "copy"
 
@@ -225,8 +225,8 @@ def describe(jobs):
         lines.append(form.format(family, *values))
     lines.append(form.format("all", *totals))
     return "\n".join(lines + [
-        f"shared trunks save {1 - totals[2] / totals[4]:.0%} of the tokens and {1 - totals[3] / totals[5]:.0%} of the "
-        f"FLOPs; {sum(j.done for j in jobs)} of {len(jobs)} runs are finished"])
+        f"shared trunks save {1 - totals[2] / totals[4]:.0%} of the tokens and "
+        f"{1 - totals[3] / totals[5]:.0%} of the FLOPs; {sum(j.done for j in jobs)} of {len(jobs)} runs are finished"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -270,8 +270,8 @@ def worker(connection, number):
 def check_row(job, row, where):
     """Raises ConfigError, naming the column, where `row`, found in the file `where`, is not the job's."""
     for key, there, planned in differences(row, job.row):
-        raise ConfigError(f"{where}: {key} was {there!r}, the study now says {planned!r}; take another --out_dir, "
-                          "or delete that run")
+        raise ConfigError(f"{where}: {key} was {there!r}, the study now says {planned!r}; take another "
+                          "--out_dir, or delete that run")
 
 
 def check_unchanged(job):
