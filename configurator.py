@@ -176,6 +176,7 @@ def checked(cls, values, where=""):
 def from_dict(cls, values, where=""):
     """A `cls` from {key: value}; every REQUIRED field must be there. Raises ConfigError."""
     config = cls(**checked(cls, values, where))
+    config.given = frozenset(values)  # the keys that were set, whether to their default or not
     for f in dataclasses.fields(cls):
         if getattr(config, f.name) is REQUIRED:
             name = f.name.upper() if f.metadata["positional"] else f"--{f.name}"

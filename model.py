@@ -213,7 +213,8 @@ class MoE(nn.Module):
         rows = x[order // self.k]
         if torch.is_autocast_enabled(x.device.type):
             rows, gate_up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (rows, gate_up, down))
-        experts = experts_grouped if rows.dtype == torch.bfloat16 else experts_eager
+        aligned = shape[-1] % 8 == 0 and down.shape[-1] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
+        experts = experts_grouped if rows.dtype == torch.bfloat16 and aligned else experts_eager
         rows = experts(rows, gate_up, down, ends)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         rows = rows[back].view(-1, self.k, shape[-1])  # (S, k, D)

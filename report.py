@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from laws import predict
+from rows import method_label
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                      "legend.fontsize": 8, "figure.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
@@ -197,13 +198,6 @@ def contours(rows, laws, best):
         axis.set(xlabel="D1 (tokens)", title=f"{named(law)}, N = {short(n)}")
     axes[0].set_ylabel("D2 (tokens)")
     return figure
-
-
-def method_label(row):
-    """What tells a row's method apart: drop 0.5, virtual groups G = 2, copy."""
-    detail = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ", "noise_fraction": "on {:g}"}
-    return " ".join([str(row.get("method")).replace("_", " ")] + [
-        form.format(row[key]) for key, form in detail.items() if row.get(key) is not None and (key, row[key]) != ("noise_fraction", 1)])
 
 
 def method_differences(rows):

@@ -1,4 +1,4 @@
-"""Rows: one finished run each, a line of a JSONL file. Their columns, reading them with checks, appending one."""
+"""A row is one finished run, a line of a JSONL file: its columns, which run it is, reading and appending."""
 import csv
 import fcntl
 import json
@@ -7,13 +7,118 @@ import os
 
 from configurator import ConfigError
 
-FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}  # what a row must have
-KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity")  # columns that tell ways of upcycling apart
+# The columns that a row of each family must have, beside the loss.
+FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}
+
+# The columns that tell two ways of upcycling apart, beside `method`.
+KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std",
+         "optimizer")
+
+# Every setting that moves the loss: train.py writes them all to the row. A dense row has no ROUTING columns.
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads")
+ARCHITECTURE = (*SIZES, "tie_word_embeddings", "rope_theta", "initializer_range")
+DECAY = ("decay_start", "decay_steps")
+TRAINING = (*DECAY, "tokens_per_step", "max_seq_len", "learning_rate", "schedule", "warmup_steps",
+            "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "dtype", "repeat_data",
+            "eval_tokens")
+ROUTING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
+# sequences_per_pass: sequences of all ranks over which one balance loss is taken; a dense row has none.
+# tokens_before_schedule: tokens that the weights had seen when this learning-rate schedule began.
+SETTINGS = (*ARCHITECTURE, *TRAINING, *ROUTING, "sequences_per_pass", "tokens_before_schedule")
+
+# The settings that must agree among the rows of one fit: all but those that vary with N and D by design.
+CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
+
+NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
+RUN = ("N", "D", "D1", "D2", "seed", "num_local_experts", "num_experts_per_tok", *NAMES, *KNOBS, *SETTINGS)
+ORIGIN = ("config", "git", "torch")  # where and with what a run was made: no part of which run it is
 
 
 class RowError(ConfigError, ValueError):
     """A row that cannot be used, with its file and line."""
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Which run a row is
+
+def plain(column, value):
+    """A column's value, the same from JSON and CSV: "2e3" is 2000.0, "true" is True, "" and nan are None."""
+    if column in NAMES and value is not None:
+        return str(value) or None
+    if isinstance(value, str):
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        try:
+            value = float(value)
+        except ValueError:
+            return value or None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, int) else str(value)
+
+
+def run_key(row, but=()):
+    """Which run a row is: a tuple, the values of all columns that tell runs apart, those in `but` left out.
+
+    A missing column is None: a row that does not say its learning rate is not the same run as one that does.
+    """
+    return tuple(plain(key, row.get(key)) for key in RUN if key not in but)
+
+
+def same_but(a, b, but):
+    """Two rows are equal in all columns that tell runs apart, the columns in `but` aside."""
+    return run_key(a, but) == run_key(b, but)
+
+
+def differences(a, b, but=()):
+    """[(column, its value in a, its value in b)] of the columns that make two rows different runs."""
+    return [(key, a.get(key), b.get(key)) for key in RUN
+            if key not in but and plain(key, a.get(key)) != plain(key, b.get(key))]
+
+
+def mixed_conditions(rows):
+    """{condition: its values, two or more} where rows of one fit were made under different conditions.
+
+    A column that a row lacks says nothing. An initializer_range of automatic_range(hidden_size) is "auto".
+    """
+    found = {key: {} for key in CONDITIONS}
+    for row in rows:
+        for key in CONDITIONS:
+            value = plain(key, row.get(key))
+            if key == "initializer_range" and value == automatic_range(row.get("hidden_size")):
+                value = "auto"
+            found[key] |= {value: True} if value is not None else {}
+    return {key: list(values) for key, values in found.items() if len(values) > 1}
+
+
+def automatic_range(hidden_size):
+    """The standard deviation of fresh weights with which training of no width starts with a plateau."""
+    return 0.68 / math.sqrt(hidden_size) if hidden_size else None
+
+
+# Knobs with these values are left out of labels.
+USUAL = {"noise_fraction": 1, "merge_shared": "average", "router_std": 0.02, "optimizer": "reset"}
+WORDS = {"noise_std": "{} σ", "noise_fraction": "on {}", "drop_ratio": "{}", "granularity": "G = {}",
+         "merge_shared": "shared from {}", "router_std": "router {}", "optimizer": "optimizer {}"}
+
+
+def unusual_knobs(row):
+    """{knob: value} of the knobs that tell a row's method apart from others of its name."""
+    values = {key: plain(key, row.get(key)) for key in KNOBS}
+    return {key: value for key, value in values.items() if value not in (None, USUAL.get(key))}
+
+
+def method_label(row):
+    """A row's way of upcycling in words, as "drop 0.5", "virtual groups G = 2", "copy optimizer copy"."""
+    words = [str(row.get("method")).replace("_", " ")]
+    for key, value in unusual_knobs(row).items():
+        words.append(WORDS[key].format(f"{value:g}" if isinstance(value, (int, float)) else value))
+    return " ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading and appending
 
 def number(value):
     """A positive number of a size that can be meant, from JSON or CSV. Raises ValueError."""
@@ -37,7 +142,8 @@ def clean(raw):
     if not isinstance(raw.get("family"), str) or raw["family"] not in FAMILIES:
         raise ValueError(f"family {raw.get('family')!r} is none of {', '.join(FAMILIES)}")
     foreign = {"D", "D1", "D2"} - set(FAMILIES[raw["family"]])  # a table gives them a 0 or nan
-    row = {key: value for key, value in raw.items() if isinstance(key, str) and key not in foreign and value not in (None, "")}
+    row = {key: value for key, value in raw.items()
+           if isinstance(key, str) and key not in foreign and value not in (None, "")}
     for key in (*FAMILIES[row["family"]], "loss"):
         if key not in row:
             raise ValueError(f"{key} is missing")
@@ -45,74 +151,69 @@ def clean(raw):
             row[key] = number(row[key])
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-    for key in ("N_active", "N_total", "num_local_experts", "num_experts_per_tok"):  # for the laws that use them
+    for key in ("N_active", "N_total", "num_local_experts", "num_experts_per_tok"):  # some laws use them
         try:
             row[key] = number(row[key])
         except (KeyError, ValueError):
             row.pop(key, None)
-    for key in KNOBS:
+    return row | {key: plain(key, row[key]) for key in KNOBS + SETTINGS if key in row}
+
+
+def raw_rows(path):
+    """Yields (line number, what a file of rows holds there or the ValueError of reading it)."""
+    table = path.endswith(".csv")
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="" if table else None) as f:
+            text = f.read()
+    except OSError as error:
+        raise RowError(f"{path}: {error.strerror}") from None
+    if table:
+        reader = csv.DictReader(text.splitlines(keepends=True))
         try:
-            row[key] = float(row[key])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            row.pop(key, None)
-    return row
+            for raw in reader:
+                yield reader.line_num, raw
+        except csv.Error as error:  # the rest of the file is lost with it
+            yield reader.line_num, ValueError(str(error))
+        return
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield i, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield i, ValueError(f"not valid JSON ({error})")
 
 
 def read_rows(paths, skip_bad=False):
-    """([row], [what was dropped and why]) from JSONL files, or CSV files (*.csv) with a header: family,N,D,D1,D2,loss and more.
+    """([row], [what was dropped and why]) of JSONL files, and CSV files with columns family,N,D,D1,D2,loss.
 
-    A row seen twice counts once. Raises RowError at the first bad row unless skip_bad.
+    Rows that differ in ORIGIN alone count once. A run that was repeated with another loss is there each time.
+    Raises RowError at the first bad row unless skip_bad.
     """
-    rows, dropped, seen = [], [], {}
+    rows, dropped = {}, []
     for path in paths:
-        try:
-            with open(path, encoding="utf-8-sig", errors="replace", newline="" if path.endswith(".csv") else None) as f:
-                text = f.read()
-        except OSError as error:
-            raise RowError(f"{path}: {error.strerror}") from None
-        if path.endswith(".csv"):
-            reader = csv.DictReader(text.splitlines(keepends=True))
-            lines = ((reader.line_num, raw) for raw in reader)
-        else:
-            lines = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-        while True:
+        for line, raw in raw_rows(path):
             try:
-                line, raw = next(lines)
-            except StopIteration:
-                break
-            except csv.Error as error:  # the rest of the file is lost with it
-                line, raw = reader.line_num, error
-                lines = iter(())
-            try:
-                if isinstance(raw, Exception):
-                    raise ValueError(str(raw))
-                try:
-                    row = clean(json.loads(raw) if isinstance(raw, str) else raw)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise ValueError(f"not valid JSON ({error})") from None
-                key = tuple(str(row.get(k)) for k in ("family", "N", "D", "D1", "D2", "seed", "method", *KNOBS, "trunk", "data_sha256",
-                                                      "num_local_experts", "num_experts_per_tok"))
-                if key not in seen:
-                    seen[key] = row["loss"], f"{path}:{line}"
-                    rows.append(row)
-                elif seen[key][0] != row["loss"]:
-                    raise ValueError(f"loss {row['loss']:g}, but the same run has {seen[key][0]:g} at {seen[key][1]}")
+                if isinstance(raw, ValueError):
+                    raise raw
+                row = clean(raw)
+                content = frozenset((key, plain(key, row[key])) for key in row if key not in ORIGIN)
+                rows.setdefault(content, row)
             except ValueError as error:
-                message = f"{path}:{line}: {error}"
                 if not skip_bad:
-                    raise RowError(f"{message} (--skip_bad drops such rows)") from None
-                dropped.append(message)
+                    raise RowError(f"{path}:{line}: {error} (--skip_bad drops such rows)") from None
+                dropped.append(f"{path}:{line}: {error}")
     if not rows:
         raise RowError(f"{', '.join(paths)}: no rows" + f" ({len(dropped)} bad ones dropped)" * bool(dropped))
-    return rows, dropped
+    return list(rows.values()), dropped
 
 
 def append_row(path, row):
-    """Append `row` to a JSONL file, once."""
+    """Append `row` to a JSONL file, once, on a line of its own even after a line that was cut short."""
     line = json.dumps(row) + "\n"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "a+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)  # other runs append to it too
         f.seek(0)
-        if line not in f:
-            f.write(line)
+        text = f.read()
+        if line not in text.splitlines(keepends=True):
+            f.write("\n" * (text != "" and not text.endswith("\n")) + line)

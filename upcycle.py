@@ -196,7 +196,11 @@ METHODS = {
         refuse=refuse_merge,
         knobs=("merge_shared",))}
 KNOBS_OF_ALL = ("router_std", "optimizer")
-KNOBS = {name: method.knobs for name, method in METHODS.items()}  # train.py puts them into its row
+
+
+def knobs(o):
+    """{knob: value} of the settings that tell two ways of upcycling apart."""
+    return {key: getattr(o, key) for key in (*METHODS[o.method].knobs, *KNOBS_OF_ALL)}
 
 
 @dataclass
@@ -381,9 +385,8 @@ def mixtral_config(source, moe, dtype):
 
 def result_state(o, source, record):
     """trainer_state.json of the result: no token seen, the source's place in its data, and the lineage."""
-    knobs = {key: getattr(o, key) for key in (*METHODS[o.method].knobs, *KNOBS_OF_ALL)}
     lineage = {"family": "upcycled", "N": record["N"], "D1": record["D1"], "source": o.source,
-               "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed, **knobs,
+               "source_sha256": record["sources"][0]["sha256"], "method": o.method, "seed": o.seed, **knobs(o),
                "dense_trunk": source.state.get("trunk"), "parent": source.state.get("lineage")}
     kept = {key: value for key, value in source.state.items() if key not in ("trunk", "passing")}
     return kept | {"step": 0, "tokens": 0, "history": [], "lineage": lineage}

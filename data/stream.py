@@ -1,5 +1,6 @@
-"""Tokens -> batches: the token files that data/prepare.py wrote, and the order in which training reads them."""
+"""Tokens -> batches: the token files that data/prepare.py wrote, and the order in which they are read."""
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ def locate(directory):
 
 
 def load_tokens(directory, split):
-    """(tokens, meta): the memory-mapped ids, shape (tokens,), unsigned, of `split` (train|val), and the dict in meta.json.
+    """(tokens, meta) of `split` (train, val): memory-mapped ids, (tokens,) unsigned, and meta.json's dict.
 
-    `directory` is a path, or a name under data/. Raises ConfigError when anything is missing, cut short or not as meta.json says.
+    directory: a path, or a name under data/. Raises ConfigError for a file that is missing, cut short or not
+    as meta.json says.
     """
     folder = locate(directory)
     fix = f"make it with: python data/prepare.py {Path(directory).name}"
@@ -30,18 +32,20 @@ def load_tokens(directory, split):
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {fix}") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise ConfigError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); delete it and {fix}") from None
+        problem = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: cut short or damaged ({problem}); delete it and {fix}") from None
     if tokens.dtype != dtype or dtype.kind != "u" or tokens.shape != (count,):
-        raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} ({count},); "
-                          f"delete it and {fix}")
+        raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} "
+                          f"({count},); delete it and {fix}")
     return tokens, meta
 
 
 def shuffled(index, n, seed):
-    """Where the index-th sequence of an endless shuffled stream lies among n: each pass over n is a permutation keyed by
-    (seed, pass), so nothing repeats within a pass and any index is found without its predecessors. index (…,) int -> (…,) int64.
+    """Where sequence `index` of an endless shuffled stream lies among n. index (…,) int -> (…,) int64.
 
-    A 4-round Feistel network on the smallest even number of bits, walking on while it leaves 0..n-1 (Black & Rogaway 2002).
+    Each pass over n is a permutation keyed by (seed, pass): nothing repeats within a pass, and any index is
+    found without those before it. The permutation is a Feistel network of 4 rounds on the smallest even
+    number of bits, walked on while it leaves 0..n-1 (Black & Rogaway 2002).
     """
     index = np.asarray(index, np.uint64)
     turn, x = index // np.uint64(n), index % np.uint64(n)
@@ -53,7 +57,8 @@ def shuffled(index, n, seed):
         for round in range(4):
             key = np.random.SeedSequence((seed, round)).generate_state(1, np.uint64)[0]
             with np.errstate(over="ignore"):
-                h = (right + turn * np.uint64(0x9E3779B97F4A7C15)) ^ key  # splitmix64's finaliser as the round function
+                # The round function is splitmix64's finaliser.
+                h = (right + turn * np.uint64(0x9E3779B97F4A7C15)) ^ key
                 h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
                 h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             left, right = right, left ^ ((h ^ (h >> np.uint64(31))) & mask)
@@ -62,12 +67,43 @@ def shuffled(index, n, seed):
     return x.astype(np.int64)
 
 
-def sequences(tokens, places, seq_len, device):
-    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`. A sequence's last target is the next one's first input."""
-    rows = np.stack([tokens[p * seq_len: p * seq_len + seq_len + 1] for p in places]).astype(np.int64)
+def gather(tokens, places, seq_len, pinned):
+    """The sequences at `places`, each with one token more: (B, T + 1) int64, `pinned` or not."""
     import torch  # preparing data needs none
 
-    rows = torch.from_numpy(rows)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
+    rows = np.stack([tokens[place * seq_len:(place + 1) * seq_len + 1] for place in places]).astype(np.int64)
+    return torch.from_numpy(rows).pin_memory() if pinned else torch.from_numpy(rows)
+
+
+def on_device(rows, device):
+    """(inputs, targets), (B, T) each on `device`, of sequences (B, T + 1)."""
+    rows = rows.to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
+
+
+def sequences(tokens, places, seq_len, device):
+    """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`.
+
+    A sequence's last target is the first input of the sequence behind it.
+    """
+    return on_device(gather(tokens, places, seq_len, device.type == "cuda"), device)
+
+
+def batches(tokens, first, count, stride, seq_len, seed, device):
+    """Yields (inputs, targets), (count, T) int64 each on `device`, without end.
+
+    The first batch is the sequences first .. first + count - 1 of the stream shuffled by `seed`; each other
+    one lies `stride` sequences further on. A thread gathers a batch while the one before it is in use.
+    """
+    available = (len(tokens) - 1) // seq_len
+
+    def gather_from(index):
+        places = shuffled(index + np.arange(count), available, seed)
+        return gather(tokens, places, seq_len, device.type == "cuda")
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(gather_from, first)
+        while True:
+            rows = ahead.result()
+            first += stride
+            ahead = pool.submit(gather_from, first)
+            yield on_device(rows, device)

@@ -12,7 +12,8 @@ import pytest
 
 import checkpoint
 from configurator import ConfigError, parse
-from sweep import Study, describe, plan, planned_rows, study_totals
+from rows import method_label, run_key
+from sweep import Study, check_unchanged, describe, planned_rows, study_jobs, study_totals
 from test_train import data, digests  # noqa: F401  (data is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def study(mini, *flags):
 
 def test_plan_shares_trunks_and_counts_what_it_trains(mini):
     s = study(mini)
-    jobs, rows = plan(s), planned_rows(s)
+    jobs, rows = study_jobs(s), planned_rows(s)
     assert len(rows) == 2 * (3 + 3 + 3 * 3) == len({(r["family"], r["N"], r.get("D"), r.get("D1"), r.get("D2")) for r in rows})
     assert [r["family"] for r in rows].count("upcycled") == 18
     assert len(jobs) - len(rows) == 2 * (1 + 1 + 3)  # trunks
@@ -64,7 +65,7 @@ def test_plan_shares_trunks_and_counts_what_it_trains(mini):
         assert job.needs is None or any(os.path.normpath(job.needs).startswith(os.path.normpath(j.settings.out_dir) + os.sep) for j in jobs)
     for r in rows:
         assert r["N_total"] > r["N_active"] > r["N"] if r["family"] != "dense" else r["N_total"] == r["N"]
-    text = describe(s, jobs)
+    text = describe(jobs)
     alone = 2 * 128 * ((10 + 20 + 40) + (10 + 20 + 40) + (3 * 70 + 3 * 70))
     saved = 1 - study_totals(s)["tokens"] / alone
     assert f"save {saved:.0%} of the tokens" in text and "0 of" in text
@@ -81,12 +82,13 @@ def test_virtual_groups_keep_the_dense_N(mini):
                                            ("sizes = [{'hidden_size': 16, 'hiden': 3}]", "hiden"), ("decay_fraction = 1.5", "decay_fraction"),
                                            ("methods = [{'method': 'magic'}]", "magic"), ("seeds = [0, 0]", "two seeds"), ("seeds = []", "seeds is empty"), ("seeds = [-1]", "at least 0"),
                                            ("workers = 0", "workers"), ("train = {'schedule': 'cosine'}", "schedule is set by the study"),
-                                           ("methods = [{'method': 'copy'}, {'method': 'copy'}]", "two runs"), ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
+                                           ("methods = [{'method': 'copy'}, {'method': 'copy'}]", "two of methods are equal"),
+                                           ("methods = [{'method': 'copy'}, {'method': 'copy', 'router_std': 0.02}]", "two of methods are equal"), ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
                                            ("trian = {}", "did you mean 'train'")])
 def test_bad_studies_are_refused_by_name(mini, line, message):
     mini.write_text(mini.read_text() + line + "\n")
     with pytest.raises(ConfigError, match=message):
-        plan(study(mini))
+        study_jobs(study(mini))
 
 
 def command(mini, *flags):
@@ -126,11 +128,11 @@ def test_interrupted_and_killed_sweeps_go_on_to_the_same_rows(mini, tmp_path):
 def test_a_failing_run_is_reported_and_the_others_are_made(mini, tmp_path):
     """A trunk whose checkpoint is damaged fails, with its branches; the rest of the study is there."""
     s = study(mini)
-    trunk = next(j for j in plan(s) if j.row is None).settings.out_dir
+    trunk = next(j for j in study_jobs(s) if j.is_trunk).settings.out_dir
     assert subprocess.run(command(mini), cwd=ROOT, capture_output=True, timeout=300).returncode == 0
     os.remove(tmp_path / "out" / "rows.jsonl")
     broken = checkpoint.checkpoints(trunk)[0][1]
-    branch = next(j for j in plan(s) if j.row and j.needs == broken).settings.out_dir
+    branch = next(j for j in study_jobs(s) if not j.is_trunk and j.needs == broken).settings.out_dir
     import shutil
     shutil.rmtree(branch)
     path = os.path.join(broken, "model.safetensors")
@@ -153,6 +155,62 @@ def test_a_study_grows_by_a_level_and_refuses_other_settings(mini):
     mini.write_text(small.replace('"warmup_steps": 3', '"warmup_steps": 4'))
     result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "warmup_steps was 3, the study now says 4" in result.stderr
+
+
+def run_sweep(mini, text):
+    """The rows of a study given as text, made by the command."""
+    mini.write_text(text)
+    result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in open(mini.parent / "out" / "rows.jsonl")]
+
+
+def one_size(mini):
+    return MINI_ONE.replace("DATA", re.search('"dataset": "([^"]*)"', mini.read_text())[1])
+
+
+def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
+    methods = [{"method": "copy"}, {"method": "copy", "optimizer": "copy"}, {"method": "copy", "router_std": 0.1}]
+    rows = run_sweep(mini, one_size(mini) + f"methods = {methods}\n")
+    up = [row for row in rows if row["family"] == "upcycled"]
+    assert len(up) == 6 and {method_label(row) for row in up} == {"copy", "copy optimizer copy", "copy router 0.1"}
+    assert len({row["trunk"] for row in up}) == 6 and len({row["loss"] for row in up}) == 6
+    assert len({run_key(row, ("trunk",)) for row in up}) == 6
+    assert {row["dense_trunk"] for row in up} == {row["trunk"] for row in rows if row["family"] == "dense"}
+    expected = {run_key(row): row for row in planned_rows(study(mini))}  # what was planned is what was made
+    assert {run_key(row) for row in rows} == set(expected)
+
+
+def test_the_settings_of_a_study_reach_all_its_runs(mini):
+    rows = run_sweep(mini, one_size(mini).replace('"warmup_steps": 3', '"warmup_steps": 3, "router_aux_loss_coef": 0.1'))
+    assert {row["family"]: row.get("router_aux_loss_coef") for row in rows} == {"dense": None, "moe": 0.1, "upcycled": 0.1}
+    for trunk in (job for job in study_jobs(study(mini)) if job.is_trunk and job.row["num_local_experts"]):
+        assert checkpoint.read_config(checkpoint.checkpoints(trunk.settings.out_dir)[-1][1]).router_aux_loss_coef == 0.1
+
+
+@pytest.mark.parametrize("key, value", [("learning_rate", 1e-3), ("warmup_steps", 4), ("max_seq_len", 32), ("eval_tokens", 512),
+                                        ("weight_decay", 0.2), ("beta2", 0.99), ("rope_theta", 500.0), ("grad_clip", 0.5)])
+def test_a_study_never_takes_runs_of_other_settings_for_its_own(mini, key, value):
+    """Neither a finished run, by its row, nor one that was begun, by its config.py."""
+    text = one_size(mini)
+    mini.write_text(text)
+    if not (mini.parent / "out").exists():
+        run_sweep(mini, text)
+    jobs = study_jobs(study(mini))
+    for job in jobs:
+        check_unchanged(job)
+    line = re.search("train = .*", text)[0]
+    mini.write_text(text.replace(line, line[:-1].replace(f'"{key}"', '"_"') + f', "{key}": {value}}}').replace('"_": 3, ', "").replace('"_": 16, ', "").replace('"_": 1024, ', "").replace(', "_": 1024', ""))
+    changed = study_jobs(study(mini))
+    assert len(changed) == len(jobs)
+    for job in changed:
+        with pytest.raises(ConfigError, match=f"{key} was .*, the study now says {value}; take another"):
+            check_unchanged(job)
+    for job in changed:
+        if not job.is_trunk:
+            os.remove(os.path.join(job.settings.out_dir, "row.json"))
+            with pytest.raises(ConfigError, match=rf"config.py: {key} was .*, the study now says {value}"):
+                check_unchanged(job)
 
 
 def test_dry_run_trains_nothing(mini, tmp_path):

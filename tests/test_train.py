@@ -16,9 +16,11 @@ import torch
 
 import checkpoint
 import train as train_module
-from configurator import ConfigError, from_dict, read_config, write_config
+from configurator import ConfigError, from_dict, parse, read_config, write_config
 from model import flops_per_token
-from data.stream import sequences, shuffled
+from data.stream import batches, sequences, shuffled
+from rows import ROUTING, SETTINGS, run_key
+from checkpoint import tokens_seen
 from train import Stopped, Train, learning_rate, train, validate
 from upcycle import Options, upcycle
 
@@ -61,12 +63,13 @@ def digests(directory):
     return {p.relative_to(directory): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).rglob("*") if p.is_file()}
 
 
-def same_state(a, b):
-    """Two checkpoint directories hold the same bits: weights, moments, state."""
+def same_state(a, b, but=("trunk",)):
+    """Two checkpoint directories hold the same bits: weights, moments, state, but for the keys `but` of the state."""
     assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
     x, y = (torch.load(Path(d) / "optimizer.pt", weights_only=True) for d in (a, b))
     assert x["step"] == y["step"] and all(torch.equal(x[k][n], y[k][n]) for k in ("exp_avg", "exp_avg_sq") for n in x[k])
-    assert checkpoint.read_state(a) == checkpoint.read_state(b)
+    states = [{key: value for key, value in checkpoint.read_state(d).items() if key not in but} for d in (a, b)]
+    assert states[0] == states[1]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -113,6 +116,17 @@ def test_sequences_are_shifted_by_one_token():
     tokens = np.arange(100, dtype=np.uint16)
     ids, targets = sequences(tokens, [2, 0], 8, torch.device("cpu"))
     assert ids.tolist() == [list(range(16, 24)), list(range(0, 8))] and targets.tolist() == [list(range(17, 25)), list(range(1, 9))]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_read_ahead_are_the_stream_in_order(world):
+    """Each rank's batches, side by side, are the shuffled stream from `first` on, step after step, passes after passes."""
+    tokens, step = np.random.default_rng(0).integers(0, 999, 8 * 30 + 1).astype(np.uint16), 6
+    streams = [batches(tokens, 4 + rank * step // world, step // world, step, 8, 3, torch.device("cpu")) for rank in range(world)]
+    for i in range(12):  # two passes and more over the 30 sequences
+        found = [torch.cat(parts) for parts in zip(*(next(stream) for stream in streams))]
+        expected = sequences(tokens, shuffled(np.arange(4 + i * step, 4 + (i + 1) * step), 30, 3), 8, torch.device("cpu"))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -176,7 +190,7 @@ def test_a_branch_reads_its_trunk_and_never_changes_it(tiny, tmp_path):
     assert row["D"] == 20 * STEP and row["trunk"] == "run"
     straight = dataclasses.replace(tiny, out_dir=str(tmp_path / "straight"), decay_start=14, decay_steps=6)
     train(straight, report=quiet)  # one run with the same schedule
-    same_state(tmp_path / "branch" / "checkpoint-20", tmp_path / "straight" / "checkpoint-20")
+    same_state(tmp_path / "branch" / "checkpoint-20", tmp_path / "straight" / "checkpoint-20", ("trunk", "history"))
     assert [line["step"] for line in log(branch)] == list(range(15, 21))
 
 
@@ -238,6 +252,86 @@ def test_validation_is_shared_fixed_and_carries_its_error(tiny):
     tokens = np.load(os.path.join(tiny.dataset, "val.npy"))
     a = validate(model, tokens, 1024, 16, 64, torch.device("cpu"))
     assert validate(model, tokens, 1024, 16, 5, torch.device("cpu")) == pytest.approx(a, rel=1e-6)
+
+
+def test_a_row_has_every_setting_that_moves_the_loss(tiny):
+    """A new setting of train.py is in the row, or is one of these, which move no loss."""
+    without = {"config", "out_dir", "rows", "trunk", "init_from", "branch", "resume", "dataset", "max_tokens", "micro_batch_size", "eval_every_steps",
+               "save_at_tokens", "save_every_seconds", "device", "compile"}
+    named = {"seed", "num_local_experts", "num_experts_per_tok"}
+    derived = {"sequences_per_pass", "tokens_before_schedule"}
+    assert {f.name for f in dataclasses.fields(Train)} == (set(SETTINGS) - derived) | named | without
+    dense, sparse = train(tiny, report=quiet), train(moe(tiny, out_dir=tiny.out_dir + "2", micro_batch_size=4), report=quiet)
+    assert set(SETTINGS) <= set(sparse) and set(SETTINGS) - set(dense) == {*ROUTING, "sequences_per_pass"}
+    c = from_dict(Train, read_config(os.path.join(tiny.out_dir, "config.py")))
+    assert all(dense[key] == getattr(c, key) for key in set(SETTINGS) & set(dense) - derived - {"num_key_value_heads"})
+    assert (dense["num_key_value_heads"], dense["decay_start"], sparse["sequences_per_pass"]) == (2, 14, 4)
+
+
+def test_history_counts_each_run_once_and_branches_share_their_trunk(tiny, tmp_path):
+    def run(name, **changes):
+        train(dataclasses.replace(tiny, out_dir=str(tmp_path / name), rows=None, **changes), report=quiet)
+        return checkpoint.read_state(checkpoint.checkpoints(str(tmp_path / name))[-1][1])
+    trunk = run("run", decay_steps=0, save_at_tokens=[8 * STEP, 14 * STEP])
+    (trunk_id, tokens), = trunk["history"]
+    assert tokens == 20 * STEP and trunk["trunk"] == "run"
+    branch = {"branch": True, "decay_steps": 4}
+    at_14 = run("a", init_from=str(tmp_path / "run" / "checkpoint-14"), max_tokens=18 * STEP, **branch)
+    at_8 = run("b", init_from=str(tmp_path / "run" / "checkpoint-8"), max_tokens=12 * STEP, **branch)
+    assert [n for _, n in at_14["history"]] == [14 * STEP, 4 * STEP] and [n for _, n in at_8["history"]] == [8 * STEP, 4 * STEP]
+    assert at_14["history"][0][0] == at_8["history"][0][0] == trunk_id and at_14["trunk"] == at_8["trunk"] == "run"
+    again = run("c", init_from=str(tmp_path / "a" / "checkpoint-18"), max_tokens=5 * STEP)  # a new schedule on its weights
+    assert again["history"][:2] == at_14["history"] and again["tokens"] == 5 * STEP and tokens_seen(again) == 23 * STEP
+    ids = [state["history"][-1][0] for state in (trunk, at_14, at_8, again)]
+    ids += [run(name, **changes)["history"][-1][0] for name, changes in {
+        "seed": {"seed": 1}, "lr": {"learning_rate": 1e-3}, "twin": {"eval_every_steps": 5}, "longer": {"max_tokens": 21 * STEP, "decay_start": 14}}.items()]
+    assert len(set(ids)) == 7 and ids[6] == ids[7]  # how often it is validated and where it ends makes no other run
+
+
+def test_a_resumed_run_with_other_settings_is_a_run_of_its_own_in_the_history(tiny):
+    c = dataclasses.replace(tiny, rows=None, decay_start=14)
+    train(dataclasses.replace(c, max_tokens=6 * STEP), report=quiet)
+    train(dataclasses.replace(c, max_tokens=10 * STEP, resume=True), report=quiet)
+    train(dataclasses.replace(c, learning_rate=1e-3, resume=True), report=quiet)
+    history = checkpoint.read_state(os.path.join(c.out_dir, "checkpoint-20"))["history"]
+    assert [tokens for _, tokens in history] == [10 * STEP, 10 * STEP] and len({run for run, _ in history}) == 2
+
+
+def test_an_upcycled_row_names_both_trunks_and_all_knobs(tiny, tmp_path):
+    train(dataclasses.replace(tiny, rows=None, decay_steps=0, trunk="the dense one"), report=quiet)
+    rows = []
+    for i, knobs in enumerate(({}, {"optimizer": "copy"}, {"router_std": 0.1})):
+        start = str(tmp_path / f"start{i}")
+        upcycle(Options(source=str(tmp_path / "run" / "checkpoint-20"), destination=start, num_local_experts=4, check=False, **knobs))
+        rows.append(train(dataclasses.replace(tiny, out_dir=str(tmp_path / f"moe{i}"), init_from=start, branch=bool(knobs.get("optimizer")), trunk="the moe"),
+                          report=quiet))
+    assert {(row["dense_trunk"], row["trunk"]) for row in rows} == {("the dense one", "the moe")}
+    assert [(row["optimizer"], row["router_std"]) for row in rows] == [("reset", 0.02), ("copy", 0.02), ("reset", 0.1)]
+    assert len(set(map(run_key, rows))) == 3
+    assert checkpoint.read_state(tmp_path / "moe0" / "checkpoint-20")["history"][0][1] == 20 * STEP  # since the upcycling
+
+
+def test_time_spent_on_validation_does_not_count_as_training(tiny, monkeypatch):
+    """On a clock that only a validation moves on, no step takes any of its time."""
+    now, true = [0.0], train_module.validate
+
+    def clock():
+        now[0] += 1e-3
+        return now[0]
+
+    def slow(*arguments):
+        now[0] += 3600
+        return true(*arguments)
+    monkeypatch.setattr(train_module.time, "perf_counter", clock)
+    monkeypatch.setattr(train_module, "validate", slow)
+    train(dataclasses.replace(tiny, eval_every_steps=1), report=quiet)
+    assert all(line["tokens_per_s"] > STEP for line in log(tiny))
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": 20}, {"hidden_size": 12, "num_attention_heads": 2}])
+def test_bfloat16_experts_of_any_width_train(tiny, sizes):
+    """Rows that are no multiple of 16 bytes, which grouped_mm refuses."""
+    assert np.isfinite(losses(moe(tiny, **sizes), dtype="bfloat16")).all()
 
 
 def losses(c, **changes):
@@ -325,6 +419,17 @@ def test_checkpoints_asked_for_are_kept_and_added_levels_are_trained_again(tiny,
     assert [line["step"] for line in log(tiny)] == list(range(1, 21))
 
 
+def test_a_branch_with_another_batch_size_is_resumed_where_it_stopped(tiny, tmp_path):
+    train(dataclasses.replace(tiny, rows=None, max_tokens=14 * STEP, decay_steps=0), report=quiet)
+    branch = dataclasses.replace(tiny, out_dir=str(tmp_path / "branch"), rows=None, branch=True, decay_steps=0, init_from=str(tmp_path / "run" / "checkpoint-14"),
+                                 tokens_per_step=2 * STEP, save_at_tokens=[40 * STEP])
+    train(dataclasses.replace(branch, max_tokens=50 * STEP), report=quiet)
+    assert [s for s, _ in checkpoint.checkpoints(branch.out_dir)] == [14 + 13, 14 + 18]
+    steps = []
+    train(dataclasses.replace(branch, max_tokens=60 * STEP, resume=True), report=steps.append)
+    assert steps == 5 * [2 * STEP]  # nothing is trained again
+
+
 def test_a_damaged_log_does_not_stop_a_resume(tiny):
     train(dataclasses.replace(tiny, rows=None, max_tokens=10 * STEP), report=quiet)
     path = os.path.join(tiny.out_dir, "log.jsonl")
@@ -343,6 +448,14 @@ def test_a_finished_run_is_not_run_again_and_its_row_comes_once(tiny):
     assert len(open(tiny.rows).readlines()) == 1
 
 
+@pytest.mark.parametrize("key, value", [("learning_rate", 1e-3), ("warmup_steps", 4), ("decay_steps", 5), ("max_tokens", 21 * STEP), ("eval_tokens", 512),
+                                        ("weight_decay", 0.2), ("seed", 1), ("tokens_per_step", 2 * STEP)])
+def test_a_finished_run_does_not_pass_for_one_of_other_settings(tiny, key, value):
+    train(tiny, report=quiet)
+    with pytest.raises(ConfigError, match=f"row.json.*in this finished run.*is asked for"):
+        train(dataclasses.replace(tiny, resume=True, **{key: value}), report=quiet)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -357,6 +470,7 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     fails("num_experts_per_tok", num_local_experts=1)
     fails("no such checkpoint", init_from=str(tmp_path / "nothing"))
     fails("eval_tokens = 5 is less than one sequence", eval_tokens=5)
+    fails("--branch needs a checkpoint", branch=True)
     fails("cannot be written", rows="/proc/nothing/rows.jsonl")
     (tmp_path / "file").write_text("")
     fails("cannot be written", out_dir=str(tmp_path / "file"))
@@ -375,6 +489,28 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     os.remove(os.path.join(last, "trainer_state.json"))  # a model from elsewhere
     fails("how many tokens .* is not recorded.*--rows=none", init_from=last, **other)
     assert train(dataclasses.replace(tiny, init_from=last, rows=None, **other), report=quiet) is None
+
+
+def test_what_is_given_is_checked_against_the_checkpoint_even_if_it_is_the_default(tiny, tmp_path):
+    train(dataclasses.replace(tiny, rows=None), report=quiet)
+    argv = ["--init_from=" + os.path.join(tiny.out_dir, "checkpoint-20"), f"--dataset={tiny.dataset}", f"--out_dir={tmp_path / 'other'}", "--rows=none",
+            "--max_seq_len=16", f"--tokens_per_step={STEP}", f"--max_tokens={2 * STEP}", "--eval_tokens=64"]
+    for key, asked, there in (("hidden_size", 64, 16), ("num_hidden_layers", 4, 2), ("num_local_experts", 4, 0)):
+        with pytest.raises(ConfigError, match=f"{key} is {there} there, {asked} is asked for"):
+            train(parse(Train, [*argv, f"--{key}={asked}"]), report=quiet)
+    with open(tmp_path / "c.py", "w") as f:
+        f.write("intermediate_size = 176\n")
+    with pytest.raises(ConfigError, match="intermediate_size is 32 there, 176 is asked for"):
+        train(parse(Train, [str(tmp_path / "c.py"), *argv]), report=quiet)
+    assert train(parse(Train, [*argv, "--hidden_size=16", "--num_key_value_heads=none"]), report=quiet) is None
+
+
+def test_the_balance_coefficient_is_the_given_one_or_that_of_the_checkpoint(tiny, tmp_path):
+    train(moe(tiny, rows=None, router_aux_loss_coef=0.1, decay_steps=0), report=quiet)
+    branch = moe(tiny, out_dir=str(tmp_path / "a"), init_from=os.path.join(tiny.out_dir, "checkpoint-20"), branch=True, max_tokens=24 * STEP)
+    assert train(branch, report=quiet)["router_aux_loss_coef"] == 0.1
+    assert train(dataclasses.replace(branch, out_dir=str(tmp_path / "b"), router_aux_loss_coef=0.2), report=quiet)["router_aux_loss_coef"] == 0.2
+    assert checkpoint.read_config(str(tmp_path / "b" / "checkpoint-24")).router_aux_loss_coef == 0.2
 
 
 def test_other_data_under_the_same_name_is_noticed_on_resume(tiny, tmp_path):

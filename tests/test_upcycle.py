@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM)
 
+import rows
 import upcycle as u
 from checkpoint import load_model, load_moments, save
 from configurator import ConfigError, run
@@ -315,8 +316,7 @@ def test_a_method_may_work_in_place(tmp_path, random_dense, monkeypatch):
 
 
 def test_every_method_is_described_and_its_knobs_are_settings(tmp_path, random_dense):
-    columns = {"noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std",
-               "optimizer"}
+    columns = set(rows.KNOBS)
     assert {knob for method in u.METHODS.values() for knob in method.knobs} | set(u.KNOBS_OF_ALL) == columns
     assert columns <= set(u.Options.__dataclass_fields__)
     assert METHODS.keys() == u.METHODS.keys() == set(typing.get_args(u.Options.__annotations__["method"]))

@@ -1,0 +1,156 @@
+"""rows.py: which run a row is, labels of methods, and reading rows good and bad."""
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, differences, method_label,
+                  mixed_conditions, read_rows, run_key, same_but)
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
+FULL = {  # a row of an upcycled run, as train.py writes it
+    "family": "upcycled", "N": 40160, "N_active": 68576, "N_total": 234464, "D1": 524288, "D2": 262144, "loss": 2.5,
+    "loss_se": 0.01, "num_local_experts": 8, "num_experts_per_tok": 2, "method": "merge", "noise_std": 0.1,
+    "noise_fraction": 0.5, "drop_ratio": 0.5, "granularity": 2, "merge_shared": "average", "router_std": 0.02,
+    "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk", "dense_trunk": "dense-trunk",
+    "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 10000.0, "initializer_range": 0.02,
+    "decay_start": 100, "decay_steps": 28, "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3,
+    "schedule": "wsd", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "grad_clip": 1.0, "dtype": "float32", "repeat_data": False, "eval_tokens": 131072, "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.001, "router_bias_update_rate": 0.0, "sequences_per_pass": 16,
+    "tokens_before_schedule": 0, "config": "out/a/config.py", "data_sha256": "17a3" * 16, "git": "1234567",
+    "torch": "2.13.0"}
+
+
+def another(value):
+    """A value of the same type that is not `value`."""
+    return {bool: lambda: not value, str: lambda: value + "2"}.get(type(value), lambda: value * 2 + 1)()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which run a row is
+
+@pytest.mark.parametrize("key", [*SETTINGS, *KNOBS, "seed", "trunk", "dense_trunk", "data_sha256", "D1", "D2", "method",
+                                 "num_local_experts", "num_experts_per_tok"])
+def test_two_runs_that_differ_in_one_setting_never_pass_for_one_another(tmp_path, key):
+    other = FULL | {key: another(FULL[key])}
+    missing = {k: v for k, v in FULL.items() if k != key}
+    assert len({run_key(FULL), run_key(other), run_key(missing)}) == 3
+    assert differences(FULL, other) == [(key, FULL[key], other[key])]
+    assert same_but(FULL, other, (key,)) and not same_but(FULL, other, ("loss",))
+    rows, dropped = read_rows([write(tmp_path / "rows.jsonl", [FULL, other])])
+    assert not dropped and len(set(map(run_key, rows))) == 2 and len(differences(*rows)) == 1
+    said = mixed_conditions(rows)
+    assert list(said) == [key] * (key in CONDITIONS) and (not said or len(said[key]) == 2)
+
+
+@pytest.mark.parametrize("key", ["config", "git", "torch", "loss", "loss_se", "flops", "N_active"])
+def test_other_columns_make_no_other_run(key):
+    assert run_key(FULL) == run_key(FULL | {key: another(FULL[key])}) and key not in RUN
+
+
+def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():
+    assert set(SETTINGS) - set(CONDITIONS) == {*SIZES, *DECAY} and "seed" not in CONDITIONS
+    dense = [{k: v for k, v in FULL.items() if not k.startswith("router")} | {"hidden_size": h, "initializer_range": r}
+             for h, r in ((32, 0.68 / math.sqrt(32)), (64, 0.085), (100, 0.068))]
+    assert mixed_conditions([FULL | {"initializer_range": 0.68 / math.sqrt(32)}, *dense]) == {}  # all automatic
+    assert mixed_conditions([FULL, *dense]) == {"initializer_range": [0.02, "auto"]}
+
+
+def test_a_csv_and_a_jsonl_row_of_one_run_are_the_same(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(",".join(FULL) + "\n" + ",".join(map(str, FULL.values())) + "\n")
+    (a,), (b,) = read_rows([str(path)])[0], read_rows([write(tmp_path / "rows.jsonl", [FULL])])[0]
+    assert run_key(a) == run_key(b) == run_key(FULL) and method_label(a) == method_label(b)
+    assert len(read_rows([str(path), str(tmp_path / "rows.jsonl")])[0]) == 1
+    names = FULL | {"trunk": "7e5", "data_sha256": "1" * 64}  # words that could be read as numbers
+    assert run_key(names) != run_key(names | {"trunk": "700000"}) and run_key(names | {"trunk": 7}) == run_key(names | {"trunk": "7"})
+
+
+def test_the_studies_in_results_still_read():
+    for name, count in (("study_quick", 78), ("study_methods", 144)):
+        rows, dropped = read_rows([str(ROOT / "results" / f"{name}.jsonl")])
+        assert len(rows) == count == len(set(map(run_key, rows))) and not dropped
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Labels
+
+@pytest.mark.parametrize("row, label", [
+    ({"method": "copy"}, "copy"), ({"method": "copy", "router_std": 0.02, "optimizer": "reset"}, "copy"),
+    ({"method": "drop", "drop_ratio": 0.5}, "drop 0.5"), ({"method": "drop_per_matrix", "drop_ratio": "1.0"}, "drop per matrix 1"),
+    ({"method": "virtual_groups", "granularity": 2}, "virtual groups G = 2"),
+    ({"method": "noise", "noise_std": 0.1, "noise_fraction": 1.0}, "noise 0.1 σ"),
+    ({"method": "noise", "noise_std": 0.1, "noise_fraction": 0.5}, "noise 0.1 σ on 0.5"),
+    ({"method": "copy", "optimizer": "copy"}, "copy optimizer copy"), ({"method": "copy", "router_std": 0.1}, "copy router 0.1"),
+    ({"method": "merge", "merge_shared": "average"}, "merge"), ({"method": "merge", "merge_shared": "first"}, "merge shared from first")])
+def test_labels_tell_all_knobs_apart(row, label):
+    assert method_label(row) == label
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading and appending
+
+@pytest.mark.parametrize("line, complaint", [
+    ('{"family": "dense", "N": 1e6, "loss": 3}', "D is missing"),
+    ('{"family": "dense", "N": 1e6, "D": "", "loss": 3}', "D is missing"),
+    ('{"family": "dense", "N": 0, "D": 1e9, "loss": 3}', "N: 0.0 is not positive"),
+    ('{"family": "dense", "N": 1e6, "D": 1e9, "loss": NaN}', "loss: nan"),
+    ('{"family": "dense", "N": 1e6, "D": 1e9, "loss": -2}', "loss: -2.0 is not positive"),
+    ('{"family": "dense", "N": "many", "D": 1e9, "loss": 3}', "'many' is not a number"),
+    ('{"family": "dense", "N": true, "D": 1e9, "loss": 3}', "True is not a number"),
+    ('{"family": "Dense", "N": 1e6, "D": 1e9, "loss": 3}', "family 'Dense' is none of dense, moe, upcycled"),
+    ('{"family": "upcycled", "N": 1e6, "D1": 1e9, "loss": 3}', "D2 is missing"),
+    ('{"family": "upcycled", "N": 1e6, "D1": 0, "D2": 1, "loss": 3}', "D1: 0.0"),
+    ('{"family": "dense", "N": 1e6, "D": 1e17, "loss": 3}', "D: 1e+17 is not within"),
+    ("[1, 2]", "not a JSON object"), ("{", "not valid JSON"),
+    ('{"family": "dense", "N": 1' + "0" * 400 + ', "D": 1e9, "loss": 3}', "not a number")])
+def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path, line, complaint):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
+    with pytest.raises(RowError) as error:
+        read_rows([str(path)])
+    assert f"{path}:3: " in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
+    rows, dropped = read_rows([str(path)], skip_bad=True)
+    assert len(rows) == 1 and len(dropped) == 1 and complaint in dropped[0]
+
+
+def test_identical_lines_count_once_and_repeated_runs_each_time(tmp_path):
+    """A rerun elsewhere that gives the same loss is no new row; another loss of the same run is."""
+    elsewhere, rerun = FULL | {"config": "b/config.py", "git": "7654321"}, FULL | {"loss": 2.6}
+    path = write(tmp_path / "rows.jsonl", [FULL, GOOD, FULL, elsewhere, rerun])
+    rows, dropped = read_rows([path, path])
+    assert [row["loss"] for row in rows] == [2.5, 3.0, 2.6] and not dropped
+    assert run_key(rows[0]) == run_key(rows[2])
+
+
+def test_columns_of_other_families_are_left_out(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("family,N,D,D1,D2,loss,method,drop_ratio,note\ndense,1e6,1e9,0,nan,3,,,\"a, b\"\n"
+                    "upcycled,1e6,2e9,1e9,1e9,2.9,drop,0.5,\nupcycled,1e6,0,1e9,1e9,2.8,drop,0.25,\n")
+    rows, _ = read_rows([str(path)])
+    assert [set(row) & {"D", "D1", "D2"} for row in rows] == [{"D"}, {"D1", "D2"}, {"D1", "D2"}]
+    assert [method_label(row) for row in rows[1:]] == ["drop 0.5", "drop 0.25"] and rows[0]["note"] == "a, b"
+
+
+def test_a_row_is_appended_once_and_after_a_torn_line_too(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_row(str(path), GOOD)
+    append_row(str(path), GOOD)
+    assert path.read_text() == json.dumps(GOOD) + "\n"
+    with open(path, "a") as f:
+        f.write('{"family": "den')  # the disk was full
+    append_row(str(path), FULL)
+    with pytest.raises(RowError, match=re.escape(f"{path}:2: not valid JSON")):
+        read_rows([str(path)])
+    rows, dropped = read_rows([str(path)], skip_bad=True)
+    assert [row["loss"] for row in rows] == [3.0, 2.5] and len(dropped) == 1
