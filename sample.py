@@ -15,14 +15,13 @@ from data.prepare import load_tokenizer
 @dataclass
 class Sample:
     """Print text that a checkpoint writes."""
-    checkpoint: str = setting(REQUIRED, "checkpoint directory, or a run's directory for its newest checkpoint",
-                              positional=True)
+    checkpoint: str = setting(REQUIRED, "directory of a checkpoint, or of a run (its last)", positional=True)
     prompt: str = setting("def ", "text to continue")
     max_new_tokens: int = setting(400, "tokens to write", least=0)
     temperature: float = setting(0.8, "0 takes the likeliest token each time", least=0)
     top_k: int = setting(50, "number of likeliest tokens to choose among; 0: all", least=0)
     seed: int = setting(0, "seed of the choices")
-    tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: as the checkpoint was trained")
+    tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: as in training")
 
 
 def find_tokenizer(directory):
@@ -62,7 +61,8 @@ def main(c):
         raise ConfigError(f"--prompt: {fault}")
     shown, new = "", []
     print(c.prompt, end="", flush=True)
-    for token in generate(model, ids, c.max_new_tokens, c.temperature, c.top_k, c.seed, tokenizer.eos_token_id):
+    eos = tokenizer.eos_token_id
+    for token in generate(model, ids, c.max_new_tokens, c.temperature, c.top_k, c.seed, eos):
         new.append(token)
         text = tokenizer.decode(new)  # all of them, since a character can be several tokens
         if text.startswith(shown) and not text.endswith("\ufffd"):

@@ -46,8 +46,9 @@ def write_jsonl(path, texts, field="text"):
 
 
 def cli(*words, **env):
-    return subprocess.run([sys.executable, "data/prepare.py", *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
+    command = [sys.executable, "data/prepare.py", *map(str, words)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"} | env
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def one_line_error(result, *words):
@@ -118,7 +119,8 @@ def test_all_formats_hold_the_same_documents(tmp_path):
     plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS, "content")
     zipped = tmp_path / "zipped.jsonl.gz"
     zipped.write_bytes(gzip.compress(plain.read_bytes()))
-    parquet.write_table(pyarrow.table({"n": range(300), "content": TEXTS}), tmp_path / "t.parquet", row_group_size=70)
+    table = pyarrow.table({"n": range(300), "content": TEXTS})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=70)
     folder = tmp_path / "mixed"  # data files, and files that are commonly beside them
     folder.mkdir()
     large = pyarrow.array(TEXTS[:100], pyarrow.large_string())
@@ -232,7 +234,7 @@ def test_an_error_leaves_the_old_data_and_nothing_half_made(tmp_path):
 
 @pytest.mark.parametrize("rename", ["train.npy", "val.npy", "meta.json"])
 def test_stopped_between_renames_is_not_taken_for_complete(tmp_path, monkeypatch, rename):
-    texts = [f"{i:05}" for i in range(100)]  # of one length, so that the files have the same size for each seed
+    texts = [f"{i:05}" for i in range(100)]  # of one length: each seed gives files of one size
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     make(tmp_path, source, seed=0)
     replace = os.replace
@@ -246,7 +248,8 @@ def test_stopped_between_renames_is_not_taken_for_complete(tmp_path, monkeypatch
         make(tmp_path, source, seed=1)
     with pytest.raises(ConfigError, match="no such file"):
         load_tokens(tmp_path / "out", "train")
-    assert make(tmp_path, source, seed=1)[1] and load_tokens(tmp_path / "out", "val")[1]["settings"]["seed"] == 1
+    meta, built = make(tmp_path, source, seed=1)
+    assert built and load_tokens(tmp_path / "out", "val")[1] == meta and meta["settings"]["seed"] == 1
 
 
 def test_killed_while_writing_then_run_again(tmp_path):
@@ -323,7 +326,8 @@ def test_load_tokens_without_a_directory_and_with_odd_meta(tmp_path):
 
 
 def test_import_is_cheap():
-    code = "import sys, data.prepare; print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))"
+    code = ("import sys, data.prepare\n"
+            "print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n"
 
@@ -488,7 +492,8 @@ def test_bad_parquet(tmp_path):
         make(tmp_path, path, text_field="content")
 
 
-@pytest.mark.parametrize("flag", ["val_fraction=-0.1", "val_fraction=1.1", "bpe_vocab_size=256", "max_tokens=0"])
+@pytest.mark.parametrize("flag", ["val_fraction=-0.1", "val_fraction=1.1", "bpe_vocab_size=256",
+                                  "max_tokens=0"])
 def test_settings_out_of_range(flag):
     with pytest.raises(ConfigError, match=f"^{flag.split('=')[0]}: .* is not "):
         parse(Options, ["pysource", f"--{flag}"])
@@ -497,7 +502,7 @@ def test_settings_out_of_range(flag):
 @pytest.mark.parametrize("val_fraction", [0.0, 1.0])
 def test_each_part_has_a_document_at_least(tmp_path, val_fraction):
     meta, _ = make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), val_fraction=val_fraction)
-    assert meta["documents"]["train" if val_fraction else "val"] == 1 and sum(meta["documents"].values()) == 300
+    assert meta["documents"] == {"train": 1, "val": 299} if val_fraction else {"train": 299, "val": 1}
 
 
 def test_bad_places(tmp_path, monkeypatch):
