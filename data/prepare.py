@@ -86,10 +86,9 @@ class Tokenizer:
         return np.min_scalar_type(self.vocab_size - 1)
 
 
-def of_bytes():
-    """UTF-8 bytes; 256 ends a text."""
-    return Tokenizer(lambda texts: [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts],
-                     lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", "replace"), 257, 256)
+BYTES = Tokenizer(  # UTF-8; 256 ends a text
+    lambda texts: [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts],
+    lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", "replace"), vocab_size=257, eos_token_id=256)
 
 
 def of_tiktoken(encoding):
@@ -99,54 +98,44 @@ def of_tiktoken(encoding):
 
 
 def of_file(path):
-    """A tokenizer.json. A file beside it states the end-of-text, or else it is one of the usual names."""
+    """A tokenizer.json. Files beside it state the end-of-text, or else it is one of the usual names."""
+    tokenizers, stated = need("tokenizers"), {}
     try:
-        tokenizer = need("tokenizers").Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
-    names = [*stated_end_of_text(path.parent), END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"]
-    ids = [name if isinstance(name, int) else tokenizer.token_to_id(name) for name in names]
-    eos_token_id = next((i for i in ids if i is not None), None)
+    for file in ("config.json", "meta.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, or no dict in it
+            stated |= json.loads((path.parent / file).read_text())
+    token, ids = stated.get("eos_token"), stated.get("eos_token_id")
+    candidates = [token.get("content") if isinstance(token, dict) else token,  # {"content": "</s>", ...}
+                  *(ids if isinstance(ids, list) else [ids]), END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"]
+    ids = [tokenizer.token_to_id(c) if isinstance(c, str) else c for c in candidates]
+    eos_token_id = next((i for i in ids if isinstance(i, int)), None)
     if eos_token_id is None:
         raise ConfigError(f"{path}: no end-of-text; name it as eos_token in tokenizer_config.json beside it")
-
-    def encode(texts):
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    return Tokenizer(encode, lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                     max(tokenizer.get_vocab().values()) + 1, eos_token_id, tokenizer.save)
-
-
-def stated_end_of_text(folder):
-    """The end-of-text that files beside a tokenizer.json state, as ids or names, the surest first."""
-    stated = []
-    for file, key in (("tokenizer_config.json", "eos_token"), ("meta.json", "eos_token_id"),
-                      ("config.json", "eos_token_id")):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no such file, key or item
-            value = json.loads((folder / file).read_text())[key]
-            stated.append(value["content"] if isinstance(value, dict) else np.ravel(value).tolist()[0])
-    return [value for value in stated if isinstance(value, int | str)]
+    return Tokenizer(
+        lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        max(tokenizer.get_vocab().values()) + 1, eos_token_id, tokenizer.save)
 
 
 def load_tokenizer(name_or_path):
     """A Tokenizer by its name (bytes, gpt2), or by a tokenizer.json or its folder. Raises ConfigError."""
     if name_or_path == "bytes":
-        return of_bytes()
+        return BYTES
     if name_or_path == "gpt2":
         try:
             return of_tiktoken(need("tiktoken").get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network; a damaged download
-            raise ConfigError(
-                f"tokenizer gpt2: its vocabulary cannot be downloaded ({type(error).__name__}); set "
-                "TIKTOKEN_CACHE_DIR to a folder, run once where there is network and copy that folder here, "
-                "or choose --tokenizer=bytes or bpe") from None
-    path = Path(name_or_path)
-    path = path / "tokenizer.json" if path.is_dir() else path
+            raise ConfigError(f"tokenizer gpt2: no download ({type(error).__name__}); copy the folder of "
+                              "TIKTOKEN_CACHE_DIR from another machine, or use --tokenizer=bytes") from None
+    path = Path(name_or_path, "tokenizer.json") if os.path.isdir(name_or_path) else Path(name_or_path)
     if not path.is_file():
-        raise ConfigError(f"tokenizer {name_or_path!r}: neither bytes, bpe, gpt2 nor a file tokenizer.json")
+        raise ConfigError(f"tokenizer {name_or_path!r}: neither bytes, bpe, gpt2 nor a tokenizer.json")
     return of_file(path)
 
 
@@ -206,16 +195,16 @@ def text_of(row, field, where):
     return row[field] or ""
 
 
-def read_parquet(path, field):
-    table = need("pyarrow.parquet").ParquetFile(path)
+def read_parquet(path, file, field):
+    table = need("pyarrow.parquet").ParquetFile(file)
     text_of(dict.fromkeys(table.schema_arrow.names), field, path)  # the column must be there
     for batch in table.iter_batches(1024, columns=[field]):
         for row in batch.to_pylist():
             yield text_of(row, field, path)
 
 
-def read_jsonl(path, lines, field):
-    for number, line in enumerate(lines, 1):
+def read_jsonl(path, file, field):
+    for number, line in enumerate(file, 1):
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8", "surrogateescape"))
@@ -225,7 +214,7 @@ def read_jsonl(path, lines, field):
 
 
 def read_text(path, file, piece_bytes, seen):
-    """One text, or, unless `piece_bytes` is 0, texts of whole lines that reach so many bytes."""
+    """The file as one text, or as texts of whole lines with `piece_bytes` or more, unless that is 0."""
     if b"\0" in file.read(2**13):
         if piece_bytes:
             raise ConfigError(f"{path}: not UTF-8 text, it holds NUL bytes")
@@ -238,19 +227,17 @@ def read_text(path, file, piece_bytes, seen):
         yield data
 
 
-def read_file(path, options, seen, is_only_file):
-    """Texts of a file. A text file is one document, but the only file is cut at line ends, near 64 KiB."""
+def read_file(path, field, piece_bytes, seen):
+    """Texts of a file. `field` is for data files, and `piece_bytes` for text files."""
     kind = Path(path.name.removesuffix(".gz")).suffix
     try:
-        if kind == ".parquet":
-            yield from read_parquet(path, options.text_field)
-            return
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if kind == ".jsonl":
-                yield from read_jsonl(path, file, options.text_field)
+            if kind == ".parquet":
+                yield from read_parquet(path, file, field)
+            elif kind == ".jsonl":
+                yield from read_jsonl(path, file, field)
             else:
-                piece_bytes = min(2**16, int(options.val_fraction * path.stat().st_size) + 1)
-                yield from read_text(path, file, piece_bytes if is_only_file else 0, seen)
+                yield from read_text(path, file, piece_bytes, seen)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read, or cut short or damaged: {one_line(error)}") from None
 
@@ -283,7 +270,8 @@ def documents(options, seen):
         if path.suffix == ".arrow":
             raise ConfigError(f"{path}: .arrow files cannot be read; write the dataset with to_parquet")
         seen["share"] = number / len(files)
-        yield from read_file(path, options, seen, is_only_file=path == source)
+        piece_bytes = min(2**16, int(options.val_fraction * path.stat().st_size) + 1)  # so that val gets one
+        yield from read_file(path, options.text_field, piece_bytes if path == source else 0, seen)
 
 
 def cleaned(texts, seen):
@@ -323,7 +311,7 @@ class Spool:
 
 
 def encoded(texts, tokenizer):
-    """(text, ids and end-of-text) for each text, in batches, so that tokenizers can use their threads."""
+    """(text, ids and end-of-text) of each text. Batches let tokenizers use their threads."""
     texts, dtype = iter(texts), tokenizer.dtype
     while batch := list(itertools.islice(texts, 256)):
         for text, ids in zip(batch, tokenizer.encode(batch)):

@@ -412,7 +412,7 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="'gtp2': neither bytes, bpe, gpt2 nor"):
         load_tokenizer("gtp2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigError, match="run: pip install tokenizers"):
+    with pytest.raises(ConfigError, match="^this needs .* run: pip install tokenizers$"):
         load_tokenizer(tmp_path)
 
 
