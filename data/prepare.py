@@ -131,8 +131,9 @@ def load_tokenizer(name_or_path):
         try:
             return of_tiktoken(need("tiktoken").get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network; a damaged download
-            raise ConfigError(f"tokenizer gpt2: no download ({type(error).__name__}); copy the folder of "
-                              "TIKTOKEN_CACHE_DIR from another machine, or use --tokenizer=bytes") from None
+            raise ConfigError(
+                f"tokenizer gpt2: cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a "
+                "folder where a machine with network has put it, or use --tokenizer=bytes") from None
     path = Path(name_or_path, "tokenizer.json") if os.path.isdir(name_or_path) else Path(name_or_path)
     if not path.is_file():
         raise ConfigError(f"tokenizer {name_or_path!r}: neither bytes, bpe, gpt2 nor a tokenizer.json")
@@ -198,9 +199,12 @@ def text_of(row, field, where):
 def read_parquet(path, file, field):
     table = need("pyarrow.parquet").ParquetFile(file)
     text_of(dict.fromkeys(table.schema_arrow.names), field, path)  # the column must be there
+    kind = str(table.schema_arrow.field(field).type)
+    if kind not in ("string", "large_string"):
+        raise ConfigError(f"{path}: field {field!r} is not text but {kind}")
     for batch in table.iter_batches(1024, columns=[field]):
-        for row in batch.to_pylist():
-            yield text_of(row, field, path)
+        for data in batch.column(0).cast(kind.replace("string", "binary")).to_pylist():
+            yield data or b""
 
 
 def read_jsonl(path, file, field):
@@ -214,7 +218,7 @@ def read_jsonl(path, file, field):
 
 
 def read_text(path, file, piece_bytes, seen):
-    """The file as one text, or as texts of whole lines with `piece_bytes` or more, unless that is 0."""
+    """The file as one text if `piece_bytes` is 0, and else as texts of lines, each so long or longer."""
     if b"\0" in file.read(2**13):
         if piece_bytes:
             raise ConfigError(f"{path}: not UTF-8 text, it holds NUL bytes")
@@ -270,8 +274,10 @@ def documents(options, seen):
         if path.suffix == ".arrow":
             raise ConfigError(f"{path}: .arrow files cannot be read; write the dataset with to_parquet")
         seen["share"] = number / len(files)
-        piece_bytes = min(2**16, int(options.val_fraction * path.stat().st_size) + 1)  # so that val gets one
-        yield from read_file(path, options.text_field, piece_bytes if path == source else 0, seen)
+        piece_bytes = 0
+        if path == source:  # the only file is cut into documents, of which val gets one at least
+            piece_bytes = min(2**16, int(options.val_fraction * path.stat().st_size) + 1)
+        yield from read_file(path, options.text_field, piece_bytes, seen)
 
 
 def cleaned(texts, seen):
@@ -359,7 +365,7 @@ def write_npy(path, pieces, n_pieces, dtype):
             count += len(ids)
             bar.update()
         f.seek(0)
-        np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})  # numpy pads it to one length
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})  # numpy pads it
         f.flush()
         os.fsync(f.fileno())
         f.seek(0)
@@ -437,7 +443,7 @@ def rebuild(options, settings, out, old_meta):
     try:
         meta = {"name": out.resolve().name} | build(options, partial) | {"settings": settings}
         write_text_atomically(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
-        (out / "meta.json").unlink(missing_ok=True)  # it goes first and comes last, so where it is, all is
+        (out / "meta.json").unlink(missing_ok=True)  # it goes first and comes last: it says complete
         if old_meta.get("tokenizer") == "tokenizer.json":
             (out / "tokenizer.json").unlink(missing_ok=True)
         for name in sorted(os.listdir(partial), key=lambda name: name == "meta.json"):

@@ -163,6 +163,18 @@ def test_bad_utf8_is_replaced_and_counted_binary_files_are_left_out(tmp_path):
     assert sorted(all_decoded(tmp_path / "s/out")) == ["lone \ufffd half", "pair 😀"]
 
 
+def test_bad_utf8_in_parquet_is_replaced_and_counted(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for kind, binary in ((pyarrow.string(), pyarrow.binary()),
+                         (pyarrow.large_string(), pyarrow.large_binary())):
+        column = pyarrow.array([b"caf\xe9", "café".encode(), None], binary).view(kind)
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
+        meta, _ = make(tmp_path, tmp_path / "t.parquet")
+        assert (meta["bad_utf8"], meta["empty"]) == (1, 1)
+        assert sorted(all_decoded(tmp_path / "out")) == ["café", "caf\ufffd"]
+
+
 def test_max_tokens_stops_the_reading(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     meta, _ = make(tmp_path, source, max_tokens=2000)
@@ -484,7 +496,7 @@ def test_bad_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": TEXTS, "n": range(300)}), path)
-    for field, words in (("text", "there are: content, n"), ("n", "not text but int")):
+    for field, words in (("text", "there are: content, n"), ("n", "not text but int64")):
         with pytest.raises(ConfigError, match=words):
             make(tmp_path, path, text_field=field)
     path.write_bytes(path.read_bytes()[:-100])

@@ -74,7 +74,7 @@ def test_training_loads_neither_the_upcycler_nor_a_tokenizer():
     assert result.stdout == "set()\n", result.stdout + result.stderr
 
 
-def test_no_file_holds_an_absolute_path_of_somebody_s_machine():
+def test_no_file_holds_the_absolute_path_of_a_machine():
     command = ["git", "ls-files", "-coz", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True)
     if listed.returncode:
