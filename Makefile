@@ -1,10 +1,13 @@
 # make study: from nothing to a fitted law.  make test: all tests, offline once installed.
 # make figures: every figure of the README, from the rows in results/.
+# A machine without a GPU can install the small build of torch (once, with the first make):
+#     make study TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON = python3
 PY = .venv/bin/python
 DATA = pysource
 STUDY = config/study_quick.py
 OUT = out/study_quick
+TORCH_INDEX =
 
 study: .venv/runtime
 	$(PY) data/prepare.py $(DATA)
@@ -19,13 +22,16 @@ test: .venv/test
 	$(PY) -m pytest -q tests
 
 figures: .venv/runtime
-	for study in study_quick study_methods; do $(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; done
+	for study in study_quick study_methods; do \
+		$(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; \
+	done
 	cp results/study_quick/laws.json laws/pysource_quick.json
 
 .venv/runtime: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q -r requirements.txt $(TORCH_INDEX:%=--extra-index-url=%)
 	touch $@
 
 .venv/test: .venv/runtime requirements-test.txt

@@ -1,31 +1,24 @@
 """Settings: dataclass defaults <- config file <- --key=value. Typed, strict, never executed.
 
-Every script's command line goes through `configure`. A setting is a dataclass field with a meaning:
+A script starts with `run(main, Options)`. Each field of the dataclass Options is a setting with a meaning:
 
-    @dataclass
-    class Options:
-        '''One line for --help.'''
-        source: str = setting(REQUIRED, "what to read", positional=True)
-        seed: int = setting(0, "random seed")
+    source: str = setting(REQUIRED, "text file to read", positional=True)
+    seed: int = setting(0, "random seed")
 
-A config file (named by the setting `config`, where the dataclass has one) holds plain assignments
-of literals and of arithmetic on them and on names assigned above. It is parsed, not run. A name that starts with _ is a
-helper for the lines below it, not a setting.
+The setting `config`, where there is one, names a file that assigns literals, and arithmetic on literals and
+on names assigned above. A name that starts with _ is no setting but serves the lines below it.
 """
 import ast
-import copy
 import dataclasses
 import difflib
 import math
 import operator
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
 import types
 import typing
-from dataclasses import field
 
 from tqdm import tqdm
 
@@ -33,77 +26,85 @@ REQUIRED = object()
 
 
 class ConfigError(Exception):
-    """What is wrong with a setting or a file and how to mend it, in one line for the user."""
+    """One line for the user: which setting or file is wrong, in what, and how to mend it."""
 
 
 def setting(default, meaning, positional=False, least=None, most=None):
-    """A dataclass field with its meaning and the range of its numbers; REQUIRED as default makes `configure` insist on a value."""
-    make = {"default_factory": lambda: copy.copy(default)} if isinstance(default, (list, dict)) else {"default": default}
-    return field(**make, metadata={"meaning": meaning, "positional": positional, "least": least, "most": most})
+    """A dataclass field with its meaning and the range of its numbers. The user must give a REQUIRED one."""
+    metadata = {"meaning": meaning, "positional": positional, "least": least, "most": most}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Values: literals and arithmetic, evaluated over the syntax tree
 
-BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-          ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
-TOO_DEEP = (MemoryError, RecursionError)  # what Python raises for deeply nested source
-UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+             ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+MAX_LEVELS = 100  # of an expression: Python's recursion limit depends on the caller and on loaded libraries
+TOO_DEEP = (MemoryError, RecursionError)  # Python raises these for source that it cannot parse
 
 
-def evaluate(node, names):
-    """Value of a syntax tree of literals, arithmetic and already assigned names. Raises ConfigError for anything else."""
+def evaluate(node, names, level=0):
+    """The value of a syntax tree of literals, arithmetic and assigned names. Raises ConfigError."""
+    def value(child):
+        return evaluate(child, names, level + 1)
+    if level > MAX_LEVELS:
+        raise ConfigError(f"nested too deep: more than {MAX_LEVELS} levels")
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, (ast.List, ast.Tuple)):
-        return [evaluate(item, names) for item in node.elts]
+        return [value(item) for item in node.elts]
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     try:
         if isinstance(node, ast.Dict) and None not in node.keys:
-            return {evaluate(k, names): evaluate(v, names) for k, v in zip(node.keys, node.values)}
-        if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
-            return UNARY[type(node.op)](evaluate(node.operand, names))
-        if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
-            left, right = evaluate(node.left, names), evaluate(node.right, names)
-            if isinstance(node.op, ast.Pow) and abs(right) > 64:  # 9**9**9 would hang
+            return {value(k): value(v) for k, v in zip(node.keys, node.values)}
+        if isinstance(node, (ast.UnaryOp, ast.BinOp)) and type(node.op) in OPERATORS:
+            operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+            if isinstance(node.op, ast.Pow) and abs(operands[1]) > 64:  # 9**9**9 would hang
                 raise ConfigError(f"exponent too large in '{ast.unparse(node)}'")
-            return BINARY[type(node.op)](left, right)
+            return OPERATORS[type(node.op)](*operands)
     except (TypeError, ArithmeticError, ValueError) as error:
         raise ConfigError(f"cannot compute '{ast.unparse(node)}': {error}") from None
     raise ConfigError(f"'{ast.unparse(node)}' is not a literal or arithmetic on literals")
 
 
 def read_config(path):
-    """{key: value} of a config file. Raises ConfigError naming the file and line."""
+    """The {key: value} that a config file assigns. Raises ConfigError naming the file and the line."""
     try:
         with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read(), filename=path)
+            text = f.read()
+        tree = ast.parse(text, filename=path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read config file: {error.strerror}") from None
-    except (SyntaxError, ValueError, *TOO_DEEP) as error:
-        raise ConfigError(f"{path}: line {getattr(error, 'lineno', '?')}: not valid: {error or 'nested too deep'}") from None
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path}: line {getattr(error, 'lineno', '?')}: not valid: {error}") from None
+    except TOO_DEEP:
+        raise ConfigError(f"{path}: not valid: nested too deep") from None
     values = {}
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue  # the docstring at its head
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise ConfigError(f"{path}: line {node.lineno}: only 'key = value' lines are allowed, "
-                              f"not '{ast.unparse(node).splitlines()[0]}'")
-        try:
-            values[node.targets[0].id] = evaluate(node.value, values)
-        except (ConfigError, *TOO_DEEP) as error:
-            raise ConfigError(f"{path}: line {node.lineno}: {error}") from None
+        where = f"{path}: line {node.lineno}"
+        match node:
+            case ast.Expr(ast.Constant(str())):
+                pass  # a docstring
+            case ast.Assign([ast.Name(key)]):
+                try:
+                    values[key] = evaluate(node.value, values)
+                except (ConfigError, *TOO_DEEP) as error:
+                    raise ConfigError(f"{where}: {str(error) or 'nested too deep'}") from None
+            case _:
+                line = text.split("\n")[node.lineno - 1].strip()
+                raise ConfigError(f"{where}: only 'key = value' lines are allowed, not '{line}'")
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def convert(name, value, kind):
     """`value` as type `kind`; 1e6 is a fine int. Raises ConfigError naming key, value and type."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        options = typing.get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        for option in (o for o in options if o is not type(None)):
+        for option in typing.get_args(kind):
             try:
                 return convert(name, value, option)
             except ConfigError:
@@ -130,158 +131,171 @@ def convert(name, value, kind):
 
 
 def type_name(kind):
+    """A type in the words of --help."""
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("NoneType", "None")
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("NoneType", "None")
 
 
 def from_text(name, text, kind):
-    """A command-line value: read as a literal where that fits the type, else as the text itself."""
-    if typing.get_origin(kind) is list and not text.lstrip().startswith(("[", "(")):  # --sizes=3,4 and --names=a,b
+    """A command-line value: a literal if that fits the type, and else the text itself. Raises ConfigError."""
+    if typing.get_origin(kind) is list and not text.lstrip().startswith(("[", "(")):  # --sizes=3,4
         item_kind, = typing.get_args(kind)
-        return [from_text(f"{name}[{i}]", item.strip(), item_kind) for i, item in enumerate(text.split(",") if text else [])]
-    words = {"true": True, "false": False, "none": None}
+        items = text.split(",") if text else []
+        return [from_text(f"{name}[{i}]", item.strip(), item_kind) for i, item in enumerate(items)]
     try:
-        value = words[text.lower()] if text.lower() in words else evaluate(ast.parse(text.strip(), mode="eval").body, {})
-    except (SyntaxError, ValueError, ConfigError, *TOO_DEEP):
-        value = text
-    try:
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        if value is text:
+            value = evaluate(ast.parse(text.strip(), mode="eval").body, {})
         return convert(name, value, kind)
-    except ConfigError:
-        return convert(name, text, kind) if value is not text else convert(name, value, kind)
+    except (SyntaxError, ValueError, ConfigError, *TOO_DEEP):
+        return convert(name, text, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
+def refuse_unknown(key, kinds, where=""):
+    """Raise a ConfigError that names the nearest key, unless `key` is among `kinds`."""
+    if key not in kinds:
+        nearest, = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)
+        raise ConfigError(f"{where}unknown key '{key}'; did you mean '{nearest}'? (--help lists all)")
+
+
 def checked(cls, values, where=""):
-    """`values` with every key known to `cls` and every value of its type. Raises ConfigError that starts with `where`."""
+    """`values` as the types of `cls`. Raises ConfigError for an unknown key, or a wrong type or range."""
     kinds = typing.get_type_hints(cls)
     for key in values:
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}unknown key '{key}'; did you mean '{near[0]}'? (--help lists all)")
+        refuse_unknown(key, kinds, where)
     try:
         result = {key: convert(key, value, kinds[key]) for key, value in values.items()}
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from None
     for f in dataclasses.fields(cls):
-        least, most = f.metadata["least"], f.metadata["most"]
-        for number in result[f.name] if isinstance(result.get(f.name), list) else [result.get(f.name)]:
-            if number is not None and (least is not None and number < least or most is not None and number > most):
-                raise ConfigError(f"{where}{f.name}: {number!r} is not " + (f"at least {least}" if most is None else f"in {least} .. {most}"))
+        least, most, value = f.metadata["least"], f.metadata["most"], result.get(f.name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (least is not None and number < least
+                                       or most is not None and number > most):
+                allowed = f"at least {least}" if most is None else f"in {least} .. {most}"
+                raise ConfigError(f"{where}{f.name}: {number!r} is not {allowed}")
     return result
 
 
+def shown_name(f):
+    """A dataclass field as the user types it."""
+    return f.name.upper() if f.metadata["positional"] else f"--{f.name}"
+
+
 def from_dict(cls, values, where=""):
-    """A `cls` from {key: value}; every REQUIRED field must be there. Raises ConfigError."""
+    """A `cls` from {key: value}. Raises ConfigError if a value is wrong or a REQUIRED one is missing."""
     config = cls(**checked(cls, values, where))
     config.given = frozenset(values)  # the keys that were set, whether to their default or not
     for f in dataclasses.fields(cls):
         if getattr(config, f.name) is REQUIRED:
-            name = f.name.upper() if f.metadata["positional"] else f"--{f.name}"
-            raise ConfigError(f"{where}{name} is missing: {f.metadata['meaning']} (--help lists all)")
+            raise ConfigError(f"{where}{shown_name(f)} is missing: {f.metadata['meaning']} (see --help)")
     return config
 
 
 def parse(cls, argv):
-    """A `cls` from command-line words; the file named by its setting `config` comes under the flags. Raises ConfigError."""
+    """A `cls` from the words of a command line. Flags override the config file. Raises ConfigError."""
     kinds = typing.get_type_hints(cls)
-    words, values, flags, left = [], {}, {}, list(argv)
+    words, values, left = [], {}, list(argv)
     while left:
         word = left.pop(0)
         if not word.startswith("--"):
             words.append(word)
             continue
         key, equals, text = word[2:].partition("=")
-        checked(cls, {key: None} if key not in kinds else {})  # names the nearest key
-        if not equals:
-            if kinds[key] is not bool and (not left or left[0].startswith("--")):
+        refuse_unknown(key, kinds)
+        if not equals and kinds[key] is bool:  # --key
+            text = "True"
+        elif not equals:  # --key value
+            if not left or left[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value: --{key}=...")
-            text = "True" if kinds[key] is bool else left.pop(0)  # --key value
-        flags[key] = from_text(key, text, kinds[key])
+            text = left.pop(0)
+        values[key] = from_text(key, text, kinds[key])
     for f in dataclasses.fields(cls):
         if f.metadata["positional"] and words:
-            if typing.get_origin(kinds[f.name]) is list:  # takes all that is left
-                values[f.name], words = [from_text(f.name, word, typing.get_args(kinds[f.name])[0]) for word in words], []
+            if typing.get_origin(kinds[f.name]) is list:  # a list takes all words that are left
+                item_kind, = typing.get_args(kinds[f.name])
+                value, words = [from_text(f.name, word, item_kind) for word in words], []
             else:
-                values[f.name] = from_text(f.name, words.pop(0), kinds[f.name])
+                value = from_text(f.name, words.pop(0), kinds[f.name])
+            values.setdefault(f.name, value)  # a flag overrides a word
     if words:
         raise ConfigError(f"do not know what to do with '{words[0]}' (settings are given as --key=value)")
-    values |= flags
     if path := values.get("config"):
         values = checked(cls, read_config(path), f"{path}: ") | values
     return from_dict(cls, values)
 
 
 def help_text(cls, script):
+    """The text that --help prints: the usage, the docstring of `cls`, and each setting with its meaning."""
     kinds = typing.get_type_hints(cls)
     usage, lines = [f"usage: python {script}"], []
-    width = max(40, shutil.get_terminal_size((110, 24)).columns - 2)
     for f in dataclasses.fields(cls):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        name = f.name.upper() if f.metadata["positional"] else f"--{f.name}"
         if f.metadata["positional"]:
-            usage.append(name + "..." * (typing.get_origin(kinds[f.name]) is list))
-        lines.append(f"  {name}  {type_name(kinds[f.name])}, " + ("required" if default is REQUIRED else f"default {default!r}"))
-        lines += textwrap.wrap(f.metadata["meaning"], width, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join([" ".join(usage + ["[--key=value ...]"]), "", cls.__doc__.strip(), "", *lines])
-
-
-def configure(cls, argv=None):
-    """The script's settings as a `cls`; on --help prints it and exits, on a bad setting prints one line and exits with 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    script = sys.argv[0].rsplit("/", 1)[-1]
-    if "--help" in argv or "-h" in argv:
-        print(help_text(cls, sys.argv[0]))
-        raise SystemExit(0)
-    try:
-        return parse(cls, argv)
-    except ConfigError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        raise SystemExit(2)
+            usage.append(shown_name(f) + "..." * (typing.get_origin(kinds[f.name]) is list))
+        needed = "required" if default is REQUIRED else f"default {default!r}"
+        lines.append(f"  {shown_name(f)}  {type_name(kinds[f.name])}, {needed}")
+        lines += textwrap.wrap(f.metadata["meaning"], 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join([" ".join([*usage, "[--key=value ...]"]), "", cls.__doc__.strip(), "", *lines])
 
 
 def run(main, cls):
-    """A script's whole life: settings from the command line, `main(settings)`, and a ConfigError said in one line."""
-    config = configure(cls)
+    """Call `main` with the settings of the command line. A ConfigError is one line on stderr and status 2."""
+    script, *argv = sys.argv
     try:
-        main(config)
+        if "--help" in argv or "-h" in argv:
+            print(help_text(cls, script))
+        else:
+            main(parse(cls, argv))
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # one of many processes speaks
-            print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts many processes, and one of them speaks
+            print(f"{os.path.basename(script)}: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
         raise SystemExit(130)
 
 
 def code_version():
-    """Commit of the code, with + when it is modified; None outside a repository."""
+    """The commit of the code, with + if the code was modified since; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    folder = os.path.dirname(os.path.abspath(__file__))
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                              capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-class Lines:
-    """A stream for tqdm where there is no terminal: each refresh is a plain line."""
+class PlainLines:
+    """A stream for tqdm that prints each refresh as a line."""
 
     def write(self, text):
         if text.strip():
             print(text.strip("\r\n"), file=sys.stderr, flush=True)
 
-    def flush(self):
-        pass
-
 
 def progress(total, label, unit, **options):
-    """A tqdm bar with ETA on stderr; where that is no terminal, a plain line every 15 seconds."""
-    shape = {"dynamic_ncols": True} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **shape, **options)
+    """A tqdm bar with the time left, on stderr. Where stderr is no terminal, a line every 15 seconds."""
+    look = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        look = {"file": PlainLines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **look, **options)
+
+
+def write_text_atomically(path, text):
+    """Write `text` to the file `path`. A kill at any moment leaves the old file or the new one, complete."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
 
 
 def write_config(config, path):
-    """The resolved settings as a config file that `read_config` reads back."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(f"{key} = {value!r}\n" for key, value in dataclasses.asdict(config).items() if key != "config")
+    """Write the settings as a config file that `read_config` reads back."""
+    values = dataclasses.asdict(config).items()
+    write_text_atomically(path, "".join(f"{key} = {value!r}\n" for key, value in values if key != "config"))

@@ -15,27 +15,26 @@ from data.prepare import load_tokenizer
 @dataclass
 class Sample:
     """Print text that a checkpoint writes."""
-    checkpoint: str = setting(REQUIRED, "checkpoint directory, or a run's, whose newest is taken", positional=True)
-    prompt: str = setting("def ", "text to go on from")
+    checkpoint: str = setting(REQUIRED, "directory of a checkpoint, or of a run (its last)", positional=True)
+    prompt: str = setting("def ", "text to continue")
     max_new_tokens: int = setting(400, "tokens to write", least=0)
-    temperature: float = setting(0.8, "0: always the likeliest token", least=0)
-    top_k: int = setting(50, "choose among that many; 0: among all", least=0)
-    seed: int = setting(0, "of the choices")
-    tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: the one the checkpoint was trained with")
+    temperature: float = setting(0.8, "0 takes the likeliest token each time", least=0)
+    top_k: int = setting(50, "number of likeliest tokens to choose among; 0: all", least=0)
+    seed: int = setting(0, "seed of the choices")
+    tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: as in training")
 
 
 def find_tokenizer(directory):
     """The name or path of the tokenizer that belongs to a checkpoint. Raises ConfigError."""
     path = os.path.join(directory, "tokenizer.json")
-    name = path if os.path.exists(path) else checkpoint.read_state(directory).get("tokenizer")
-    if name is None:
-        raise ConfigError(f"{directory}: does not say its tokenizer; give --tokenizer=bytes|gpt2|FILE")
-    return name
+    if name := path if os.path.exists(path) else checkpoint.read_state(directory).get("tokenizer"):
+        return name
+    raise ConfigError(f"{directory}: names no tokenizer; give --tokenizer=bytes|gpt2|FILE")
 
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature, top_k, seed, eos=None):
-    """Yield new token ids after the list `ids`, one forward pass over the last max_position_embeddings each."""
+    """Yield new token ids after the list `ids`, each from the last max_position_embeddings ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = list(ids)
     for _ in range(max_new_tokens):
@@ -56,15 +55,16 @@ def main(c):
     directory = saved[-1][1] if saved else c.checkpoint
     model = checkpoint.load_model(directory).eval()
     tokenizer = load_tokenizer(c.tokenizer or find_tokenizer(directory))
-    ids = tokenizer.encode(c.prompt)
+    ids = [int(i) for i in tokenizer.encode([c.prompt])[0]]
     if not ids or max(ids) >= model.config.vocab_size:
-        raise ConfigError(f"--prompt: {'is empty' if not ids else 'has tokens the model does not know; is this its tokenizer?'}")
-    shown = ""
+        fault = "has tokens that the model lacks; is this its tokenizer?" if ids else "is empty"
+        raise ConfigError(f"--prompt: {fault}")
+    shown, new = "", []
     print(c.prompt, end="", flush=True)
-    new = []
-    for token in generate(model, ids, c.max_new_tokens, c.temperature, c.top_k, c.seed, tokenizer.eos_token_id):
+    eos = tokenizer.eos_token_id
+    for token in generate(model, ids, c.max_new_tokens, c.temperature, c.top_k, c.seed, eos):
         new.append(token)
-        text = tokenizer.decode(new)  # whole, since a character can be several tokens
+        text = tokenizer.decode(new)  # all of them, since a character can be several tokens
         if text.startswith(shown) and not text.endswith("\ufffd"):
             print(text[len(shown):], end="", flush=True)
             shown = text

@@ -1,6 +1,7 @@
-"""A dense model of 113M backbone parameters on 10B tokens of FineWeb-Edu: a starting point for GPUs, not yet run on one.
+"""A dense model of 113M backbone parameters on 10B tokens of FineWeb-Edu. It has not yet run on a GPU.
 
-    python data/prepare.py HuggingFaceFW/fineweb-edu --dataset_config=sample-10BT --tokenizer=gpt2 --out_dir=data/fineweb_edu
+    python data/prepare.py HuggingFaceFW/fineweb-edu --dataset_config=sample-10BT \\
+        --tokenizer=gpt2 --out_dir=data/fineweb_edu
     torchrun --nproc_per_node=8 train.py config/dense_150m.py
 """
 out_dir = "out/dense_150m"

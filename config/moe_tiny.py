@@ -1,6 +1,8 @@
-"""The mixture of experts of the same backbone (8 experts, top-2), from scratch on 2M tokens.
+"""A mixture of experts with the backbone of dense_tiny.py (8 experts, top-2), from scratch on 2M tokens.
 
-    python train.py config/moe_tiny.py          (2 minutes on 2 CPU cores; validation loss 1.48)
+    python train.py config/moe_tiny.py
+
+It takes 2 minutes on 2 CPU cores and ends at a validation loss of 1.48.
 """
 out_dir = "out/moe_tiny"
 hidden_size = 64

@@ -1,6 +1,8 @@
-"""Does the way of making experts matter? Seven ways to upcycle, 2 levels of D1 x 3 of D2, 3 seeds: 126 upcycled rows.
+"""Does the way of making experts matter? 7 ways to upcycle x 2 levels of D1 x 3 of D2 x 3 seeds: 126 rows.
 
-    python sweep.py config/study_methods.py        (about 40 minutes on 2 CPU cores that also did other work)
+    python sweep.py config/study_methods.py
+
+It took about 40 minutes on 2 CPU cores that also did other work.
 """
 out_dir = "out/study_methods"
 
@@ -10,7 +12,8 @@ D1 = [_M / 2, 2 * _M]
 D2 = [_M / 4, _M / 2, _M]
 seeds = [0, 1, 2]
 
-# Virtual groups of G slices choose G times as many experts of 1/G the size: the same parameters and FLOPs but for the router.
+# Virtual groups of G slices choose G times as many experts of 1/G the size. Parameters and FLOPs are the same
+# outside the router.
 methods = [
     {"method": "copy"},
     {"method": "noise", "noise_std": 0.1},
@@ -22,6 +25,7 @@ methods = [
 ]
 
 train = {
-    "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3, "warmup_steps": 50,
+    "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128,
+    "learning_rate": 3e-3, "warmup_steps": 50,
     "eval_tokens": 2**17, "save_every_seconds": 60,
 }

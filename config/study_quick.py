@@ -1,6 +1,8 @@
-"""The quick study: does the head start of upcycling fade? 3 sizes x 4 levels of D1 x 4 of D2, and the runs to compare with.
+"""Does the head start of upcycling fade? 3 sizes x 4 levels of D1 x 4 of D2, beside dense and MoE runs.
 
-    python sweep.py config/study_quick.py        (about 11 minutes on 2 CPU cores; make study also prepares the data and fits the laws)
+    python sweep.py config/study_quick.py
+
+It takes about 11 minutes on 2 CPU cores. `make study` also prepares the data and fits the laws.
 """
 out_dir = "out/study_quick"
 
@@ -16,6 +18,7 @@ D_dense = [_M / 4, _M / 2, _M, 2 * _M, 4 * _M]
 D_moe = [_M / 4, _M / 2, _M, 2 * _M, 4 * _M]
 
 train = {
-    "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3, "warmup_steps": 50,
+    "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128,
+    "learning_rate": 3e-3, "warmup_steps": 50,
     "eval_tokens": 2**17, "save_every_seconds": 60,
 }

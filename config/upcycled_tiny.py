@@ -1,7 +1,10 @@
-"""The dense model of dense_tiny.py upcycled where its decay would start, then 2M tokens more.
+"""The dense model of dense_tiny.py, upcycled where its decay starts and trained on 2M tokens more.
 
-    python upcycle.py out/dense_tiny/checkpoint-410 out/upcycled_tiny_start --num_local_experts=8 --num_experts_per_tok=2
-    python train.py config/upcycled_tiny.py     (2 minutes on 2 CPU cores; validation loss 1.37)
+    python upcycle.py out/dense_tiny/checkpoint-410 out/upcycled_tiny_start \\
+        --num_local_experts=8 --num_experts_per_tok=2
+    python train.py config/upcycled_tiny.py
+
+It takes 2 minutes on 2 CPU cores and ends at a validation loss of 1.37.
 """
 out_dir = "out/upcycled_tiny"
 init_from = "out/upcycled_tiny_start"

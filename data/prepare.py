@@ -1,20 +1,19 @@
-"""Text -> tokens: data/<name>/{train,val}.npy, each one flat array of token ids, and meta.json, which describes them.
+"""Text -> tokens: data/<name>/{train,val}.npy, each one flat array of token ids, and meta.json about them.
 
-    python data/prepare.py pysource                                   # Python sources of this installation, nothing to download
-    python data/prepare.py corpus.jsonl.gz --tokenizer=bpe            # or .txt, .parquet, a directory of them
-    python data/prepare.py HuggingFaceFW/fineweb-edu --dataset_config=sample-10BT --tokenizer=gpt2 --max_tokens=1e9
+    python data/prepare.py pysource                           # Python sources of this installation
+    python data/prepare.py corpus.jsonl.gz --tokenizer=bpe    # or .txt, .parquet, or a directory of files
+    python data/prepare.py HuggingFaceFW/fineweb-edu --dataset_config=sample-10BT --tokenizer=gpt2
 
-One way for every source: documents are tokenised as they come and appended to a spool on disk; each has the key
-sha256(seed, text). Sorted by key they are shuffled in an order that depends on nothing but seed and content, equal
-neighbours are exact duplicates, and the first ones, up to val_fraction of the text, are the validation set. So the
-split is by document, and the same whatever the tokenizer. Memory: about 100 bytes a document.
+All sources go one way. Each document is tokenised as it comes and appended to a spool on disk. Its key is
+sha256(seed, text). Sorting by key shuffles the documents in an order that depends on seed and content alone.
+Equal neighbours in that order are exact duplicates. The first documents, up to val_fraction of the text, are
+the validation set, so it is the same for every tokenizer. A document takes about 100 bytes of memory.
 """
 import array
 import contextlib
 import fcntl
 import gzip
 import hashlib
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -25,6 +24,8 @@ import shutil
 import sys
 import sysconfig
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-from configurator import REQUIRED, ConfigError, progress, run, setting  # noqa: E402
+from configurator import REQUIRED, ConfigError, progress, run, setting, write_text_atomically  # noqa: E402
 from data.stream import DATA, load_tokens  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,104 +42,102 @@ END_OF_TEXT = "<|endoftext|>"
 @dataclass
 class Options:
     """Turn text into tokens: out_dir/{train,val}.npy and meta.json."""
-    source: str = setting(REQUIRED, "pysource (Python sources of the standard library and of the packages in requirements.txt), "
-                          "a text, .jsonl(.gz) or .parquet file, a directory of them, or the name of a Hugging Face dataset",
-                          positional=True)
-    out_dir: str = setting("", "where to write; empty: data/<name of the source>")
-    tokenizer: str = setting("bytes", "bytes (256 and end-of-text), bpe (byte-level, trained on the training documents), gpt2, "
-                             "or the path of a tokenizer.json")
-    bpe_vocab_size: int = setting(1024, "vocabulary of --tokenizer=bpe, end-of-text included")
-    seed: int = setting(0, "of the shuffle and of the split into train and val")
-    val_fraction: float = setting(0.01, "share of the text, in whole documents, that is held out as val")
-    text_field: str = setting("text", "the field or column that holds the text, in .jsonl, .parquet and Hugging Face datasets")
-    dataset_config: str | None = setting(None, "Hugging Face datasets: the configuration, e.g. sample-10BT")
-    dataset_split: str = setting("train", "Hugging Face datasets: the split to read")
-    max_tokens: int | None = setting(None, "stop reading the source after so many tokens (bytes for --tokenizer=bpe)")
+    source: str = setting(REQUIRED, "pysource (Python sources of the standard library and of the packages in "
+                          "requirements.txt), a text, .jsonl or .parquet file, a directory of such files, or "
+                          "the name of a Hugging Face dataset", positional=True)
+    out_dir: str = setting("", "directory to write; empty: data/<name of the source>")
+    tokenizer: str = setting("bytes", "bytes (256 and end-of-text), bpe (byte-level, trained on the training "
+                             "documents), gpt2, or the path of a tokenizer.json")
+    bpe_vocab_size: int = setting(1024, "size of the bpe vocabulary, end-of-text included", least=257)
+    seed: int = setting(0, "seed of the shuffle and of the split into train and val")
+    val_fraction: float = setting(0.01, "share of the text in val, one document at least", least=0, most=1)
+    text_field: str = setting("text", "field of the text in .jsonl, .parquet and Hugging Face datasets")
+    dataset_config: str | None = setting(None, "configuration of the Hugging Face dataset, e.g. sample-10BT")
+    dataset_split: str = setting("train", "split of the Hugging Face dataset")
+    max_tokens: int | None = setting(None, "reading stops after so many tokens (bytes with bpe)", least=1)
+
+
+def need(module):
+    """An optional package. Raises ConfigError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"this needs the package {module}; run: pip install {module}") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split())
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizers
 
-class Bytes:
-    """UTF-8 bytes; 256 ends a text."""
-    vocab_size, eos_token_id = 257, 256
+@dataclass
+class Tokenizer:
+    """Text <-> token ids. No text encodes to end-of-text, and end-of-text decodes to nothing."""
+    encode: Callable  # texts -> the token ids of each
+    decode: Callable  # token ids -> text
+    vocab_size: int
+    eos_token_id: int
+    save: Callable | None = None  # writes tokenizer.json to a path
 
-    def encode(self, text):
-        return list(text.encode("utf-8"))
-
-    def encode_batch(self, texts):
-        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
-
-    def decode(self, ids):
-        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
-
-
-class Tiktoken:
-    """An encoding of tiktoken, such as gpt2."""
-
-    def __init__(self, encoding):
-        self.encoding, self.vocab_size, self.eos_token_id = encoding, encoding.n_vocab, encoding.eot_token
-        self.encode = encoding.encode_ordinary
-
-    def encode_batch(self, texts):
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-    def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i != self.eos_token_id])
+    @property
+    def dtype(self):
+        return np.min_scalar_type(self.vocab_size - 1)
 
 
-class TokenizerFile:
-    """A tokenizer.json. End-of-text is what a file beside it says, or else the first of the usual names that it knows."""
+BYTES = Tokenizer(  # UTF-8; 256 ends a text
+    lambda texts: [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts],
+    lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", "replace"), vocab_size=257, eos_token_id=256)
 
-    def __init__(self, path):
-        try:
-            self.tokenizer = need("tokenizers").Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {one_line(error)}") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
-        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
-        candidates = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"]
-        for name, key in (("config.json", "eos_token_id"), ("meta.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-            with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):  # not there, or of another shape
-                said = json.loads((path.parent / name).read_text()).get(key)
-                candidates.insert(0, said["content"] if isinstance(said, dict) else said[0] if isinstance(said, list) else said)
-        ids = [c if isinstance(c, int) else self.tokenizer.token_to_id(c) for c in candidates if c is not None]
-        self.eos_token_id = next((i for i in ids if i is not None), None)
-        if self.eos_token_id is None:
-            raise ConfigError(f"{path}: no end-of-text token; name it as eos_token in a tokenizer_config.json beside it")
 
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+def of_tiktoken(encoding):
+    return Tokenizer(lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()),
+                     lambda ids: encoding.decode([i for i in ids if i != encoding.eot_token]),
+                     encoding.n_vocab, encoding.eot_token)
 
-    def encode_batch(self, texts):
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def decode(self, ids):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+def of_file(path):
+    """A tokenizer.json. Files beside it state the end-of-text, or else it is one of the usual names."""
+    tokenizers, stated = need("tokenizers"), {}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {one_line(error)}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    for file in ("config.json", "meta.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, or no dict in it
+            stated |= json.loads((path.parent / file).read_text())
+    token, ids = stated.get("eos_token"), stated.get("eos_token_id")
+    candidates = [token.get("content") if isinstance(token, dict) else token,  # {"content": "</s>", ...}
+                  *(ids if isinstance(ids, list) else [ids]), END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"]
+    ids = [tokenizer.token_to_id(c) if isinstance(c, str) else c for c in candidates]
+    eos_token_id = next((i for i in ids if isinstance(i, int)), None)
+    if eos_token_id is None:
+        raise ConfigError(f"{path}: no end-of-text; name it as eos_token in tokenizer_config.json beside it")
+    return Tokenizer(
+        lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        max(tokenizer.get_vocab().values()) + 1, eos_token_id, tokenizer.save)
 
 
 def load_tokenizer(name_or_path):
-    """A tokenizer by name (bytes, gpt2) or by the path of a tokenizer.json or of its directory:
-    .encode(str) -> list of ids, .decode(ids) -> str, .vocab_size, .eos_token_id.
-
-    Text never encodes to end-of-text, and end-of-text decodes to nothing. Raises ConfigError.
-    """
+    """A Tokenizer by its name (bytes, gpt2), or by a tokenizer.json or its folder. Raises ConfigError."""
     if name_or_path == "bytes":
-        return Bytes()
+        return BYTES
     if name_or_path == "gpt2":
         try:
-            return Tiktoken(need("tiktoken").get_encoding("gpt2"))
+            return of_tiktoken(need("tiktoken").get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network; a damaged download
-            raise ConfigError(f"tokenizer gpt2: tiktoken cannot download its vocabulary ({type(error).__name__}); set "
-                              "TIKTOKEN_CACHE_DIR to a folder, run once where there is network and copy that folder here, "
-                              "or choose --tokenizer=bytes, bpe or a tokenizer.json") from None
-    path = Path(name_or_path)
-    path = path / "tokenizer.json" if path.is_dir() else path
+            raise ConfigError(
+                f"tokenizer gpt2: cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a "
+                "folder where a machine with network has put it, or use --tokenizer=bytes") from None
+    path = Path(name_or_path, "tokenizer.json") if os.path.isdir(name_or_path) else Path(name_or_path)
     if not path.is_file():
-        raise ConfigError(f"tokenizer {name_or_path!r}: neither bytes, bpe, gpt2 nor a tokenizer.json that exists")
-    return TokenizerFile(path)
+        raise ConfigError(f"tokenizer {name_or_path!r}: neither bytes, bpe, gpt2 nor a tokenizer.json")
+    return of_file(path)
 
 
 def train_bpe(texts, vocab_size):
@@ -153,150 +152,145 @@ def train_bpe(texts, vocab_size):
     return tokenizer
 
 
-def need(module):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ConfigError(f"this needs the package {module}; run: pip install {module}") from None
-
-
-def one_line(error):
-    return " ".join(str(error).split())
-
-
 # ---------------------------------------------------------------------------------------------------------
-# Sources: generators of texts. Bytes that are not UTF-8 come as lone surrogates; `seen` takes counts and the share read so far
-
-def as_text(data):
-    return data.decode("utf-8", "surrogateescape")
-
+# Sources: generators of texts, str or bytes. `seen` counts what they leave out or mend
 
 def pinned_versions():
-    """{package: installed version} of requirements.txt. Raises ConfigError where the installation is not what is pinned."""
-    versions = {}
+    """{package: installed version} of requirements.txt. Raises ConfigError for another version."""
+    versions, fix = {}, "run: pip install -r requirements.txt"
     for name, pin in re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.M):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(f"pysource: {name} is not installed; run: pip install -r requirements.txt") from None
-        if versions[name].split("+")[0] != pin:  # +cpu, +cu130: builds of the same sources
-            raise ConfigError(f"pysource: {name} is {versions[name]}, but requirements.txt pins {pin}; "
-                              "run: pip install -r requirements.txt")
+            versions[name] = "not installed"
+        if versions[name].split("+")[0] != pin:  # 2.13.0+cpu is a build of the sources of 2.13.0
+            raise ConfigError(f"pysource: {name} is {versions[name]}, but requirements.txt pins {pin}; {fix}")
     return versions
 
 
 def pysource_files():
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in sorted(stdlib.rglob("*.py")) if not {"site-packages", "dist-packages"} & set(p.relative_to(stdlib).parts)]
+    """The .py files of the standard library and of the packages in requirements.txt."""
+    stdlib, packages = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages"}
+    files = [p for p in sorted(stdlib.rglob("*.py")) if not packages & set(p.relative_to(stdlib).parts)]
     for name in pinned_versions():
-        files += [Path(p.locate()) for p in importlib.metadata.files(name) or [] if p.suffix == ".py" and p.parts[0] != ".."]
+        package = importlib.metadata.files(name) or []
+        files += [Path(p.locate()) for p in package if p.suffix == ".py" and p.parts[0] != ".."]
     return files
 
 
-def kind_of(path):
-    return next((kind for kind in ("jsonl", "parquet") if re.search(rf"\.{kind}(\.gz)?$", path.name)), "text")
-
-
 def local_files(source):
-    """The files to read at a path: itself, or those under it, data files only where there are any, hidden ones never."""
+    """The file itself, or the files in a directory: the data files if there are any, and no hidden ones."""
     if not source.is_dir():
         return [source]
     files = sorted(p for p in source.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(source)}")
-    return [p for p in files if kind_of(p) != "text"] or files
+    return [p for p in files if re.search(r"\.(jsonl|parquet)(\.gz)?$", p.name)] or files
 
 
 def text_of(row, field, where):
+    """The text in a row of data, "" for null. Raises ConfigError that starts with `where`."""
     if not isinstance(row, dict) or field not in row:
-        there = ", ".join(row) if isinstance(row, dict) else "none"
-        raise ConfigError(f"{where}: no field {field!r} (--text_field); there are: {there}")
+        names = ", ".join(row) if isinstance(row, dict) else "none"
+        raise ConfigError(f"{where}: no field {field!r} (--text_field); there are: {names}")
     if not isinstance(row[field], str | None):
         raise ConfigError(f"{where}: field {field!r} is not text but {type(row[field]).__name__}")
     return row[field] or ""
 
 
-def read_parquet(path, field, seen):
-    table = need("pyarrow.parquet").ParquetFile(path)
-    text_of(dict.fromkeys(table.schema_arrow.names), field, path)
-    kind, rows = str(table.schema_arrow.field(field).type), 0
+def read_parquet(path, file, field):
+    table = need("pyarrow.parquet").ParquetFile(file)
+    text_of(dict.fromkeys(table.schema_arrow.names), field, path)  # the column must be there
+    kind = str(table.schema_arrow.field(field).type)
     if kind not in ("string", "large_string"):
-        raise ConfigError(f"{path}: column {field!r} is not text but {kind}")
+        raise ConfigError(f"{path}: field {field!r} is not text but {kind}")
     for batch in table.iter_batches(1024, columns=[field]):
-        rows += len(batch)
-        seen.share = rows / table.metadata.num_rows
         for data in batch.column(0).cast(kind.replace("string", "binary")).to_pylist():
-            yield as_text(data or b"")
+            yield data or b""
 
 
-def read_jsonl(path, lines, field):
-    for number, line in enumerate(lines, 1):
+def read_jsonl(path, file, field):
+    for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                row = json.loads(as_text(line))
+                row = json.loads(line.decode("utf-8", "surrogateescape"))
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}: line {number}: not valid JSON: {one_line(error)}") from None
             yield text_of(row, field, f"{path}: line {number}")
 
 
-def read_text(path, file, piece, seen):
-    """The whole file as one text, or, where `piece` is not 0, whole lines of at least so many bytes as one."""
+def read_text(path, file, piece_bytes, seen):
+    """The file as one text if `piece_bytes` is 0, and else as texts of lines, each so long or longer."""
     if b"\0" in file.read(2**13):
-        if piece:
+        if piece_bytes:
             raise ConfigError(f"{path}: not UTF-8 text, it holds NUL bytes")
-        seen.binary_files += 1
+        seen["binary_files"] += 1
         return
     file.seek(0)
-    if not piece:
-        yield as_text(file.read())
-    while data := b"".join(file.readlines(piece)):
-        yield as_text(data)
+    if not piece_bytes:
+        yield file.read()
+    while data := b"".join(file.readlines(piece_bytes)):
+        yield data
 
 
-def read_file(path, options, seen, alone):
-    """Texts of a file. A text file is one, but if it is all there is, it is cut at line ends, at 64 KiB or earlier."""
+def read_file(path, field, piece_bytes, seen):
+    """Texts of a file. `field` is for data files, and `piece_bytes` for text files."""
+    kind = Path(path.name.removesuffix(".gz")).suffix
     try:
-        if kind_of(path) == "parquet":
-            yield from read_parquet(path, options.text_field, seen)
-            return
-        size = max(path.stat().st_size, 1)
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else contextlib.nullcontext(raw) as file:
-            piece = min(2**16, int(options.val_fraction * size) + 1) if alone else 0
-            is_jsonl = kind_of(path) == "jsonl"
-            for text in read_jsonl(path, file, options.text_field) if is_jsonl else read_text(path, file, piece, seen):
-                seen.share = raw.tell() / size
-                yield text
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            if kind == ".parquet":
+                yield from read_parquet(path, file, field)
+            elif kind == ".jsonl":
+                yield from read_jsonl(path, file, field)
+            else:
+                yield from read_text(path, file, piece_bytes, seen)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read, or cut short or damaged: {one_line(error)}") from None
 
 
 def hub_documents(name, options):
-    """A Hugging Face dataset, streamed: its name, or the directory of its files."""
-    datasets = need("datasets")
+    """The texts of a Hugging Face dataset, streamed, by its name or the directory of its files."""
+    load_dataset = need("datasets").load_dataset
     need("huggingface_hub").utils.logging.set_verbosity_error()  # its retries would fill the screen
     try:
-        rows = datasets.load_dataset(name, options.dataset_config, split=options.dataset_split, streaming=True)
+        rows = load_dataset(name, options.dataset_config, split=options.dataset_split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield text_of(row, options.text_field, f"{name}: document {number}")
     except ConfigError:
         raise
-    except Exception as error:  # every layer below has its own
-        raise ConfigError(f"{name}: no local file, and cannot be read as a Hugging Face dataset: {one_line(error)} "
-                          "(without network: download it elsewhere and give the directory of its files)") from None
+    except Exception as error:  # each library under datasets raises its own kinds
+        raise ConfigError(f"{name}: no file, and no Hugging Face dataset that can be read: {one_line(error)} "
+                          "(without network: give a directory of files)") from None
 
 
 def documents(options, seen):
     """All texts of the source, in any order."""
     source = Path(options.source)
     if options.source != "pysource" and not source.exists():
-        if re.search(r"^[./~]|/.*/|\.(txt|jsonl|parquet|gz)$", options.source):
+        if re.search(r"^[./~]|/.*/|\.(txt|jsonl|parquet|gz)$", options.source):  # a path
             raise ConfigError(f"{options.source}: no such file or directory")
         yield from hub_documents(options.source, options)
         return
     files = pysource_files() if options.source == "pysource" else local_files(source)
-    if arrow := [p for p in files if p.suffix == ".arrow"]:
-        raise ConfigError(f"{arrow[0]}: .arrow files cannot be read; write the dataset with to_parquet instead of save_to_disk")
-    for i, path in enumerate(files):
-        for text in read_file(path, options, seen, alone=path == source):
-            seen.share = (i + min(seen.share, 1)) / len(files)
+    for number, path in enumerate(files):
+        if path.suffix == ".arrow":
+            raise ConfigError(f"{path}: .arrow files cannot be read; write the dataset with to_parquet")
+        seen["share"] = number / len(files)
+        piece_bytes = 0
+        if path == source:  # the only file is cut into documents, of which val gets one at least
+            piece_bytes = min(2**16, int(options.val_fraction * path.stat().st_size) + 1)
+        yield from read_file(path, options.text_field, piece_bytes, seen)
+
+
+def cleaned(texts, seen):
+    """Texts as str, without the empty ones, and with U+FFFD for what is not UTF-8."""
+    for text in texts:
+        text = text if isinstance(text, str) else text.decode("utf-8", "surrogateescape")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # a lone surrogate
+            seen["bad_utf8"] += 1
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        seen["empty"] += not text
+        if text:
             yield text
 
 
@@ -304,42 +298,34 @@ def documents(options, seen):
 # Documents -> spool -> sorted, without duplicates, split -> .npy
 
 @dataclass
-class Seen:
-    """Counts of a pass over the source, and how much of it is read (None: unknown)."""
-    share: float | None = None
-    duplicates: int = 0
-    empty: int = 0
-    bad_utf8: int = 0
-    binary_files: int = 0
+class Spool:
+    """A file of the token ids of n documents, each with end-of-text, in order of arrival."""
+    path: Path
+    dtype: np.dtype
+    keys: np.ndarray  # (n, 2) uint64
+    sizes: np.ndarray  # (n,) bytes of text
+    ends: np.ndarray  # (n,) where a document ends in the file, in tokens
 
+    def ids(self, numbers):
+        """The token ids of each of these documents."""
+        tokens, starts = np.memmap(self.path, self.dtype, "r"), np.append(0, self.ends[:-1])
+        return (tokens[starts[i]:self.ends[i]] for i in numbers)
 
-def cleaned(texts, seen):
-    """Without empty texts, and with what is not UTF-8 replaced by U+FFFD; both counted."""
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            seen.bad_utf8 += 1
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        seen.empty += not text
-        if text:
-            yield text
-
-
-def smallest_dtype(tokenizer):
-    return np.min_scalar_type(tokenizer.vocab_size - 1)
+    def texts(self, numbers):
+        """The text of each of these documents, where the tokens are bytes."""
+        return (ids[:-1].astype(np.uint8).tobytes().decode("utf-8") for ids in self.ids(numbers))
 
 
 def encoded(texts, tokenizer):
-    """(text, its ids and end-of-text) of each, in batches, so that tokenizers can use their threads."""
-    texts, dtype = iter(texts), smallest_dtype(tokenizer)
+    """(text, ids and end-of-text) of each text. Batches let tokenizers use their threads."""
+    texts, dtype = iter(texts), tokenizer.dtype
     while batch := list(itertools.islice(texts, 256)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
+        for text, ids in zip(batch, tokenizer.encode(batch)):
             yield text, np.append(np.asarray(ids, dtype), dtype.type(tokenizer.eos_token_id))
 
 
-def spool(texts, tokenizer, options, path, seen):
-    """Tokens of all texts into a raw file, in order of arrival. Returns keys (n, 2), bytes (n,) and ends in the file (n,)."""
+def write_spool(path, texts, tokenizer, options, seen):
+    """A Spool of all texts, or of the first ones that have max_tokens."""
     keys, sizes, ends, total = bytearray(), array.array("q"), array.array("q"), 0
     salt, limit = f"{options.seed}\0".encode(), options.max_tokens
     with open(path, "wb") as f, progress(limit, f"reading {options.source}", "tok") as bar:
@@ -350,28 +336,36 @@ def spool(texts, tokenizer, options, path, seen):
             total += len(ids)
             sizes.append(len(data))
             ends.append(total)
-            bar.total = limit or (total / seen.share if seen.share else None)
+            bar.total = limit or (total / seen["share"] if seen["share"] else None)
             bar.update(len(ids))
             if limit and total >= limit:
                 break
-    return np.frombuffer(keys, ">u8").reshape(-1, 2), np.array(sizes), np.array(ends)
+    keys = np.frombuffer(keys, ">u8").reshape(-1, 2)
+    return Spool(path, tokenizer.dtype, keys, np.array(sizes), np.array(ends))
+
+
+def split(spool, val_fraction):
+    """{"train": (n_train,), "val": (n_val,)} document numbers, shuffled, without duplicates."""
+    order = np.lexsort(spool.keys.T)
+    is_first = np.append(True, (spool.keys[order[1:]] != spool.keys[order[:-1]]).any(axis=1))[:len(order)]
+    order = order[is_first]
+    text_bytes = np.cumsum(spool.sizes[order])
+    n_val = min(np.searchsorted(text_bytes, val_fraction * spool.sizes[order].sum()) + 1, len(order) - 1)
+    return {"train": order[n_val:], "val": order[:n_val]}
 
 
 def write_npy(path, pieces, n_pieces, dtype):
     """A new .npy file of all `pieces`, arrays of ids. Returns (tokens, sha256)."""
-    def header(count):  # numpy pads it, so that the count can be filled in at the end
-        np.lib.format.write_array_header_1_0(f, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
-        return f.tell()
-
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
     count = 0
     with open(path, "wb+") as f, progress(n_pieces, f"writing {path.name}", "doc") as bar:
-        start = header(0)
+        np.lib.format.write_array_header_1_0(f, header)
         for ids in pieces:
             f.write(ids)
             count += len(ids)
             bar.update()
         f.seek(0)
-        assert header(count) == start
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (count,)})  # numpy pads it
         f.flush()
         os.fsync(f.fileno())
         f.seek(0)
@@ -379,61 +373,55 @@ def write_npy(path, pieces, n_pieces, dtype):
 
 
 def build(options, folder):
-    """Write {train,val}.npy and perhaps tokenizer.json into `folder`. Returns meta."""
-    bpe, seen = options.tokenizer == "bpe", Seen()
-    tokenizer = load_tokenizer("bytes" if bpe else options.tokenizer)
-    spooled_dtype = smallest_dtype(tokenizer)
-    keys, sizes, ends = spool(cleaned(documents(options, seen), seen), tokenizer, options, folder / "spool", seen)
+    """Write train.npy, val.npy and, if the tokenizer is a file, tokenizer.json to `folder`. Returns meta."""
+    is_bpe, seen = options.tokenizer == "bpe", Counter()
+    tokenizer = load_tokenizer("bytes" if is_bpe else options.tokenizer)
+    spool = write_spool(folder / "spool", cleaned(documents(options, seen), seen), tokenizer, options, seen)
+    splits = split(spool, options.val_fraction)
+    n_documents = {part: len(numbers) for part, numbers in splits.items()}
+    n_distinct = sum(n_documents.values())
+    if n_distinct < 2:
+        raise ConfigError(f"{options.source}: the split needs two different documents; found {n_distinct}, "
+                          f"{seen['empty']} empty texts and {seen['binary_files']} binary files")
 
-    order = np.lexsort(keys.T)
-    distinct = np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))[:len(order)]
-    seen.duplicates = int(len(order) - distinct.sum())
-    order = order[distinct]
-    if len(order) < 2:
-        raise ConfigError(f"{options.source}: the split is by document and takes two different ones at least; found {len(order)} "
-                          f"({seen.empty} empty texts and {seen.binary_files} binary files left out)")
-    text_bytes = np.cumsum(sizes[order])
-    n_val = min(int(np.searchsorted(text_bytes, options.val_fraction * text_bytes[-1])) + 1, len(order) - 1)
-    splits = {"train": order[n_val:], "val": order[:n_val]}
-
-    spooled, starts = np.memmap(folder / "spool", spooled_dtype, "r"), np.append(0, ends[:-1])
-
-    def ids_of(split):
-        return (spooled[starts[i]:ends[i]] for i in splits[split])
-
-    def texts_of(split):  # of a spool of bytes
-        return (ids[:-1].astype(np.uint8).tobytes().decode("utf-8") for ids in ids_of(split))
-
-    if bpe:
-        print(f"training a tokenizer on {sizes[splits['train']].sum():,} bytes", file=sys.stderr, flush=True)
-        train_bpe(texts_of("train"), options.bpe_vocab_size).save(str(folder / "tokenizer.json"))
+    n_bytes = {part: int(spool.sizes[numbers].sum()) for part, numbers in splits.items()}
+    if is_bpe:
+        print(f"training a tokenizer on {n_bytes['train']:,} bytes", file=sys.stderr, flush=True)
+        train_bpe(spool.texts(splits["train"]), options.bpe_vocab_size).save(str(folder / "tokenizer.json"))
         tokenizer = load_tokenizer(folder)
-    elif isinstance(tokenizer, TokenizerFile):
-        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
-    name = "tokenizer.json" if isinstance(tokenizer, TokenizerFile) else options.tokenizer
+    elif tokenizer.save:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    name = "tokenizer.json" if tokenizer.save else options.tokenizer
 
-    tokens, sha256 = {}, {}
-    for split, chosen in splits.items():
-        pieces = (ids for _, ids in encoded(texts_of(split), tokenizer)) if bpe else ids_of(split)
-        tokens[split], sha256[split] = write_npy(folder / f"{split}.npy", pieces, len(chosen), smallest_dtype(tokenizer))
-    os.remove(folder / "spool")
-    counts = asdict(seen)
-    del counts["share"]
+    dtype, n_tokens, sha256 = tokenizer.dtype, {}, {}
+    for part, numbers in splits.items():
+        pieces = spool.ids(numbers)
+        if is_bpe:  # the spool holds bytes
+            pieces = (ids for _, ids in encoded(spool.texts(numbers), tokenizer))
+        n_tokens[part], sha256[part] = write_npy(folder / f"{part}.npy", pieces, n_documents[part], dtype)
+    os.remove(spool.path)
+    content = "\n".join([name, sha256["train"], sha256["val"]])
     return {"source": options.source, "tokenizer": name, "vocab_size": tokenizer.vocab_size,
-            "eos_token_id": tokenizer.eos_token_id, "dtype": smallest_dtype(tokenizer).name, "seed": options.seed,
-            "tokens": tokens, "documents": {split: len(chosen) for split, chosen in splits.items()},
-            "bytes": {split: int(sizes[chosen].sum()) for split, chosen in splits.items()}, **counts, "sha256": sha256,
-            "data_sha256": hashlib.sha256("\n".join([name, sha256["train"], sha256["val"]]).encode()).hexdigest()}
+            "eos_token_id": tokenizer.eos_token_id, "dtype": dtype.name, "seed": options.seed,
+            "tokens": n_tokens, "documents": n_documents, "bytes": n_bytes,
+            "duplicates": len(spool.keys) - n_distinct, "empty": seen["empty"], "bad_utf8": seen["bad_utf8"],
+            "binary_files": seen["binary_files"], "sha256": sha256,
+            "data_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
-def stamps(*paths):
-    """Names, sizes and times of change of all files under those of `paths` that exist, hashed: changed input is built again."""
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for path in paths if path.exists() for p in local_files(path)]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+# ---------------------------------------------------------------------------------------------------------
+# A data set: complete or not there, built again if its settings or its input changed
+
+def fingerprint(*paths):
+    """A hash of the names, sizes and times of change of all files under those of `paths` that exist."""
+    files = [file for path in paths if path.exists() for file in local_files(path)]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def locked(folder):
+    """Hold the lock of a folder. Raises ConfigError if another process holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -447,47 +435,47 @@ def locked(folder):
         os.close(handle)
 
 
+def rebuild(options, settings, out, old_meta):
+    """Build a data set in a folder within `out`, then move its files to `out`. Returns meta."""
+    partial = out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # a killed run leaves it
+    partial.mkdir()
+    try:
+        meta = {"name": out.resolve().name} | build(options, partial) | {"settings": settings}
+        write_text_atomically(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
+        (out / "meta.json").unlink(missing_ok=True)  # it goes first and comes last: it says complete
+        if old_meta.get("tokenizer") == "tokenizer.json":
+            (out / "tokenizer.json").unlink(missing_ok=True)
+        for name in sorted(os.listdir(partial), key=lambda name: name == "meta.json"):
+            os.replace(partial / name, out / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()  # an error may leave it empty
+    return meta
+
+
 def prepare(options):
-    """(meta, built): the data set of these options, built now unless it is there, complete. Raises ConfigError."""
-    if not 0 < options.val_fraction < 1:
-        raise ConfigError(f"val_fraction: {options.val_fraction} is not between 0 and 1")
-    if options.bpe_vocab_size < 257:
-        raise ConfigError(f"bpe_vocab_size: {options.bpe_vocab_size} is less than 257, the bytes and end-of-text")
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise ConfigError(f"max_tokens: {options.max_tokens} is less than 1")
+    """(meta, built): the data set of these options, built now unless it is there. Raises ConfigError."""
     source = Path(options.source)
     name = (source.resolve() if source.exists() else source).name
     out = Path(options.out_dir or DATA / re.sub(r"(\.txt|\.jsonl|\.parquet)?(\.gz)?$", "", name))
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"out_dir: {out} lies in the source itself; choose another with --out_dir=DIR")
     settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
-    settings["inputs"] = stamps(source, Path(options.tokenizer))
+    settings["inputs"] = fingerprint(source, Path(options.tokenizer))
     if options.source == "pysource":
         settings["versions"] = {"python": platform.python_version()} | pinned_versions()
 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        old = {}
-        with contextlib.suppress(ConfigError):
-            old = [load_tokens(out, split)[1] for split in ("train", "val")][0]
-        if old.get("settings") == settings and (old["tokenizer"] != "tokenizer.json" or (out / "tokenizer.json").exists()):
-            return old, False
-        partial = out / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
-        try:
-            meta = {"name": out.resolve().name} | build(options, partial) | {"settings": settings}
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-            (out / "meta.json").unlink(missing_ok=True)  # first out and last in: where it is, all is complete
-            if old.get("tokenizer") == "tokenizer.json":
-                (out / "tokenizer.json").unlink(missing_ok=True)
-            for name in sorted(os.listdir(partial), key=lambda name: name == "meta.json"):
-                os.replace(partial / name, out / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                out.rmdir()  # after an error, if nothing else is in it
-    return meta, True
+        old_meta = {}
+        with contextlib.suppress(ConfigError):  # incomplete
+            old_meta, _ = [load_tokens(out, part)[1] for part in ("train", "val")]
+        has_tokenizer = old_meta.get("tokenizer") != "tokenizer.json" or (out / "tokenizer.json").exists()
+        if old_meta.get("settings") == settings and has_tokenizer:
+            return old_meta, False
+        return rebuild(options, settings, out, old_meta), True
 
 
 def main(options):
@@ -495,13 +483,14 @@ def main(options):
         meta, built = prepare(options)
     except OSError as error:  # no space left, no permission
         raise ConfigError(one_line(error)) from None
-    for split in ("train", "val"):
-        print(", ".join(f"{meta[what][split]:,} {what}" for what in ("documents", "tokens", "bytes")), "in", split)
+    for part in ("train", "val"):
+        counts = [f"{meta[what][part]:,} {what}" for what in ("documents", "tokens", "bytes")]
+        print(f"{', '.join(counts)} in {part}")
     if not built:
         print("already there with these settings: nothing to do")
         return
-    print(f"dropped {meta['duplicates']:,} duplicates, {meta['empty']:,} empty texts, {meta['binary_files']:,} binary files; "
-          f"{meta['bad_utf8']:,} texts were not UTF-8 in places, now U+FFFD")
+    print(f"left out: {meta['duplicates']:,} duplicates, {meta['empty']:,} empty texts, "
+          f"{meta['binary_files']:,} binary files; {meta['bad_utf8']:,} texts are not UTF-8 and hold U+FFFD")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """configurator.py: precedence, types, and every way to get a setting wrong."""
 import dataclasses
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import (REQUIRED, ConfigError, checked, configure, from_dict, help_text, parse, read_config, run, setting,
-                          write_config)
+from configurator import (REQUIRED, ConfigError, checked, from_dict, help_text, parse, read_config, run,
+                          setting, write_config, write_text_atomically)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,17 +76,20 @@ def test_defaults_then_file_then_flags(tmp_path):
     ("--max_tokens=1_000", "max_tokens", 1000), ("--max_tokens=-3", "max_tokens", -3),
     ("--learning_rate=1", "learning_rate", 1.0), ("--learning_rate=3e-4", "learning_rate", 3e-4),
     ("--learning_rate=1/3", "learning_rate", 1 / 3),
-    ("--compile", "compile", True), ("--compile=True", "compile", True), ("--compile=false", "compile", False),
+    ("--compile", "compile", True), ("--compile=True", "compile", True),
+    ("--compile=false", "compile", False),
     ("--dtype=bfloat16", "dtype", "bfloat16"), ("--dtype='bfloat16'", "dtype", "bfloat16"),
     ("--num_experts=4", "num_experts", 4), ("--num_experts=4.0", "num_experts", 4),
     ("--decay_start=10", "decay_start", 10), ("--decay_start=None", "decay_start", None),
     ("--decay_start=none", "decay_start", None),
     ("--sizes=3", "sizes", [3]), ("--sizes=3,4e2", "sizes", [3, 400]),
     ("--sizes=[3, 4]", "sizes", [3, 4]), ("--sizes=[]", "sizes", []),
-    ("--names=a", "names", ["a"]), ("--names=a,b-1", "names", ["a", "b-1"]), ("--names=['a', 'b']", "names", ["a", "b"]),
+    ("--names=a", "names", ["a"]), ("--names=a,b-1", "names", ["a", "b-1"]),
+    ("--names=['a', 'b']", "names", ["a", "b"]),
     ("--names=1,2", "names", ["1", "2"]), ("--names=7", "names", ["7"]),
-    ("--out_dir=7", "out_dir", "7"), ("--out_dir=1e-3", "out_dir", "1e-3"), ("--out_dir=None", "out_dir", "None"),
-    ("--out_dir=a=b", "out_dir", "a=b"), ("--out_dir=", "out_dir", ""), ("--out_dir=a b;c$(d)", "out_dir", "a b;c$(d)"),
+    ("--out_dir=7", "out_dir", "7"), ("--out_dir=1e-3", "out_dir", "1e-3"),
+    ("--out_dir=None", "out_dir", "None"), ("--out_dir=a=b", "out_dir", "a=b"), ("--out_dir=", "out_dir", ""),
+    ("--out_dir=a b;c$(d)", "out_dir", "a b;c$(d)"),
 ])
 def test_flags_become_values_of_their_type(flag, key, value):
     got = getattr(parse(Settings, [flag]), key)
@@ -97,9 +102,10 @@ def test_config_file_arithmetic(tmp_path):
                    "_third = max_tokens // 3\ndecay_start = _third % 1000\n"
                    "compile = not False\nsizes = (1, -2 + 5, max_tokens)\nnames = ['a', 'b']\n"
                    "widths = {'s': [2**5, 3], 'n': {_third: None}}\n")
-    assert read_config(path) == {"max_tokens": 20480, "learning_rate": 3e-3 / 2 - 1e-4, "decay_start": 20480 // 3 % 1000,
-                                 "compile": True, "sizes": [1, 3, 20480], "names": ["a", "b"],
-                                 "widths": {"s": [32, 3], "n": {6826: None}}}
+    assert read_config(path) == {
+        "max_tokens": 20480, "learning_rate": 3e-3 / 2 - 1e-4, "decay_start": 20480 // 3 % 1000,
+        "compile": True, "sizes": [1, 3, 20480], "names": ["a", "b"],
+        "widths": {"s": [32, 3], "n": {6826: None}}}
     assert parse(Settings, [path]).sizes == [1, 3, 20480]
 
 
@@ -117,14 +123,47 @@ TEXT = st.text(st.characters(codec="utf-8"))
 
 
 @given(st.builds(Settings, config=st.none(), max_tokens=st.integers(),
-                 learning_rate=st.floats(allow_nan=False, allow_infinity=False),
-                 compile=st.booleans(), dtype=st.sampled_from(["float32", "bfloat16"]), num_experts=st.sampled_from([2, 4, 8]),
+                 learning_rate=st.floats(allow_nan=False, allow_infinity=False), compile=st.booleans(),
+                 dtype=st.sampled_from(["float32", "bfloat16"]), num_experts=st.sampled_from([2, 4, 8]),
                  decay_start=st.none() | st.integers(), sizes=st.lists(st.integers()),
                  names=st.lists(TEXT), widths=st.dictionaries(TEXT, st.lists(st.integers())), out_dir=TEXT))
 def test_written_config_reads_back(tmp_path_factory, settings):
     path = tmp_path_factory.getbasetemp() / "written.py"
     write_config(settings, path)
     assert from_dict(Settings, read_config(str(path))) == settings
+    assert not Path(f"{path}.tmp").exists()
+
+
+def test_a_kill_while_a_config_is_written_leaves_the_old_one(tmp_path):
+    """The kernel kills a process that writes past its limit on the size of a file (RLIMIT_FSIZE)."""
+    path = tmp_path / "config.py"
+    write_config(Settings(max_tokens=7), path)
+    process = subprocess.run(
+        [sys.executable, "-c", "import sys; from configurator import write_config\n"
+         "from tests.test_configurator import Settings, limit_file_size; limit_file_size()\n"
+         "write_config(Settings(out_dir='x' * 99999), sys.argv[1])", path],
+        cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGXFSZ, process.stderr
+    assert from_dict(Settings, read_config(path)) == Settings(max_tokens=7)
+    write_config(Settings(max_tokens=8), path)  # the remains of the killed writer are no hindrance
+    assert from_dict(Settings, read_config(path)) == Settings(max_tokens=8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.py"]
+
+
+def limit_file_size():
+    """From now on the kernel kills this process when it writes more than 1,000 bytes into a file."""
+    sys.dont_write_bytecode = True
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+@pytest.mark.parametrize("text", ["", "no newline", "é 漢 😀\n" * 1000])
+def test_text_is_written_as_it_is(tmp_path, text):
+    for path in (tmp_path / "a.txt", str(tmp_path / "b.txt")):
+        Path(path).write_text("old and longer" * 1000)
+        write_text_atomically(path, text)
+        assert Path(path).read_bytes() == text.encode()
 
 
 @given(st.text())
@@ -198,7 +237,7 @@ def test_missing_words():
     ("sizes = [1, 'b']\n", ["sizes[1]", "'b'", "int"]),
     ("widths = [1]\n", ["widths", "[1]", "dict"]),
     ("max_tokens = _unset\n", ["line 1", "'_unset'"]),
-    ("max_tokens = " + " + ".join("1" * 1500), ["line 1"]),
+    ("max_tokens = " + " + ".join("1" * 150), ["line 1", "nested too deep"]),
     ("sizes = 3\n", ["sizes", "3", "list[int]"]),
     ("compile = 1\n", ["compile", "1", "bool"]),
     ("out_dir = 3\n", ["out_dir", "3", "str"]),
@@ -222,11 +261,27 @@ def test_missing_words():
     ("max_tokens = [x for x in [1]]\n", ["line 1"]),
     ("max_tokens = 1\nmax_tokens = (\n", ["line 2"]),
     ("max_tokens = '\0'\n", ["not valid"]),
-    ("max_tokens = " + "-" * 50_000 + "1", ["not valid"]),
+    ("max_tokens = " + "-" * 50_000 + "1", ["nested too deep"]),
+    ("out_dir.x(\n1)\n", ["line 1", "key = value", "not 'out_dir.x('"]),
+    ("max_tokens(" + " + ".join("1" * 1500) + ")\n", ["key = value"]),
 ])
 def test_bad_config_files(tmp_path, text, words):
     path = written(tmp_path, text)
     fails(lambda: parse(Settings, [path]), path, *words)
+
+
+def test_nesting_is_judged_alike_whatever_the_recursion_limit(tmp_path):
+    """Libraries change Python's limit: torch.compile raises it to 2,000 for the rest of the process."""
+    limit = sys.getrecursionlimit()
+    try:
+        for sys_limit in (limit, 5000):
+            sys.setrecursionlimit(sys_limit)
+            assert read_config(written(tmp_path, "x = " + " + ".join("1" * 100) + "\n")) == {"x": 100}
+            for terms in (102, 1500):
+                path = written(tmp_path, "x = " + " + ".join("1" * terms) + "\n")
+                fails(lambda: read_config(path), path, "nested too deep")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_config_file_that_is_no_text(tmp_path):
@@ -251,46 +306,52 @@ def test_unknown_keys_and_wrong_types_from_a_dict_say_where():
 # ---------------------------------------------------------------------------------------------------------
 # Scripts
 
-def test_help_lists_every_key_with_default_and_meaning(capsys):
-    with pytest.raises(SystemExit) as stop:
-        configure(Settings, ["--no_such_key=1", "--help"])
+def run_with(words, monkeypatch, main=print, cls=Settings):
+    monkeypatch.setattr(sys, "argv", ["some/script.py", *words])
+    run(main, cls)
+
+
+def test_help_lists_every_key_with_default_and_meaning(capsys, monkeypatch):
+    run_with(["--no_such_key=1", "--help"], monkeypatch, main=lambda settings: pytest.fail("main was called"))
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "Does a thing." in text and "float32|bfloat16" in text
+    lines = [line.strip() for line in text.splitlines()]
+    assert "Does a thing." in text and "float32|bfloat16" in text
     for f in dataclasses.fields(Settings):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         name = "CONFIG" if f.name == "config" else f"--{f.name}"
-        assert any(line.strip().startswith(f"{name} ") and line.endswith(f"default {default!r}") for line in text.splitlines())
+        assert any(line.startswith(f"{name} ") and line.endswith(f"default {default!r}") for line in lines)
         assert f.metadata["meaning"] in text
     assert "usage: python a/x.py SOURCE COUNT REST... [--key=value ...]" in help_text(Words, "a/x.py")
     assert "SOURCE  str, required" in help_text(Words, "x.py")
 
 
 @pytest.mark.parametrize("argv", [["--max_token=5"], ["/no/such.py"]])
-def test_a_bad_setting_is_one_line_on_stderr_and_exit_code_2(argv, capsys):
+def test_a_bad_setting_is_one_line_on_stderr_and_exit_code_2(argv, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
-        configure(Settings, argv)
+        run_with(argv, monkeypatch)
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("script.py: ")
 
 
 def test_run_says_a_config_error_of_the_script_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["some/script.py", "--max_tokens=3"])
     seen = []
-    run(seen.append, Settings)
+    run_with(["--max_tokens=3"], monkeypatch, seen.append)
     assert seen == [Settings(max_tokens=3)]
 
     def main(settings):
         raise ConfigError("no data")
     with pytest.raises(SystemExit) as stop:
-        run(main, Settings)
+        run_with([], monkeypatch, main)
     assert stop.value.code == 2 and capsys.readouterr().err == "script.py: no data\n"
 
 
 def test_a_real_script(tmp_path):
     def call(*words):
-        return subprocess.run([sys.executable, "data/prepare.py", *words], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "data/prepare.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert call("--help").stdout.startswith("usage: python data/prepare.py SOURCE [--key=value ...]")
-    assert call("x", "--seeed=1").stderr == "prepare.py: unknown key 'seeed'; did you mean 'seed'? (--help lists all)\n"
+    message = "prepare.py: unknown key 'seeed'; did you mean 'seed'? (--help lists all)\n"
+    assert call("x", "--seeed=1").stderr == message
 
 
 def test_a_value_may_stand_apart_from_its_key():

@@ -1,4 +1,4 @@
-"""data/prepare.py: what is written is the text, whole, once, split by document; every bad input is one clear line."""
+"""data/prepare.py writes all of the text once, split by document; each bad input is one clear line."""
 import gzip
 import hashlib
 import json
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tqdm
 
-from configurator import ConfigError
+from configurator import ConfigError, parse
 from data import prepare
-from data.prepare import Bytes, Options, TokenizerFile, load_tokenizer
+from data.prepare import Options, load_tokenizer
 from data.stream import load_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,14 +36,19 @@ def decoded(folder, split):
     return [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
 
 
+def all_decoded(folder):
+    return decoded(folder, "train") + decoded(folder, "val")
+
+
 def write_jsonl(path, texts, field="text"):
     path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
     return path
 
 
 def cli(*words, **env):
-    return subprocess.run([sys.executable, "data/prepare.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
+    command = [sys.executable, "data/prepare.py", *map(str, words)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"} | env
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def one_line_error(result, *words):
@@ -72,10 +78,11 @@ def test_every_distinct_document_once_split_by_document(tmp_path, tokenizer):
     assert 0.1 * total <= meta["bytes"]["val"] < 0.1 * total + longest
     assert train != sorted(train) and train != [t for t in TEXTS if t in set(train)]  # shuffled
     for split in ("train", "val"):
-        assert meta["sha256"][split] == hashlib.sha256((tmp_path / f"out/{split}.npy").read_bytes()).hexdigest()
+        path = tmp_path / f"out/{split}.npy"
+        assert meta["sha256"][split] == hashlib.sha256(path.read_bytes()).hexdigest()
         tokens, _ = load_tokens(tmp_path / "out", split)
-        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.max() < meta["vocab_size"]
-        assert np.array_equal(tokens, np.load(tmp_path / f"out/{split}.npy"))
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
+        assert tokens.max() < meta["vocab_size"] and np.array_equal(tokens, np.load(path))
     extra = ["tokenizer.json"] * (tokenizer == "bpe")
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", *extra, "train.npy", "val.npy"]
 
@@ -112,10 +119,12 @@ def test_all_formats_hold_the_same_documents(tmp_path):
     plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS, "content")
     zipped = tmp_path / "zipped.jsonl.gz"
     zipped.write_bytes(gzip.compress(plain.read_bytes()))
-    parquet.write_table(pyarrow.table({"n": range(300), "content": TEXTS}), tmp_path / "t.parquet", row_group_size=70)
-    folder = tmp_path / "mixed"  # data files and what is commonly beside them
+    table = pyarrow.table({"n": range(300), "content": TEXTS})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=70)
+    folder = tmp_path / "mixed"  # data files, and files that are commonly beside them
     folder.mkdir()
-    parquet.write_table(pyarrow.table({"content": pyarrow.array(TEXTS[:100], pyarrow.large_string())}), folder / "a.parquet")
+    large = pyarrow.array(TEXTS[:100], pyarrow.large_string())
+    parquet.write_table(pyarrow.table({"content": large}), folder / "a.parquet")
     write_jsonl(folder / "b.jsonl", TEXTS[100:], "content")
     (folder / "README.md").write_text("not data")
     (folder / ".hidden").mkdir()
@@ -129,13 +138,14 @@ def test_a_single_text_file_is_cut_at_line_ends(tmp_path):
     lines = [f"line {i}\n" for i in range(40_000)]
     (tmp_path / "t.txt").write_text("".join(lines))
     meta, _ = make(tmp_path, tmp_path / "t.txt")
-    pieces = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
-    assert meta["documents"]["val"] >= 1 and 0.01 <= meta["bytes"]["val"] / sum(meta["bytes"].values()) < 0.03
+    pieces = all_decoded(tmp_path / "out")
+    assert meta["documents"]["val"] >= 1
+    assert 0.01 <= meta["bytes"]["val"] / sum(meta["bytes"].values()) < 0.03
     assert all(piece.endswith("\n") and len(piece) < 2**16 + 100 for piece in pieces)
     assert sorted("".join(pieces).splitlines(True)) == sorted(lines)
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"one\ntwo\nthree\n"))
     make(tmp_path / "gz", tmp_path / "t.txt.gz", val_fraction=0.01)
-    assert sorted(decoded(tmp_path / "gz/out", "train") + decoded(tmp_path / "gz/out", "val")) == ["one\n", "three\n", "two\n"]
+    assert sorted(all_decoded(tmp_path / "gz/out")) == ["one\n", "three\n", "two\n"]
 
 
 def test_bad_utf8_is_replaced_and_counted_binary_files_are_left_out(tmp_path):
@@ -147,11 +157,22 @@ def test_bad_utf8_is_replaced_and_counted_binary_files_are_left_out(tmp_path):
     (folder / "empty.txt").write_bytes(b"")
     meta, _ = make(tmp_path, folder)
     assert (meta["bad_utf8"], meta["binary_files"], meta["empty"]) == (1, 1, 1)
-    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == ["café", "caf\ufffd"]
+    assert sorted(all_decoded(tmp_path / "out")) == ["café", "caf\ufffd"]
     (tmp_path / "s.jsonl").write_text('{"text": "lone \\ud800 half"}\n{"text": "pair \\ud83d\\ude00"}\n')
     assert make(tmp_path / "s", tmp_path / "s.jsonl")[0]["bad_utf8"] == 1
-    both = decoded(tmp_path / "s/out", "train") + decoded(tmp_path / "s/out", "val")
-    assert sorted(both) == ["lone \ufffd half", "pair 😀"]
+    assert sorted(all_decoded(tmp_path / "s/out")) == ["lone \ufffd half", "pair 😀"]
+
+
+def test_bad_utf8_in_parquet_is_replaced_and_counted(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for kind, binary in ((pyarrow.string(), pyarrow.binary()),
+                         (pyarrow.large_string(), pyarrow.large_binary())):
+        column = pyarrow.array([b"caf\xe9", "café".encode(), None], binary).view(kind)
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
+        meta, _ = make(tmp_path, tmp_path / "t.parquet")
+        assert (meta["bad_utf8"], meta["empty"]) == (1, 1)
+        assert sorted(all_decoded(tmp_path / "out")) == ["café", "caf\ufffd"]
 
 
 def test_max_tokens_stops_the_reading(tmp_path):
@@ -159,31 +180,32 @@ def test_max_tokens_stops_the_reading(tmp_path):
     meta, _ = make(tmp_path, source, max_tokens=2000)
     longest = max(len(t.encode()) for t in TEXTS) + 1
     assert 2000 <= sum(meta["tokens"].values()) < 2000 + longest
-    both = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
-    assert set(both) == set(TEXTS[:len(both)])
+    texts = all_decoded(tmp_path / "out")
+    assert set(texts) == set(TEXTS[:len(texts)])
 
 
 def test_pysource_is_the_pinned_packages_and_the_standard_library_alone(tmp_path, monkeypatch):
     files = [str(p) for p in prepare.pysource_files()]
     assert len(files) == len(set(files)) and all(f.endswith(".py") for f in files)
-    assert any(f.endswith("/json/decoder.py") for f in files) and any(f.endswith("/torch/nn/functional.py") for f in files)
+    for end in ("/json/decoder.py", "/torch/nn/functional.py"):
+        assert any(f.endswith(end) for f in files)
     packages = {f.split("site-packages/")[1].split("/")[0] for f in files if "site-packages/" in f}
     assert {"torch", "numpy", "tqdm", "safetensors"} <= packages
-    assert not {"pytest", "_pytest", "hypothesis", "pip", "transformers", "datasets", "sympy", "networkx"} & packages
+    assert not {"pytest", "_pytest", "hypothesis", "pip", "transformers", "sympy", "networkx"} & packages
     version = prepare.pinned_versions()["tqdm"]
     (tmp_path / "requirements.txt").write_text("# pinned\ntqdm==0.0.1\n")
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     with pytest.raises(ConfigError, match="tqdm is .* pins 0.0.1; run: pip install -r"):
         make(tmp_path, "pysource")
     (tmp_path / "requirements.txt").write_text("surely-not-installed==1.0\n")
-    with pytest.raises(ConfigError, match="surely-not-installed is not installed; run: pip install -r"):
+    with pytest.raises(ConfigError, match="surely-not-installed is not installed, .*; run: pip install -r"):
         make(tmp_path, "pysource")
     (tmp_path / "requirements.txt").write_text(f"tqdm=={version}\n")
     monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(Path(json.__file__).parent))
     meta, _ = make(tmp_path, "pysource")
     assert meta["settings"]["versions"] == {"python": platform.python_version(), "tqdm": version}
-    both = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
-    assert Path(json.__file__).read_text() in both and Path(prepare.importlib.import_module("tqdm").__file__).read_text() in both
+    texts = all_decoded(tmp_path / "out")
+    assert Path(json.__file__).read_text() in texts and Path(tqdm.__file__).read_text() in texts
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,30 +244,32 @@ def test_an_error_leaves_the_old_data_and_nothing_half_made(tmp_path):
     assert not (tmp_path / "new/out").exists()
 
 
-@pytest.mark.parametrize("rename", [0, 1, 2])
+@pytest.mark.parametrize("rename", ["train.npy", "val.npy", "meta.json"])
 def test_stopped_between_renames_is_not_taken_for_complete(tmp_path, monkeypatch, rename):
-    source = write_jsonl(tmp_path / "a.jsonl", [f"{i:05}" for i in range(100)])  # equal lengths: any seed gives equal sizes
+    texts = [f"{i:05}" for i in range(100)]  # of one length: each seed gives files of one size
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
     make(tmp_path, source, seed=0)
-    calls, replace = [], os.replace
+    replace = os.replace
 
-    def stop(*names):
-        calls.append(names)
-        if len(calls) > rename:
+    def stop(old, new):
+        if new == tmp_path / "out" / rename:
             raise KeyboardInterrupt
-        replace(*names)
+        replace(old, new)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", stop)
         make(tmp_path, source, seed=1)
     with pytest.raises(ConfigError, match="no such file"):
         load_tokens(tmp_path / "out", "train")
-    assert make(tmp_path, source, seed=1)[1] and load_tokens(tmp_path / "out", "val")[1]["settings"]["seed"] == 1
+    meta, built = make(tmp_path, source, seed=1)
+    assert built and load_tokens(tmp_path / "out", "val")[1] == meta and meta["settings"]["seed"] == 1
 
 
 def test_killed_while_writing_then_run_again(tmp_path):
     source, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
-    slow = ("import sys, time; from data import prepare; whole = prepare.documents\n"
-            "def documents(*a):\n yield from whole(*a)\n time.sleep(600)\n"
-            "prepare.documents = documents; prepare.prepare(prepare.Options(sys.argv[1], out_dir=sys.argv[2]))")
+    slow = ("import sys, time; from data import prepare; all_documents = prepare.documents\n"
+            "def documents(*a):\n yield from all_documents(*a)\n time.sleep(600)\n"
+            "prepare.documents = documents\n"
+            "prepare.prepare(prepare.Options(sys.argv[1], out_dir=sys.argv[2]))")
     process = subprocess.Popen([sys.executable, "-c", slow, source, out], cwd=ROOT)
     while not (out / ".partial/spool").exists() and process.poll() is None:
         time.sleep(0.02)
@@ -297,7 +321,8 @@ def test_load_tokens_says_what_is_wrong(tmp_path, name, how):
     with pytest.raises(ConfigError) as error:
         load_tokens(tmp_path / "out", "val")
     message = str(error.value)
-    assert str(tmp_path / "out" / name) in message and "python data/prepare.py out" in message and "\n" not in message
+    assert str(tmp_path / "out" / name) in message and "python data/prepare.py out" in message
+    assert "\n" not in message
 
 
 def test_load_tokens_without_a_directory_and_with_odd_meta(tmp_path):
@@ -305,15 +330,18 @@ def test_load_tokens_without_a_directory_and_with_odd_meta(tmp_path):
         load_tokens("nosuchdata", "train")
     make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
     meta = json.loads((tmp_path / "out/meta.json").read_text())
-    for odd in ([], {}, meta | {"dtype": "no such type"}, meta | {"tokens": {}}, meta | {"tokens": {"train": "1"}}):
+    for odd in ([], {}, meta | {"dtype": "no such type"}, meta | {"tokens": {}},
+                meta | {"tokens": {"train": "1"}}):
         (tmp_path / "out/meta.json").write_text(json.dumps(odd))
         with pytest.raises(ConfigError):
             load_tokens(tmp_path / "out", "train")
 
 
 def test_import_is_cheap():
-    code = "import sys, data.prepare; print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "set()"
+    code = ("import sys, data.prepare\n"
+            "print({'torch', 'datasets', 'tokenizers', 'tiktoken'} & set(sys.modules))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "set()\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -330,32 +358,38 @@ def bpe(tmp_path_factory):
     return path
 
 
-def tiktoken_encoding():
+def small_tiktoken():
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {bytes([i]): i for i in range(256)} | {b"re": 256, b"ret": 257, b"  ": 258}
-    return prepare.Tiktoken(tiktoken.Encoding("small", pat_str=r"\w+|\W+", mergeable_ranks=ranks,
-                                              special_tokens={"<|endoftext|>": 259}))
+    return prepare.of_tiktoken(tiktoken.Encoding("small", pat_str=r"\w+|\W+", mergeable_ranks=ranks,
+                                                 special_tokens={"<|endoftext|>": 259}))
 
 
-@pytest.mark.parametrize("which", ["bytes", "bpe", "tiktoken"])
-def test_tokenizers_give_text_back_and_never_make_end_of_text(which, request):
-    tokenizer = {"bytes": lambda: load_tokenizer("bytes"), "tiktoken": tiktoken_encoding,
-                 "bpe": lambda: load_tokenizer(request.getfixturevalue("bpe"))}[which]()
-    for text in SAMPLES:
-        ids = tokenizer.encode(text)
+def encode(tokenizer, text):
+    return [int(i) for i in tokenizer.encode([text])[0]]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "tiktoken"])
+def test_tokenizers_give_text_back_and_never_make_end_of_text(name, request):
+    tokenizer = {"bytes": lambda: load_tokenizer("bytes"), "tiktoken": small_tiktoken,
+                 "bpe": lambda: load_tokenizer(request.getfixturevalue("bpe"))}[name]()
+    all_ids = tokenizer.encode(SAMPLES)
+    for text, ids in zip(SAMPLES, map(list, all_ids), strict=True):
         assert tokenizer.decode(ids) == text and tokenizer.decode(ids + [tokenizer.eos_token_id]) == text
         assert tokenizer.eos_token_id not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert [list(ids) for ids in tokenizer.encode_batch(SAMPLES)] == [tokenizer.encode(text) for text in SAMPLES]
+        assert ids == encode(tokenizer, text)
 
 
 def test_bytes_are_utf8():
-    assert Bytes().encode("aé") == [97, 0xC3, 0xA9] and (Bytes().vocab_size, Bytes().eos_token_id) == (257, 256)
+    tokenizer = load_tokenizer("bytes")
+    assert encode(tokenizer, "aé") == [97, 0xC3, 0xA9]
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (257, 256)
 
 
 def test_bpe_compresses_and_is_reproducible(bpe):
-    tokenizer = load_tokenizer(bpe.parent)  # the directory will do
+    tokenizer = load_tokenizer(bpe.parent)  # the directory of a tokenizer.json
     assert tokenizer.vocab_size == 400
-    assert len(tokenizer.encode(TEXTS[6])) < len(TEXTS[6].encode()) / 2
+    assert len(encode(tokenizer, TEXTS[6])) < len(TEXTS[6].encode()) / 2
     assert json.loads(bpe.read_text()) == json.loads(prepare.train_bpe(TEXTS, 400).to_str())
 
 
@@ -365,14 +399,21 @@ def test_a_tokenizer_file_without_its_truncation_and_with_the_end_of_text_said_b
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "z"}}))
     tokenizer = load_tokenizer(tmp_path)
-    end = tokenizer.tokenizer.token_to_id("z")
-    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0] and tokenizer.eos_token_id == end
-    make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer=str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path / "out").eos_token_id == load_tokens(tmp_path / "out", "val")[1]["eos_token_id"] == end
+    end = changed["model"]["vocab"]["z"]
+    assert tokenizer.decode(encode(tokenizer, TEXTS[0])) == TEXTS[0] and tokenizer.eos_token_id == end
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    meta, _ = make(tmp_path, source, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "out").eos_token_id == meta["eos_token_id"] == end
     (tmp_path / "tokenizer.json").write_text(bpe.read_text().replace("<|endoftext|>", "<|other|>"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert load_tokenizer(tmp_path).eos_token_id == end  # tokenizer_config.json comes first
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ConfigError, match="no end-of-text"):
-        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path).eos_token_id == 7
+    for odd in ({"eos_token": None}, {"eos_token": {}}, {"eos_token": []}, {"eos_token": 1.5}, [1]):
+        (tmp_path / "config.json").write_text("")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+        with pytest.raises(ConfigError, match="no end-of-text"):
+            load_tokenizer(tmp_path)
 
 
 def test_tokenizer_errors(tmp_path, monkeypatch):
@@ -383,8 +424,8 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="'gtp2': neither bytes, bpe, gpt2 nor"):
         load_tokenizer("gtp2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigError, match="run: pip install tokenizers"):
-        TokenizerFile(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="^this needs .* run: pip install tokenizers$"):
+        load_tokenizer(tmp_path)
 
 
 def closed_port():
@@ -396,11 +437,12 @@ def closed_port():
 def test_no_network_is_one_line(tmp_path):
     pytest.importorskip("tiktoken")
     pytest.importorskip("datasets")
-    proxy = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"), closed_port())
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    one_line_error(cli(source, "--tokenizer=gpt2", f"--out_dir={tmp_path}/o", TIKTOKEN_CACHE_DIR=str(tmp_path / "none"), **proxy),
+    names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")
+    offline = dict.fromkeys(names, closed_port()) | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none")}
+    source, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), f"--out_dir={tmp_path}/o"
+    one_line_error(cli(source, "--tokenizer=gpt2", out, **offline),
                    "gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer=bytes")
-    one_line_error(cli("nosuch/dataset", f"--out_dir={tmp_path}/o", **proxy), "nosuch/dataset", "without network")
+    one_line_error(cli("nosuch/dataset", out, **offline), "nosuch/dataset", "without network")
     assert not (tmp_path / "o").exists()
 
 
@@ -410,14 +452,16 @@ def test_no_network_is_one_line(tmp_path):
 def test_hugging_face_datasets_are_streamed(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"content": TEXTS + [None], "n": list(range(301))}).to_parquet(str(tmp_path / "in/train.parquet"))
+    dataset = datasets.Dataset.from_dict({"content": TEXTS + [None], "n": list(range(301))})
+    dataset.to_parquet(str(tmp_path / "in/train.parquet"))
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ConfigError, match="to_parquet instead of save_to_disk"):
+    with pytest.raises(ConfigError, match="write the dataset with to_parquet"):
         make(tmp_path, tmp_path / "saved")
     options = Options(str(tmp_path / "in"), text_field="content")
     assert list(prepare.hub_documents(str(tmp_path / "in"), options)) == TEXTS + [""]
-    for wrong, words in ((dict(dataset_split="nosuch"), "nosuch"), (dict(dataset_config="nosuch"), "nosuch"),
-                         (dict(text_field="txt"), "there are: content, n"), (dict(text_field="n"), "not text but int")):
+    for wrong, words in (
+            (dict(dataset_split="nosuch"), "nosuch"), (dict(dataset_config="nosuch"), "nosuch"),
+            (dict(text_field="txt"), "there are: content, n"), (dict(text_field="n"), "not text but int")):
         with pytest.raises(ConfigError, match=words) as error:
             list(prepare.hub_documents(str(tmp_path / "in"), Options(**vars(options) | wrong)))
         assert str(tmp_path / "in") in str(error.value) and "\n" not in str(error.value)
@@ -460,11 +504,17 @@ def test_bad_parquet(tmp_path):
         make(tmp_path, path, text_field="content")
 
 
-@pytest.mark.parametrize("settings, words", [(dict(val_fraction=0.0), "val_fraction"), (dict(val_fraction=1.0), "val_fraction"),
-                                             (dict(bpe_vocab_size=256), "bpe_vocab_size"), (dict(max_tokens=0), "max_tokens")])
-def test_bad_settings(tmp_path, settings, words):
-    with pytest.raises(ConfigError, match=words):
-        make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), **settings)
+@pytest.mark.parametrize("flag", ["val_fraction=-0.1", "val_fraction=1.1", "bpe_vocab_size=256",
+                                  "max_tokens=0"])
+def test_settings_out_of_range(flag):
+    with pytest.raises(ConfigError, match=f"^{flag.split('=')[0]}: .* is not "):
+        parse(Options, ["pysource", f"--{flag}"])
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 1.0])
+def test_each_part_has_a_document_at_least(tmp_path, val_fraction):
+    meta, _ = make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), val_fraction=val_fraction)
+    assert meta["documents"] == {"train": 1, "val": 299} if val_fraction else {"train": 299, "val": 1}
 
 
 def test_bad_places(tmp_path, monkeypatch):
