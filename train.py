@@ -23,7 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import checkpoint
-from configurator import ConfigError, code_version, progress, run, setting, write_config
+from configurator import (ConfigError, code_version, progress, run, setting, write_config,
+                          write_text_atomically)
 from data.stream import batches, load_tokens, locate, sequences
 from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token
 from rows import append_row, differences
@@ -314,7 +315,7 @@ def open_log(path, step):
                 except (ValueError, TypeError, KeyError):  # cut by a crash of the machine
                     break
                 kept.append(line)
-        write_atomically(path, "".join(kept))
+        write_text_atomically(path, "".join(kept))
     return open(path, "a", buffering=1)
 
 
@@ -342,14 +343,6 @@ def save(run, kept):
     for old, directory in checkpoint.checkpoints(out_dir):
         if old < step and checkpoint.read_state(directory).get("passing"):
             shutil.rmtree(directory)
-
-
-def write_atomically(path, text):
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def announce(run):
@@ -452,7 +445,7 @@ def finish(run, report):
     row = run.row | {"loss": loss, "loss_se": se, "git": code_version(), "torch": torch.__version__}
     if ranks()[0] == 0:
         append_row(run.c.rows, row)
-        write_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
+        write_text_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
         if report is None:
             print(f"{row['family']}: validation loss {loss:.4f} ± {se:.4f} (standard error) nats a token "
                   f"after {checkpoint.tokens_seen(run.state):,} tokens; row in {run.c.rows}")
