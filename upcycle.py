@@ -4,7 +4,7 @@
 
 DENSE is any Llama (or Mistral without sliding window) in Hugging Face's format. MOE becomes a Mixtral:
 attention, norms and embeddings are copied, every MLP becomes num_local_experts experts, and the router is
-drawn from N(0, router_std²). A new method is a line here, an entry of METHODS and its functions:
+drawn from N(0, router_std²). A new method is a line of this table, an entry of METHODS and its functions.
 
 | method          | expert e                                                        | function preserved    |
 |-----------------|-----------------------------------------------------------------|-----------------------|
@@ -21,8 +21,8 @@ it whole with weight 1/G for each slice: hence G times down_proj, the one linear
 N(mean, std) of the block it replaces (arXiv 2502.19261). Merge is branch-train-mix (arXiv 2403.07816). Every
 draw has its own seed, made of `seed` and the tensor's name, so shards and order change nothing.
 
-Groups are whole while no two tie. Router logits are fp32 here, and of 20,000 random tokens none did. In bf16
-transformers rounds them: 5 to 40 tokens in 10,000 tie two groups (of 4 and 8), and top-k splits one.
+Groups are whole while no two tie. Router logits are fp32 here, and of 20,000 random tokens none did. In
+bf16 transformers rounds them, 5 to 40 tokens in 10,000 tie two groups (of 4 and 8), and top-k splits one.
 """
 import hashlib
 import json
@@ -103,6 +103,7 @@ def normal(t, *key):
 
 
 def add_noise(o, w, p):
+    """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
     delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.to(wide(w.dtype)).std())
     if o.noise_fraction < 1:
         uniform = torch.empty(w.shape).uniform_(generator=generator(o.seed, "entries", p.name))
@@ -152,6 +153,7 @@ def refuse_groups(o, sources):
 
 
 def merge_shared(o, tensors, p):
+    """The mean over checkpoints, or the first one's."""
     if o.merge_shared == "first":
         return next(tensors)
     return sum(t.to(wide(p.dtype)) for t in tensors) / (1 + len(o.merge_with))

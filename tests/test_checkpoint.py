@@ -204,8 +204,8 @@ def test_the_tensors_of_a_model_are_those_of_transformers(tmp_path):
         path = tmp_path / str(len(base))
         checkpoint.save(path, random_model(**base), {})
         AutoModelForCausalLM.from_pretrained(path).save_pretrained(path / "again")
-        ours, theirs = (load_file(p / "model.safetensors") for p in (path, path / "again"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        ours, again = (load_file(p / "model.safetensors") for p in (path, path / "again"))
+        assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral"])
@@ -213,19 +213,19 @@ def test_missing_keys_mean_what_transformers_takes_for_them(model_type):
     from transformers import AutoConfig
     d = {"model_type": model_type, "vocab_size": 101, "hidden_size": 128, "intermediate_size": 48,
          "num_hidden_layers": 2, "num_attention_heads": 16}
-    theirs = AutoConfig.for_model(**d)
+    hf_config = AutoConfig.for_model(**d)
     if model_type == "mistral":
-        assert theirs.sliding_window == 4096  # which is refused
+        assert hf_config.sliding_window == 4096  # which is refused
         d["sliding_window"] = None
     c = checkpoint.from_hf_config(d)
     for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
                 "initializer_range", "eos_token_id"):
-        assert getattr(c, key) == getattr(theirs, key), key
-    assert c.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert getattr(c, key) == getattr(hf_config, key), key
+    assert c.rope_theta == hf_config.rope_parameters["rope_theta"]
     if model_type == "mixtral":
-        assert c.num_local_experts == theirs.num_local_experts
-        assert c.num_experts_per_tok == theirs.num_experts_per_tok
-        assert c.router_aux_loss_coef == theirs.router_aux_loss_coef * theirs.num_experts_per_tok
+        assert c.num_local_experts == hf_config.num_local_experts
+        assert c.num_experts_per_tok == hf_config.num_experts_per_tok
+        assert c.router_aux_loss_coef == hf_config.router_aux_loss_coef * hf_config.num_experts_per_tok
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -237,11 +237,11 @@ def test_the_balance_loss_has_its_strength_in_transformers(tmp_path, k):
     ids = torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(1))
     targets = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)  # transformers shifts the labels
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(ids, labels=ids)
+        output = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(ids, labels=ids)
         loss, router = model(ids, targets)
         balance = balance_loss(router["counts"], router["probs"])
     assert balance > 1.001 or k == 4  # with all experts chosen it is 1 whatever the router does
-    torch.testing.assert_close(theirs.loss, loss + 0.7 * balance, rtol=1e-6, atol=0)
+    torch.testing.assert_close(output.loss, loss + 0.7 * balance, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6, 7])
@@ -266,13 +266,13 @@ def test_a_new_architecture_is_an_entry_of_formats(tmp_path, monkeypatch):
              for name in ("self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")}
     llama = checkpoint.FORMATS["llama"]
     monkeypatch.setitem(checkpoint.FORMATS, "phi3", llama | {"tensors": llama["tensors"] | fused})
-    theirs = Phi3ForCausalLM(Phi3Config(**DENSE, num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=0,
+    phi3 = Phi3ForCausalLM(Phi3Config(**DENSE, num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=0,
                                         initializer_range=0.2)).eval()
-    theirs.save_pretrained(tmp_path / "phi3")
+    phi3.save_pretrained(tmp_path / "phi3")
     ids = torch.arange(30).view(1, 30)
     with torch.no_grad():
         model = checkpoint.load_model(tmp_path / "phi3")
-        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids), phi3(ids).logits, rtol=1e-4, atol=1e-5)
         checkpoint.save(tmp_path / "llama", model, {})
         assert torch.equal(checkpoint.load_model(tmp_path / "llama")(ids), model(ids))
     mixtral = checkpoint.FORMATS["mixtral"]

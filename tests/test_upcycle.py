@@ -260,8 +260,8 @@ def test_router_is_drawn_per_group_and_layer(tmp_path):
         n = r[0::2].numel()
         assert r[0::2].std().item() == pytest.approx(0.5, rel=4 / math.sqrt(2 * n))
         assert r[0::2].mean().abs() < 2 / math.sqrt(n)
-    both = torch.corrcoef(torch.cat([r[0::2] for r in rows])).fill_diagonal_(0)
-    assert both.abs().max() < 5 / math.sqrt(512)
+    pairs = torch.corrcoef(torch.cat([r[0::2] for r in rows])).fill_diagonal_(0)
+    assert pairs.abs().max() < 5 / math.sqrt(512)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -272,18 +272,18 @@ def test_same_bytes_whatever_the_shards(tmp_path, random_dense, method):
     weights = [(Path(p) / "model.safetensors").read_bytes() for p in (paths[0], paths[1], paths[3])]
     assert weights[0] == weights[1] != weights[2]
     index = json.loads((Path(paths[2]) / "model.safetensors.index.json").read_text())
-    whole, n = load(Path(paths[0]) / "model.safetensors"), len(set(index["weight_map"].values()))
+    unsharded, n = load(Path(paths[0]) / "model.safetensors"), len(set(index["weight_map"].values()))
     assert n > 3 and set(index["weight_map"].values()) == {f"model-{i + 1:05d}-of-{n:05d}.safetensors"
                                                            for i in range(n)}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in unsharded.values())
     pieces = {}
     for file in set(index["weight_map"].values()):
         shard = load(Path(paths[2]) / file)
         assert sum(t.nbytes for t in shard.values()) <= 40_000
         assert all(index["weight_map"][name] == file for name in shard)
         pieces |= shard
-    assert pieces.keys() == whole.keys()
-    assert all(t.dtype == whole[name].dtype and t.numpy().tobytes() == whole[name].numpy().tobytes()
+    assert pieces.keys() == unsharded.keys()
+    assert all(t.dtype == unsharded[name].dtype and t.numpy().tobytes() == unsharded[name].numpy().tobytes()
                for name, t in pieces.items())
 
 
@@ -384,7 +384,7 @@ def test_the_dense_trunk_is_recorded(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # transformers is the judge
 
-def theirs(path, ids, dtype="auto"):
+def hf_logits(path, ids, dtype="auto"):
     with torch.no_grad():
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -401,9 +401,9 @@ def test_transformers_opens_every_method(tmp_path, method, heads, tied, dtype):
     assert (Path(path) / "model.safetensors.index.json").exists()
     ids = tokens()
     with torch.no_grad():
-        assert difference(theirs(path, ids, torch.float32), load_model(path, torch.float32)(ids)) < 1e-5
+        assert difference(hf_logits(path, ids, torch.float32), load_model(path, torch.float32)(ids)) < 1e-5
         if dtype == torch.bfloat16:
-            bf16 = theirs(path, ids)
+            bf16 = hf_logits(path, ids)
             assert bf16.dtype == dtype
             ours = load_model(path, dtype)(ids).float()
             error = (bf16.float() - ours).abs().amax(-1) / ours.abs().max()  # a token
@@ -431,7 +431,7 @@ def test_sources_from_transformers(tmp_path, rope):
     path, record = upcycled(tmp_path, str(tmp_path / "dense"), check=True, check_tokens=64)
     ids = tokens(2, 64)
     with torch.no_grad():
-        assert difference(dense(ids).logits, theirs(path, ids)) < 1e-5
+        assert difference(dense(ids).logits, hf_logits(path, ids)) < 1e-5
     new, old = (json.loads((p / "config.json").read_text()) for p in (Path(path), tmp_path / "dense"))
     for key in ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "vocab_size",
                 "rms_norm_eps", "dtype"):
@@ -458,7 +458,7 @@ def test_old_rope_key_and_mistral(tmp_path):
     file.write_text(json.dumps(d | {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}))
     path, _ = upcycled(tmp_path, str(tmp_path / "dense"))
     ids = tokens(2, 64)
-    a, b = theirs(tmp_path / "dense", ids, torch.float32), theirs(path, ids, torch.float32)
+    a, b = hf_logits(tmp_path / "dense", ids, torch.float32), hf_logits(path, ids, torch.float32)
     assert difference(a, b) < 1e-5
     with torch.no_grad():
         assert difference(dense.float()(ids).logits, b) > 1e-3  # the scaling does something
@@ -525,7 +525,7 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
     found, T = record["measured"], 64
     ids = torch.from_numpy(val[:193].astype(np.int64))
     x, y = ids[:-1].view(3, T), ids[1:].view(3, T)
-    a, b = theirs(source, x), theirs(path, x)
+    a, b = hf_logits(source, x), hf_logits(path, x)
     kl = F.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True,
                   reduction="none").sum(-1).mean()
     assert found["tokens"] == 192 and found["on"] == "validation tokens of here"
