@@ -11,15 +11,12 @@ directory is written under a temporary name, synced and renamed: under its final
 """
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
 import os
 import pickle
 import re
 import shutil
-import sys
-from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,16 +97,16 @@ def written_as(c):
     return moe if c.num_local_experts else "llama"
 
 
-def to_hf_config(c, dtype="float32"):
-    """ModelConfig -> config.json's dict.
+def to_hf_config(c, dtype=torch.float32):
+    """ModelConfig -> config.json's dict, for weights of a dtype.
 
     transformers counts each of a token's k experts in full. Its balanced loss is k where ours is 1, so the
     coefficient is written as ours / k. It also pools the layers: the losses are equal for one layer only.
     """
     entry = FORMATS[written_as(c)]
-    d = {"architectures": [entry["architecture"]], "model_type": written_as(c), "torch_dtype": dtype,
-         "use_cache": True, "bos_token_id": None, **entry["constants"],
-         **{key: getattr(c, field) for field, key in entry["keys"].items()}}
+    d = {"architectures": [entry["architecture"]], "model_type": written_as(c),
+         "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True, "bos_token_id": None,
+         **entry["constants"], **{key: getattr(c, field) for field, key in entry["keys"].items()}}
     if c.num_local_experts:
         d[entry["keys"]["router_aux_loss_coef"]] /= c.num_experts_per_tok
     return d
@@ -132,8 +129,6 @@ def from_hf_config(d, where="config.json"):
             if rope.get("rope_type", "default") != "default":
                 fields["rope_scaling"] = rope
         c = ModelConfig(**fields)
-        if "num_local_experts" in entry["keys"] and not c.num_local_experts:
-            raise ValueError(f"{entry['keys']['num_local_experts']} is missing")
         if c.num_local_experts:  # 15 digits undo the rounding of the division by k
             c.router_aux_loss_coef = float(f"{c.router_aux_loss_coef * c.num_experts_per_tok:.15g}")
         return c
@@ -197,59 +192,47 @@ def stored_views(model, c, model_type=None):
 def open_tensors(directory):
     """{tensor name: open safetensors file that holds it} of a directory; nothing of the weights is read yet.
 
-    Raises ConfigError for a missing, truncated or lying file, for an index that points outside the directory
-    or at tensors that are not there, and for pickled weights, which are never loaded.
+    Raises ConfigError for a missing, truncated or lying file, for an index that points outside the directory,
+    and for pickled weights, which are never loaded.
     """
     index = os.path.join(directory, "model.safetensors.index.json")
-    single = os.path.join(directory, "model.safetensors")
-    if os.path.exists(single):
-        files, weight_map = ["model.safetensors"], None
-    elif os.path.exists(index):
+    files = ["model.safetensors"]
+    if not os.path.exists(os.path.join(directory, files[0])):
+        if not os.path.exists(index):
+            raise ConfigError(f"{directory}: has no model.safetensors; pickled weights are never loaded, "
+                              "convert them")
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        if not isinstance(weight_map, dict):
             raise ConfigError(f"{index}: has no weight_map of tensor names to files")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if os.path.basename(file) != file or not file.endswith(".safetensors"):
-                raise ConfigError(f"{index}: points at '{file}', not a safetensors file of its own folder")
-    else:
-        pickled = [file for file in sorted(os.listdir(directory))
-                   if file.endswith((".bin", ".pt", ".pth")) and file != "optimizer.pt"]
-        advice = f"; {pickled[0]} is pickled and never loaded: convert it" if pickled else ""
-        raise ConfigError(f"{directory}: has no model.safetensors" + advice)
+        files = sorted(set(map(str, weight_map.values())))
     tensors = {}
     for file in files:
         path = os.path.join(directory, file)
+        if os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise ConfigError(f"{index}: points at '{file}', not a safetensors file of its own folder")
         try:
             handle = safe_open(path, "pt")
-            tensors |= {name: handle for name in handle.keys()
-                        if weight_map is None or weight_map.get(name) == file}
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a complete safetensors file: {error}") from None
-    missing = sorted(set(weight_map or ()) - set(tensors))
-    if missing:
-        raise ConfigError(f"{index}: {weight_map[missing[0]]} does not hold {missing[0]}")
+        tensors |= dict.fromkeys(handle.keys(), handle)
     return tensors
 
 
-def check_tensors(directory, files, shapes, c):
-    """Compare open_tensors' files with shapes {name: shape}. Returns the tensors that can be ignored:
-    position tables and the copy of a tied head. Raises ConfigError naming the tensor that does not fit."""
+def check_tensors(directory, tensors, shapes):
+    """Compare open_tensors' result with shapes {name: shape}. Position tables and the copy of a tied head are
+    ignored. Raises ConfigError naming the tensor that does not fit."""
     for name, shape in shapes.items():
-        if name not in files:
+        if name not in tensors:
             raise ConfigError(f"{directory}: tensor {name} is missing")
-        found = files[name].get_slice(name)
-        if tuple(found.get_shape()) != shape:
-            actual = tuple(found.get_shape())
+        found = tensors[name].get_slice(name)
+        actual, dtype = tuple(found.get_shape()), found.get_dtype()
+        if actual != shape:
             raise ConfigError(f"{directory}: {name} is {actual}, config.json wants {shape}")
-        if found.get_dtype() not in DTYPES:
-            raise ConfigError(f"{directory}: {name} is {found.get_dtype()}, none of {', '.join(DTYPES)}")
-    others = sorted(set(files) - set(shapes))
-    for name in others:
-        tied_head = c.tie_word_embeddings and name == "lm_head.weight"
-        if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+        if dtype not in DTYPES:
+            raise ConfigError(f"{directory}: {name} is {dtype}, none of {', '.join(DTYPES)}")
+    for name in sorted(set(tensors) - set(shapes)):
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise ConfigError(f"{directory}: tensor {name} is none of this architecture's")
-    return others
 
 
 def load_model(directory, dtype=torch.float32, router_bias=False):
@@ -261,11 +244,11 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     views = dict(itertools.chain(*stored_views(model, c, read_json(path)["model_type"]).values()))
-    files = open_tensors(directory)
-    check_tensors(directory, files, {name: tuple(view.shape) for name, view in views.items()}, c)
+    tensors = open_tensors(directory)
+    check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views.items()})
     with torch.no_grad():
         for name, view in views.items():
-            view.copy_(files[name].get_tensor(name))
+            view.copy_(tensors[name].get_tensor(name))
     return model
 
 
@@ -295,18 +278,14 @@ def atomic_directory(path, needed=0):
         os.makedirs(temporary)
         free = shutil.disk_usage(parent).free
         if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+            raise ConfigError(f"{path}: not written: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
         yield temporary
         for name in os.listdir(temporary):
             sync(os.path.join(temporary, name))
         sync(temporary)
         os.rename(temporary, path)
         sync(parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise ConfigError(f"{path}: not written, the disk is full ({error})") from None
-        if isinstance(error, RuntimeError):
-            raise
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: not written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # of a failed write; a finished one has its final name
@@ -317,6 +296,13 @@ def write_json(directory, name, value):
         json.dump(value, f, indent=2)
 
 
+def copy_tokenizer(source, directory):
+    """Copy a folder's TOKENIZER_FILES, as far as it has them, to a checkpoint directory."""
+    for name in TOKENIZER_FILES:
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), directory)
+
+
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
     """Write `model` (unwrapped), the dict `state` and an AdamW's moments as a checkpoint directory. Raises
     ConfigError."""
@@ -324,16 +310,14 @@ def save(directory, model, state, optimizer=None, tokenizer_from=None):
     c = dataclasses.replace(model.config, router_bias=biased)  # routers whose bias is zero are Mixtral's
     views = itertools.chain(*stored_views(model, c).values())
     tensors = {name: view.detach().cpu().clone() for name, view in views}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with atomic_directory(directory) as temporary:
-        write_json(temporary, "config.json", to_hf_config(c, dtype))
+        write_json(temporary, "config.json", to_hf_config(c, model.norm.weight.dtype))
         save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
         if optimizer is not None:
-            torch.save(moments(model, optimizer), os.path.join(temporary, "optimizer.pt"))
+            write_moments(temporary, moments(model, optimizer))
         write_json(temporary, "trainer_state.json", state)
-        for name in TOKENIZER_FILES:
-            if tokenizer_from and os.path.exists(os.path.join(tokenizer_from, name)):
-                shutil.copy(os.path.join(tokenizer_from, name), temporary)
+        if tokenizer_from:
+            copy_tokenizer(tokenizer_from, temporary)
 
 
 def moments(model, optimizer):
@@ -349,72 +333,69 @@ def moments(model, optimizer):
     return result
 
 
-def load_moments(directory, model, optimizer):
-    """Fill an AdamW's state from a checkpoint's optimizer.pt. Raises ConfigError naming the file."""
+def write_moments(directory, stored):
+    """Write what `moments` gives as optimizer.pt."""
+    with open(os.path.join(directory, "optimizer.pt"), "wb") as f:  # given a path, torch hides a full disk
+        torch.save(stored, f)
+
+
+def read_moments(directory, shapes):
+    """A checkpoint's optimizer.pt, memory-mapped, as `moments` gives it. Raises ConfigError unless it has the
+    tensors of shapes {Hugging Face's name: shape}."""
     path = os.path.join(directory, "optimizer.pt")
     try:
         stored = torch.load(path, weights_only=True, mmap=True)
-        for name, p in model.named_parameters():
-            s = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            for key, t in s.items():
-                for hf_name, view in hf_views(name, t, model.config):
-                    view.copy_(stored[key][hf_name])
-            # fused AdamW wants its count as an fp32 tensor beside the parameter
-            optimizer.state[p] = {"step": torch.tensor(float(stored["step"]), device=p.device), **s}
-    except (OSError, KeyError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        for key in ("exp_avg", "exp_avg_sq"):
+            if {name: tuple(t.shape) for name, t in stored[key].items()} != shapes:
+                raise ValueError(f"its {key} is another model's")
+        return stored | {"step": int(stored["step"])}
+    except (OSError, KeyError, ValueError, AttributeError, RuntimeError, TypeError, EOFError,
+            pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: cannot be read as this model's optimizer state: {reason}") from None
+        raise ConfigError(f"{path}: does not hold AdamW's moments of this model: {reason}") from None
+
+
+def load_moments(directory, model, optimizer):
+    """Fill an AdamW's state from a checkpoint's optimizer.pt. Raises ConfigError naming the file."""
+    state = {name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+             for name, p in model.named_parameters()}
+    views = {key: dict(itertools.chain(*(hf_views(name, s[key], model.config) for name, s in state.items())))
+             for key in ("exp_avg", "exp_avg_sq")}
+    stored = read_moments(directory, {name: tuple(view.shape) for name, view in views["exp_avg"].items()})
+    for key, named in views.items():
+        for hf_name, view in named.items():
+            view.copy_(stored[key][hf_name])
+    for name, p in model.named_parameters():
+        # fused AdamW wants its count as an fp32 tensor beside the parameter
+        optimizer.state[p] = {"step": torch.tensor(float(stored["step"]), device=p.device), **state[name]}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Writing tensors one at a time
 
-class Span(NamedTuple):
-    """The bytes of a tensor in an open file."""
-    file: BinaryIO
-    start: int
-    nbytes: int
-
-
-def parse_size(text):
-    """Bytes of 5GB, 500MB, 64KB or a number, in powers of 1000 as Hugging Face counts. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMGT]?)B?", text.strip().upper())
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
-    if size < 1:
-        raise ConfigError(f"shard_size = '{text}' is no size such as 500MB or 5GB")
-    return size
-
-
-def shards(pieces, shard_size):
-    """`pieces` cut into runs of at most shard_size bytes (a larger tensor alone)."""
-    result, size = [[]], 0
+def write_weights(directory, pieces, shard_size, make_tensor, bar):
+    """model.safetensors, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
+    pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor. bar: a tqdm."""
+    shards, size = [[]], 0
     for p in pieces:
-        if result[-1] and size + p.bytes > shard_size:
-            result.append([])
+        if shards[-1] and size + p.bytes > shard_size:
+            shards.append([])
             size = 0
-        result[-1].append(p)
+        shards[-1].append(p)
         size += p.bytes
-    return result
-
-
-def copy_bytes(f, span):
-    """Append a Span to f, on Linux inside the kernel: a third of the CPU time of writing out a memory map."""
-    f.flush()
-    position, end = span.start, span.start + span.nbytes
-    while position < end:
-        if sys.platform == "linux":
-            sent = os.sendfile(f.fileno(), span.file.fileno(), position, end - position)
-        else:
-            sent = os.write(f.fileno(), os.pread(span.file.fileno(), min(end - position, 1 << 24), position))
-        if not sent:
-            raise OSError(f"{span.file.name} ended early")
-        position += sent
-    f.seek(0, os.SEEK_END)
+    if len(shards) == 1:
+        return write_shard(os.path.join(directory, "model.safetensors"), pieces, make_tensor, bar)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
+        weight_map |= {p.name: name for p in shard}
+    total = {"total_size": sum(p.bytes for p in pieces)}
+    write_json(directory, "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
 
 
 def write_shard(path, pieces, make_tensor, bar):
-    """A safetensors file of pieces, which have a name, shape, dtype and bytes: the header, then each tensor
-    as make_tensor(piece) gives it, itself or as a Span. Memory holds one tensor at a time. bar: a tqdm."""
+    """A safetensors file: the header, then each tensor. Memory holds one tensor at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
     for p in pieces:
@@ -426,26 +407,9 @@ def write_shard(path, pieces, make_tensor, bar):
         f.write(len(text).to_bytes(8, "little") + text)
         for p in pieces:
             t = make_tensor(p)
-            assert t.nbytes == p.bytes, p.name
-            if isinstance(t, Span):
-                copy_bytes(f, t)
-            else:
-                assert t.shape == p.shape and t.dtype == p.dtype, p.name
-                f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+            assert t.shape == p.shape and t.dtype == p.dtype, p.name
+            f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
             bar.update(p.bytes)
-
-
-def write_weights(directory, pieces, shard_size, make_tensor, bar):
-    """model.safetensors, or shards of at most shard_size bytes and their index. See write_shard."""
-    runs = shards(pieces, shard_size)
-    names = [f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors" for i in range(len(runs))]
-    names = names if len(runs) > 1 else ["model.safetensors"]
-    for name, shard in zip(names, runs):
-        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
-    if len(runs) > 1:
-        weight_map = {p.name: name for name, shard in zip(names, runs) for p in shard}
-        write_json(directory, "model.safetensors.index.json",
-                   {"metadata": {"total_size": sum(p.bytes for p in pieces)}, "weight_map": weight_map})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -455,8 +419,7 @@ def read_state(directory):
     """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's."""
     path = os.path.join(directory, "trainer_state.json")
     state = read_json(path) if os.path.exists(path) else {}
-    ours = isinstance(state.get("tokens"), int) and isinstance(state.get("lineage"), dict)
-    return state if ours else {}
+    return state if "lineage" in state else {}
 
 
 def tokens_seen(*states):
@@ -466,11 +429,8 @@ def tokens_seen(*states):
     its tokens, so each run counts once, with the most tokens that any of the states saw of it.
     """
     runs = {}
-    for i, state in enumerate(states):
-        # A state written before there was a history counts as a run of its own.
-        history = state.get("history", [(i, state["tokens"] + state["lineage"].get("tokens_before", 0))])
-        for run, tokens in history:
-            runs[run] = max(tokens, runs.get(run, 0))
+    for run, tokens in itertools.chain(*(state["history"] for state in states)):
+        runs[run] = max(tokens, runs.get(run, 0))
     return sum(runs.values())
 
 
