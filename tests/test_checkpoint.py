@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, error, kind):
 
 def test_a_real_full_disk(tmp_path):
     """/dev/full fails each write with ENOSPC; a checkpoint whose file is a link to it cannot be written."""
-    with pytest.raises(ConfigError, match="disk is full"):
+    with pytest.raises(ConfigError, match="No space left"):
         with checkpoint.atomic_directory(tmp_path / "c") as temporary:
             os.symlink("/dev/full", os.path.join(temporary, "model.safetensors"))
             with open(os.path.join(temporary, "model.safetensors"), "wb") as f:
@@ -129,8 +129,7 @@ def test_damage_is_named(saved, name):
 @pytest.mark.parametrize("index, message", [
     ({"weight_map": {"a": "../c/model.safetensors"}}, "not a safetensors file of its own folder"),
     ({}, "no weight_map"), ({"weight_map": {"a": "w.bin"}}, "not a safetensors file"),
-    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
-    ({"weight_map": {"nothing": "part.safetensors"}}, "does not hold nothing")])
+    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors")])
 def test_bad_indexes_are_refused(saved, index, message):
     (saved[0] / "model.safetensors").rename(saved[0] / "part.safetensors")
     (saved[0] / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -140,12 +139,13 @@ def test_bad_indexes_are_refused(saved, index, message):
 
 def test_pickled_weights_are_never_loaded(saved):
     (saved[0] / "model.safetensors").rename(saved[0] / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="pytorch_model.bin is pickled"):
+    with pytest.raises(ConfigError, match="pickled weights are never loaded"):
         checkpoint.load_model(saved[0])
 
 
 @pytest.mark.parametrize("damage", [lambda p: cut(p, 0.5), lambda p: p.unlink(), lambda p: p.write_bytes(b""),
-                                    lambda p: p.write_bytes(pickle.dumps(os.getcwd))])
+                                    lambda p: p.write_bytes(pickle.dumps(os.getcwd)),
+                                    lambda p: torch.save({"step": 1, "exp_avg": {}, "exp_avg_sq": {}}, p)])
 def test_damaged_or_dangerous_optimizer_files_are_named(saved, damage):
     path, model, optimizer = saved
     damage(path / "optimizer.pt")
@@ -301,7 +301,4 @@ def test_tokens_of_a_run_count_once():
     assert checkpoint.tokens_seen(state(trunk, branch), state(trunk, branch)) == 750
     assert checkpoint.tokens_seen(state(trunk, branch), state(("trunk", 900), ("other", 20))) == 970
     assert checkpoint.tokens_seen(state(trunk), state(("stranger", 30))) == 730
-    old = {"tokens": 10, "lineage": {"tokens_before": 5}}  # written before there was a history
-    assert checkpoint.tokens_seen(old) == 15
-    assert checkpoint.tokens_seen(old, state(trunk), old) == 730
     assert checkpoint.tokens_seen({"tokens": 0, "lineage": {}, "history": []}) == 0

@@ -48,7 +48,7 @@ def tokens(rows=4, length=32, seed=0):
 def write(path, dtype=torch.float64, seed=0, state=None, **changes):
     model = Transformer(config(**changes)).init_weights(seed).to(dtype)
     save(path, model, state or {"step": 5, "tokens": 1000, "sequence": 31, "dataset": "none",
-                                "lineage": {"family": "dense"}})
+                                "history": [["dense", 1000]], "lineage": {"family": "dense"}})
     return str(path)
 
 
@@ -73,7 +73,8 @@ def trained_dense(tmp_path_factory):
         optimizer.step()
     assert loss.item() < first / 2
     path = tmp_path_factory.mktemp("trained") / "dense"
-    save(path, model, {"step": 60, "tokens": 30720, "lineage": {"family": "dense"}}, optimizer)
+    save(path, model, {"step": 60, "tokens": 30720, "history": [["dense", 30720]],
+                       "lineage": {"family": "dense"}}, optimizer)
     return str(path)
 
 
@@ -129,7 +130,7 @@ def test_copy_and_virtual_groups_preserve_the_function(tmp_path, request, weight
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_a_matrix_5_percent_off_is_caught(tmp_path, random_dense, monkeypatch, method, part):
     name = method.get("method", "copy")
-    right = u.METHODS[name].weights or (lambda o, w, p: w)
+    right = u.METHODS[name].weights
     wrong = u.METHODS[name]._replace(weights=lambda o, w, p: right(o, w, p) * (1.05 if p.part == part else 1))
     monkeypatch.setitem(u.METHODS, name, wrong)
     path, _ = upcycled(tmp_path, random_dense, **method)
@@ -268,7 +269,8 @@ def test_router_is_drawn_per_group_and_layer(tmp_path):
 def test_same_bytes_whatever_the_shards(tmp_path, random_dense, method):
     options = dict(method=method, **METHODS[method], merge_with=[random_dense] if method == "merge" else [])
     paths = [upcycled(tmp_path, random_dense, str(i), shard_size=size, seed=seed, **options)[0]
-             for i, (size, seed) in enumerate((("5GB", 0), ("5GB", 0), ("40KB", 0), ("5GB", 1)))]
+             for i, (size, seed) in enumerate(((5 * 10 ** 9, 0), (5 * 10 ** 9, 0), (40_000, 0),
+                                            (5 * 10 ** 9, 1)))]
     weights = [(Path(p) / "model.safetensors").read_bytes() for p in (paths[0], paths[1], paths[3])]
     assert weights[0] == weights[1] != weights[2]
     index = json.loads((Path(paths[2]) / "model.safetensors.index.json").read_text())
@@ -298,17 +300,14 @@ def test_a_method_may_work_in_place(tmp_path, random_dense, monkeypatch):
     model(tokens()[:, :-1], tokens()[:, 1:])[0].backward()
     optimizer.step()
     shutil.rmtree(dense)
-    save(dense, model, {"tokens": 1, "lineage": {}}, optimizer)
+    save(dense, model, {"tokens": 1, "history": [], "lineage": {}}, optimizer)
     files = [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")]
     monkeypatch.setitem(u.METHODS, "copy", u.Method(
-        weights=lambda o, w, p: w.mul_(1.05), moments=lambda o, m, p, power: m.mul_(2),
-        shared=lambda o, tensors, p: next(tensors).add_(1)))
+        weights=lambda o, w, p: w.mul_(1.05), moments=lambda o, m, p, power: m.mul_(2)))
     path, _ = upcycled(tmp_path, str(dense), optimizer="copy")
     assert [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")] == files
     old, new = mlp(dense), experts(path)
     assert all(torch.equal(new[0, e, w], old[w] * 1.05) for e in range(8) for w in old)
-    before, after = (load(Path(p) / "model.safetensors")["model.norm.weight"] for p in (dense, path))
-    assert torch.equal(after, before + 1)
     old, new = (torch.load(Path(p) / "optimizer.pt", weights_only=True)["exp_avg_sq"] for p in (dense, path))
     for e in range(8):
         assert torch.equal(new[f"model.layers.1.block_sparse_moe.experts.{e}.w3.weight"],
@@ -335,7 +334,7 @@ def test_every_method_is_described_and_its_knobs_are_settings(tmp_path, random_d
 
 def test_merge_takes_experts_in_turn_and_averages_the_rest(tmp_path):
     a = write(tmp_path / "a", seed=0)
-    b = write(tmp_path / "b", seed=1, state={"tokens": 500, "lineage": {"family": "dense"}})
+    b = write(tmp_path / "b", seed=1, state={"tokens": 500, "history": [["b", 500]], "lineage": {}})
     path, record = upcycled(tmp_path, a, "average", merge_with=[b], method="merge", num_local_experts=4)
     new, old = experts(path), {0: mlp(a), 1: mlp(b)}
     assert all((new[0, e, w] == old[e % 2][w]).all() for e in range(4) for w in ("w1", "w2", "w3"))
@@ -358,12 +357,12 @@ def test_merged_checkpoints_of_another_type_are_converted(tmp_path):
 
 def test_tokens_of_a_common_trunk_count_once(tmp_path):
     """Two branches of a trunk saw 1,000 and 1,500 of its tokens and 200 and 300 of their own. A third model
-    is a stranger, written before there was a history."""
+    is a stranger."""
     def state(*history):
         return {"tokens": history[-1][1], "history": history, "lineage": {"family": "dense"}}
     a = write(tmp_path / "a", state=state(["trunk", 1000], ["a", 200]))
     b = write(tmp_path / "b", state=state(["trunk", 1500], ["b", 300]))
-    c = write(tmp_path / "c", state={"tokens": 30, "lineage": {"family": "dense", "tokens_before": 10}})
+    c = write(tmp_path / "c", state=state(["c", 40]))
     assert upcycled(tmp_path, a, "alone")[1]["D1"] == 1200
     path, record = upcycled(tmp_path, a, "two", merge_with=[b], method="merge")
     assert record["D1"] == 2000 and [s["tokens"] for s in record["sources"]] == [1200, 1800]
@@ -375,7 +374,7 @@ def test_tokens_of_a_common_trunk_count_once(tmp_path):
 
 
 def test_the_dense_trunk_is_recorded(tmp_path):
-    dense = {"step": 5, "tokens": 1000, "trunk": "dense-seed-3", "lineage": {"family": "dense"}}
+    dense = {"tokens": 1000, "trunk": "dense-seed-3", "history": [], "lineage": {"family": "dense"}}
     path, _ = upcycled(tmp_path, write(tmp_path / "dense", state=dense))
     state = json.loads((Path(path) / "trainer_state.json").read_text())
     assert state["lineage"]["dense_trunk"] == "dense-seed-3" and "trunk" not in state
@@ -396,7 +395,7 @@ def hf_logits(path, ids, dtype="auto"):
 @pytest.mark.parametrize("method", METHODS)
 def test_transformers_opens_every_method(tmp_path, method, heads, tied, dtype):
     source = write(tmp_path / "dense", dtype, num_key_value_heads=heads, tie_word_embeddings=tied)
-    path, _ = upcycled(tmp_path, source, method=method, shard_size="60KB", **METHODS[method],
+    path, _ = upcycled(tmp_path, source, method=method, shard_size=60_000, **METHODS[method],
                        merge_with=[source] if method == "merge" else [])
     assert (Path(path) / "model.safetensors.index.json").exists()
     ids = tokens()
@@ -500,15 +499,16 @@ def test_lineage_and_record(tmp_path, random_dense):
     assert record["N"] == n and load_model(path).config.intermediate_size == FF // 2
 
 
-def test_every_tensor_is_used_or_reported(tmp_path):
+def test_every_tensor_is_used_or_needless_or_refused(tmp_path):
     source = write(tmp_path / "dense", torch.float32, tie_word_embeddings=True)
     t = load(Path(source) / "model.safetensors")
     extra = {"lm_head.weight": t["model.embed_tokens.weight"].clone(),
              "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(t | extra, Path(source) / "model.safetensors")
-    path, record = upcycled(tmp_path, source)
-    assert record["sources"][0]["unused"] == sorted(extra) and record["sources"][0]["tensors"] == len(t) + 2
-    assert record["tensors"] == len(load(Path(path) / "model.safetensors"))
+    path, _ = upcycled(tmp_path, source)
+    assert not extra.keys() & load(Path(path) / "model.safetensors").keys()
+    with torch.no_grad():
+        assert difference(load_model(source)(tokens()), load_model(path)(tokens())) < 1e-5
     save_file(t | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
               Path(source) / "model.safetensors")
     with pytest.raises(ConfigError, match="q_norm.weight is none of this architecture's"):
@@ -611,24 +611,13 @@ def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
     (dict(method="drop", drop_ratio=1.5), "drop_ratio: 1.5"),
     (dict(method="noise", noise_fraction=-0.1), "noise_fraction: -0.1"),
     (dict(method="merge"), "further checkpoints"),
-    (dict(shard_size="many"), "no size"), (dict(shard_size="-5GB"), "no size"),
-    (dict(shard_size="5XB"), "no size"),
+    (dict(shard_size="5GB"), "shard_size: '5GB' is not of type int"),
+    (dict(shard_size=0), "shard_size: 0 is not at least 1"),
     (dict(optimizer="copy"), "optimizer.pt")])
 def test_settings_refused(tmp_path, random_dense, options, message):
     with pytest.raises(ConfigError, match=message):
         upcycled(tmp_path, random_dense, **options)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("options", [
-    dict(method="virtual_groups", granularity=4, num_local_experts=8, num_experts_per_tok=2),
-    dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4),
-    dict(router_std=0.0)])
-def test_force_writes_it_and_claims_nothing(tmp_path, random_dense, options):
-    path, record = upcycled(tmp_path, random_dense, force=True, check=True, check_tokens=64, **options)
-    assert (Path(path) / "config.json").exists()
-    if "granularity" in options:
-        assert record["predicted"]["kl"] is None and record["measured"]["relative_logit_difference"] > 1e-3
 
 
 @pytest.mark.parametrize("key,value", [
@@ -770,7 +759,7 @@ def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
 def test_no_room_says_what_is_needed(tmp_path, random_dense, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage",
                         lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000))
-    with pytest.raises(ConfigError, match="disk is full .*GB needed"):
+    with pytest.raises(ConfigError, match="not written: .*GB needed"):
         upcycled(tmp_path, random_dense)
     assert not list(tmp_path.iterdir())
 
@@ -785,7 +774,7 @@ def test_killed_or_cut_off_it_leaves_nothing(tmp_path, random_dense):
     done = python("""
 import checkpoint, resource, sys, upcycle as u
 from configurator import ConfigError
-o = u.Options(sys.argv[1], sys.argv[2], shard_size="40KB", check=False)
+o = u.Options(sys.argv[1], sys.argv[2], shard_size=40_000, check=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 try:
     u.upcycle(o)
