@@ -257,10 +257,8 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
 
 def sync(path):
     fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)
 
 
 @contextlib.contextmanager
@@ -321,15 +319,14 @@ def save(directory, model, state, optimizer=None, tokenizer_from=None):
 
 
 def moments(model, optimizer):
-    """{"step": optimizer steps, "exp_avg": {name: tensor}, "exp_avg_sq": …} under Hugging Face's names."""
+    """{"step": optimizer steps, "exp_avg": {name: view}, "exp_avg_sq": …}: an AdamW's moments, under Hugging
+    Face's names."""
     result = {"step": 0, "exp_avg": {}, "exp_avg_sq": {}}
     for name, p in model.named_parameters():
-        s = optimizer.state.get(p)
-        if s:
+        if s := optimizer.state.get(p):
             result["step"] = int(s["step"])
             for key in ("exp_avg", "exp_avg_sq"):
-                views = hf_views(name, s[key], model.config)
-                result[key] |= {hf_name: view.detach().cpu().clone() for hf_name, view in views}
+                result[key] |= hf_views(name, s[key], model.config)
     return result
 
 
@@ -344,7 +341,7 @@ def read_moments(directory, shapes):
     tensors of shapes {Hugging Face's name: shape}."""
     path = os.path.join(directory, "optimizer.pt")
     try:
-        stored = torch.load(path, weights_only=True, mmap=True)
+        stored = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         for key in ("exp_avg", "exp_avg_sq"):
             if {name: tuple(t.shape) for name, t in stored[key].items()} != shapes:
                 raise ValueError(f"its {key} is another model's")
@@ -357,37 +354,33 @@ def read_moments(directory, shapes):
 
 def load_moments(directory, model, optimizer):
     """Fill an AdamW's state from a checkpoint's optimizer.pt. Raises ConfigError naming the file."""
-    state = {name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-             for name, p in model.named_parameters()}
-    views = {key: dict(itertools.chain(*(hf_views(name, s[key], model.config) for name, s in state.items())))
-             for key in ("exp_avg", "exp_avg_sq")}
+    for p in model.parameters():  # fused AdamW wants its count as an fp32 tensor beside the parameter
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    views = moments(model, optimizer)
     stored = read_moments(directory, {name: tuple(view.shape) for name, view in views["exp_avg"].items()})
-    for key, named in views.items():
-        for hf_name, view in named.items():
-            view.copy_(stored[key][hf_name])
-    for name, p in model.named_parameters():
-        # fused AdamW wants its count as an fp32 tensor beside the parameter
-        optimizer.state[p] = {"step": torch.tensor(float(stored["step"]), device=p.device), **state[name]}
+    for key in ("exp_avg", "exp_avg_sq"):
+        for name, view in views[key].items():
+            view.copy_(stored[key][name])
+    for p in model.parameters():
+        optimizer.state[p]["step"].fill_(stored["step"])
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Writing tensors one at a time
 
 def write_weights(directory, pieces, shard_size, make_tensor, bar):
     """model.safetensors, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
     pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor. bar: a tqdm."""
     shards, size = [[]], 0
     for p in pieces:
-        if shards[-1] and size + p.bytes > shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(p)
         size += p.bytes
+        if shards[-1] and size > shard_size:
+            shards.append([])
+            size = p.bytes
+        shards[-1].append(p)
     if len(shards) == 1:
         return write_shard(os.path.join(directory, "model.safetensors"), pieces, make_tensor, bar)
     weight_map = {}
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_shard(os.path.join(directory, name), shard, make_tensor, bar)
         weight_map |= {p.name: name for p in shard}
     total = {"total_size": sum(p.bytes for p in pieces)}

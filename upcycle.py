@@ -29,6 +29,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -117,8 +118,6 @@ def drop(per_matrix):
 
     def weights(o, w, p):
         channels = dropped(o, w, p)
-        if not len(channels):
-            return w
         block = w.index_select(p.channels, channels).to(wide(w.dtype))
         fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
         return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
@@ -264,12 +263,8 @@ class Source:
 
     def sha256(self):
         """{weight file: digest}."""
-        digests = {}
-        for name in sorted(os.listdir(self.path)):
-            if name.endswith(".safetensors"):
-                with open(os.path.join(self.path, name), "rb") as f:
-                    digests[name] = hashlib.file_digest(f, "sha256").hexdigest()
-        return digests
+        return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
+                for file in sorted(Path(self.path).glob("*.safetensors"))}
 
 
 def layout(c, where="", model_type=None):
@@ -343,11 +338,9 @@ def upcycled_moments(o, source, pieces):
     return new
 
 
-def mixtral_config(source, moe, dtype):
-    """config.json of the result. What upcycling leaves alone is as in the source, RoPE in whichever form."""
-    kept = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
-            "rope_scaling", "rope_parameters")
-    return to_hf_config(moe, dtype) | {key: source[key] for key in kept if key in source}
+# Keys of config.json that stay as the source has them, RoPE in whichever form.
+KEPT_KEYS = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+             "rope_scaling", "rope_parameters")
 
 
 def result_state(o, source, record):
@@ -391,7 +384,7 @@ def check_ids(o, source):
     rows = min(o.check_tokens, len(tokens) - 1) // T
     if rows < 1:
         raise ConfigError(f"{dataset}: fewer than {T + 1} validation tokens")
-    ids = torch.stack([torch.from_numpy(tokens[i * T:i * T + T + 1].astype("int64")) for i in range(rows)])
+    ids = torch.from_numpy(tokens[:rows * T + 1].astype("int64")).unfold(0, T + 1, T)
     if ids.max() >= source.config.vocab_size:
         raise ConfigError(f"{dataset}: holds token {ids.max()}, the model has {source.config.vocab_size}; "
                           "give the data of the source with --dataset")
@@ -403,19 +396,19 @@ def measure(source, directory, dtype, ids):
     """Both models on ids (B, T + 1): losses and KL in nats, largest relative difference of the logits,
     effective experts (L,)."""
     dense, moe = load_model(source.path, dtype), load_model(directory, dtype)
-    sums, largest, difference, counts = 0, 0, 0, 0
+    rows, counts = [], 0
     with progress(len(ids), "check", "sequence", delay=2) as bar:
         for row in ids.split(1):
             x, y = row[:, :-1], row[:, 1:]
             a, b = dense(x)[0].double(), moe(x)[0].double()  # (T, V)
-            largest, difference = (torch.maximum(torch.as_tensor(so_far), t.abs().max())
-                                   for so_far, t in ((largest, a), (difference, a - b)))
             kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="batchmean", log_target=True)
-            sums += torch.stack([F.cross_entropy(a, y[0]), F.cross_entropy(b, y[0]), kl])
+            rows.append(torch.stack([F.cross_entropy(a, y[0]), F.cross_entropy(b, y[0]), kl,
+                                     (a - b).abs().max(), a.abs().max()]))
             counts += moe(x, y)[1]["counts"]  # (L, E)
             bar.update()
-    before, after, kl = (sums / len(ids)).tolist()
-    return {"loss_before": before, "loss_after": after, "kl": kl,
+    loss_before, loss_after, kl, _, _ = torch.stack(rows).mean(0).tolist()
+    _, _, _, difference, largest = torch.stack(rows).amax(0)  # nan if one is
+    return {"loss_before": loss_before, "loss_after": loss_after, "kl": kl,
             "relative_logit_difference": (difference / largest).item(),
             "effective_experts": effective_experts(counts).tolist()}
 
@@ -445,7 +438,7 @@ def summary(record):
     lines = [f"{o['destination']}: {o['num_local_experts']} experts, top-{o['num_experts_per_tok']}, by "
              f"{o['method']}; N {record['N']:,}, D1 {D1}"]
     if not found:
-        return lines[0] + "; not compared (--check does it)"
+        return lines[0] + "; not compared (--check=true does it)"
     lines.append(f"models not run: {found['not_run']}" if "not_run" in found else
                  f"on {found['tokens']} {found['on']}:")
     lines.append(f"{'':38}{'theory':>10}{'measured':>12}")
@@ -483,7 +476,8 @@ def upcycle(o):
     with atomic_directory(o.destination, size) as directory:
         with progress(size, "upcycle", "B", delay=2) as bar:
             write_weights(directory, pieces, o.shard_size, lambda p: make_piece(o, sources, p), bar)
-        write_json(directory, "config.json", mixtral_config(first.json, moe, pieces[0].dtype))
+        kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
+        write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
             write_moments(directory, upcycled_moments(o, first, pieces))
         copy_tokenizer(o.source, directory)
