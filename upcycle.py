@@ -68,9 +68,9 @@ class Piece(NamedTuple):
 
 class Method(NamedTuple):
     """How experts are made. Its functions get Options o, the Piece p to make, and copies of tensors, which
-    they may overwrite."""
-    weights: Callable = lambda o, w, p: w  # the expert's matrix, from the MLP's or slice e mod G of it
-    moments: Callable | None = None  # (o, m, p, power): AdamW's mean of gradient ** power; None: the MLP's
+    they may overwrite. None for weights or moments: they are the MLP's."""
+    weights: Callable | None = None  # (o, w, p): the expert's matrix, from the MLP's or slice e mod G of it
+    moments: Callable | None = None  # (o, m, p, power): AdamW's mean of gradient ** power
     theory: Callable = lambda o, dense: {}  # {key of MEASURED: the value to expect}; dense: a ModelConfig
     refuse: Callable = lambda o, sources: None  # raises ConfigError for settings that break its promise
     knobs: tuple = ()  # the settings that tell two uses of the method apart
@@ -118,6 +118,8 @@ def drop(per_matrix):
 
     def weights(o, w, p):
         channels = dropped(o, w, p)
+        if not len(channels):
+            return w
         block = w.index_select(p.channels, channels).to(wide(w.dtype))
         fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
         return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
@@ -309,8 +311,9 @@ def make_piece(o, sources, p):
         rows = torch.empty(p.shape[0] // o.granularity, p.shape[1], dtype=p.dtype)
         t = (normal(rows, o.seed, p.name) * o.router_std).repeat_interleave(o.granularity, dim=0)
     elif p.expert is not None:
-        matrix = sources[p.expert % len(sources)].read(p.dense_name)
-        t = METHODS[o.method].weights(o, slice_of(o, matrix, p).clone(), p)
+        make = METHODS[o.method].weights
+        t = slice_of(o, sources[p.expert % len(sources)].read(p.dense_name), p)
+        t = make(o, t.clone(), p) if make else t
     elif len(sources) == 1 or o.merge_shared == "first":
         t = sources[0].read(p.dense_name)
     else:
