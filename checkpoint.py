@@ -402,6 +402,7 @@ def write_shard(path, pieces, make_tensor, bar):
             t = make_tensor(p)
             assert t.shape == p.shape and t.dtype == p.dtype, p.name
             f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+            del t  # before the next one is made
             bar.update(p.bytes)
 
 

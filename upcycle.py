@@ -36,9 +36,8 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import (
-    DTYPES, atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors, read_config, read_json,
-    read_moments, read_state, stored_views, to_hf_config, tokens_seen, write_json, write_moments,
-    write_weights)
+    atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors, read_config, read_json,
+    read_moments, read_state, stored_views, to_hf_config, tokens_seen, write_json, write_moments, write_weights)
 from configurator import REQUIRED, ConfigError, checked, progress, run, setting
 from data.stream import load_tokens, locate
 from model import Transformer, effective_experts, parameter_counts
@@ -260,9 +259,6 @@ class Source:
         """The tensor, a memory map of the file."""
         return self.tensors[name].get_tensor(name)
 
-    def dtype(self, name):
-        return DTYPES[self.tensors[name].get_slice(name).get_dtype()]
-
     def sha256(self):
         """{weight file: digest}."""
         return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
@@ -288,12 +284,12 @@ def pieces_of(source, moe):
         dense_names = [name for name, _ in source.layout.get(parameter + ".weight", ())]
         for i, (name, shape) in enumerate(views):
             if parameter in source.layout:
-                pieces.append(Piece(name, shape, source.dtype(name), name))
+                pieces.append(Piece(name, shape, source.read(name).dtype, name))
             elif dense_names:
                 expert, part = divmod(i, len(dense_names))  # gate and up in turn, or down alone
                 dense, layer = dense_names[part], int(parameter.split(".")[1])
                 part = part if len(dense_names) == 2 else 2
-                pieces.append(Piece(name, shape, source.dtype(dense), dense, layer, expert, part))
+                pieces.append(Piece(name, shape, source.read(dense).dtype, dense, layer, expert, part))
             else:  # the router
                 pieces.append(Piece(name, shape, pieces[0].dtype, None))
     return pieces
