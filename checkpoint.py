@@ -17,6 +17,8 @@ import os
 import pickle
 import re
 import shutil
+import sys
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +27,7 @@ from safetensors.torch import save_file
 from configurator import ConfigError
 from model import ModelConfig, Transformer
 
-DTYPES = {  # by safetensors' names
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -189,18 +190,40 @@ def stored_views(model, c, model_type=None):
             if not name.endswith(left_out)}
 
 
-def open_tensors(directory):
-    """{tensor name: open safetensors file that holds it} of a directory; nothing of the weights is read yet.
+class Span(NamedTuple):
+    """A tensor in an open safetensors file, and the place of its bytes."""
+    name: str
+    shape: tuple
+    dtype: torch.dtype | str  # the file's word for it where DTYPES has none
+    file: safe_open
+    path: str
+    start: int
+    nbytes: int
 
-    Raises ConfigError for a missing, truncated or lying file, for an index that points outside the directory,
-    and for pickled weights, which are never loaded.
-    """
+    def read(self):  # a memory map
+        return self.file.get_tensor(self.name)
+
+    def copy_to(self, f):
+        """Append the bytes to f inside the kernel: a third of the CPU time of writing out a memory map."""
+        f.flush()
+        position, end = self.start, self.start + self.nbytes
+        with open(self.path, "rb") as source:
+            while position < end:
+                sent = os.sendfile(f.fileno(), source.fileno(), position, end - position)
+                if not sent:
+                    raise OSError(f"{self.path} ended early")
+                position += sent
+
+
+def open_tensors(directory):
+    """{tensor name: Span} of a directory; no weights are read yet. Raises ConfigError for a missing, truncated
+    or lying file, for an index that points outside the directory or says that a file has what it has not, and
+    for pickled weights, which are never loaded."""
     index = os.path.join(directory, "model.safetensors.index.json")
-    files = ["model.safetensors"]
+    files, weight_map = ["model.safetensors"], {}
     if not os.path.exists(os.path.join(directory, files[0])):
         if not os.path.exists(index):
-            raise ConfigError(f"{directory}: has no model.safetensors; pickled weights are never loaded, "
-                              "convert them")
+            raise ConfigError(f"{directory}: has no model.safetensors; pickled weights are never loaded")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ConfigError(f"{index}: has no weight_map of tensor names to files")
@@ -211,10 +234,20 @@ def open_tensors(directory):
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise ConfigError(f"{index}: points at '{file}', not a safetensors file of its own folder")
         try:
-            handle = safe_open(path, "pt")
+            opened = safe_open(path, "pt")  # it compares the header with the file
+            with open(path, "rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(length))
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a complete safetensors file: {error}") from None
-        tensors |= dict.fromkeys(handle.keys(), handle)
+        for name in opened.keys():
+            if not weight_map or weight_map.get(name) == file:  # two files may have tensors of one name
+                shape, dtype, (start, end) = (header[name][key] for key in ("shape", "dtype", "data_offsets"))
+                tensors[name] = Span(name, tuple(shape), DTYPES.get(dtype, dtype), opened, path,
+                                     8 + length + start, end - start)
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ConfigError(f"{index}: {file} does not hold {name}")
     return tensors
 
 
@@ -224,12 +257,11 @@ def check_tensors(directory, tensors, shapes):
     for name, shape in shapes.items():
         if name not in tensors:
             raise ConfigError(f"{directory}: tensor {name} is missing")
-        found = tensors[name].get_slice(name)
-        actual, dtype = tuple(found.get_shape()), found.get_dtype()
-        if actual != shape:
-            raise ConfigError(f"{directory}: {name} is {actual}, config.json wants {shape}")
-        if dtype not in DTYPES:
-            raise ConfigError(f"{directory}: {name} is {dtype}, none of {', '.join(DTYPES)}")
+        span = tensors[name]
+        if span.shape != shape:
+            raise ConfigError(f"{directory}: {name} is {span.shape}, config.json wants {shape}")
+        if span.dtype not in DTYPES.values():
+            raise ConfigError(f"{directory}: {name} is {span.dtype}, none of {', '.join(DTYPES)}")
     for name in sorted(set(tensors) - set(shapes)):
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise ConfigError(f"{directory}: tensor {name} is none of this architecture's")
@@ -248,7 +280,7 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
     check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views.items()})
     with torch.no_grad():
         for name, view in views.items():
-            view.copy_(tensors[name].get_tensor(name))
+            view.copy_(tensors[name].read())
     return model
 
 
@@ -272,11 +304,13 @@ def atomic_directory(path, needed=0):
     parent = os.path.dirname(path) or "."
     temporary = os.path.join(parent, f".{os.path.basename(path)}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed writer of this directory
+    full = "the disk is full"
     try:
         os.makedirs(temporary)
         free = shutil.disk_usage(parent).free
+        full += f": {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free before the writing"
         if free < needed:
-            raise ConfigError(f"{path}: not written: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+            raise OSError("No space left on device")
         yield temporary
         for name in os.listdir(temporary):
             sync(os.path.join(temporary, name))
@@ -284,7 +318,7 @@ def atomic_directory(path, needed=0):
         os.rename(temporary, path)
         sync(parent)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not written: {error}") from None
+        raise ConfigError(f"{path}: not written: {full if 'No space' in str(error) else error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # of a failed write; a finished one has its final name
 
@@ -302,13 +336,13 @@ def copy_tokenizer(source, directory):
 
 
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
-    """Write `model` (unwrapped), the dict `state` and an AdamW's moments as a checkpoint directory. Raises
-    ConfigError."""
+    """Write `model` (unwrapped), the dict `state` and AdamW's moments as a directory. Raises ConfigError."""
     biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
     c = dataclasses.replace(model.config, router_bias=biased)  # routers whose bias is zero are Mixtral's
     views = itertools.chain(*stored_views(model, c).values())
     tensors = {name: view.detach().cpu().clone() for name, view in views}
-    with atomic_directory(directory) as temporary:
+    needed = sum(t.nbytes for t in tensors.values()) * (1 if optimizer is None else 3)
+    with atomic_directory(directory, needed) as temporary:
         write_json(temporary, "config.json", to_hf_config(c, model.norm.weight.dtype))
         save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
         if optimizer is not None:
@@ -319,8 +353,7 @@ def save(directory, model, state, optimizer=None, tokenizer_from=None):
 
 
 def moments(model, optimizer):
-    """{"step": optimizer steps, "exp_avg": {name: view}, "exp_avg_sq": …}: an AdamW's moments, under Hugging
-    Face's names."""
+    """AdamW's moments: {"step": steps, "exp_avg": {Hugging Face's name: view}, "exp_avg_sq": …}."""
     result = {"step": 0, "exp_avg": {}, "exp_avg_sq": {}}
     for name, p in model.named_parameters():
         if s := optimizer.state.get(p):
@@ -368,7 +401,8 @@ def load_moments(directory, model, optimizer):
 
 def write_weights(directory, pieces, shard_size, make_tensor, bar):
     """model.safetensors, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
-    pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor. bar: a tqdm."""
+    pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor, or a Span that has
+    the very bytes. bar: a tqdm."""
     shards, size = [[]], 0
     for p in pieces:
         size += p.bytes
@@ -401,7 +435,11 @@ def write_shard(path, pieces, make_tensor, bar):
         for p in pieces:
             t = make_tensor(p)
             assert t.shape == p.shape and t.dtype == p.dtype, p.name
-            f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
+            if isinstance(t, Span) and sys.platform == "linux":
+                t.copy_to(f)
+            else:
+                t = t.read() if isinstance(t, Span) else t
+                f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
             del t  # before the next one is made
             bar.update(p.bytes)
 
@@ -413,7 +451,8 @@ def read_state(directory):
     """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's."""
     path = os.path.join(directory, "trainer_state.json")
     state = read_json(path) if os.path.exists(path) else {}
-    return state if "lineage" in state else {}
+    ours = isinstance(state.get("tokens"), int) and isinstance(state.get("lineage"), dict)
+    return state if ours else {}
 
 
 def tokens_seen(*states):
@@ -423,8 +462,10 @@ def tokens_seen(*states):
     its tokens, so each run counts once, with the most tokens that any of the states saw of it.
     """
     runs = {}
-    for run, tokens in itertools.chain(*(state["history"] for state in states)):
-        runs[run] = max(tokens, runs.get(run, 0))
+    for i, state in enumerate(states):  # a state of an older version has no history: it is a run of its own
+        older = [(i, state["tokens"] + state["lineage"].get("tokens_before", 0))]
+        for run, tokens in state.get("history", older):
+            runs[run] = max(tokens, runs.get(run, 0))
     return sum(runs.values())
 
 

@@ -20,7 +20,6 @@ Renormalised top-k weights sum to 1, so equal experts give what one of them give
 it whole with weight 1/G for each slice: hence G times down_proj, the one linear matrix. Drop draws from
 N(mean, std) of the block it replaces (arXiv 2502.19261). Merge is branch-train-mix (arXiv 2403.07816). Every
 draw has its own seed, made of `seed` and the tensor's name, so shards and order change nothing.
-
 Groups are whole while no two tie. Router logits are fp32 here, and of 20,000 random tokens none did. In
 bf16 transformers rounds them, 5 to 40 tokens in 10,000 tie two groups (of 4 and 8), and top-k splits one.
 """
@@ -28,8 +27,8 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,11 +67,11 @@ class Piece(NamedTuple):
 
 class Method(NamedTuple):
     """How experts are made. Its functions get Options o, the Piece p to make, and copies of tensors, which
-    they may overwrite. None for weights or moments: they are the MLP's."""
+    they may overwrite. None for weights or moments: they are the MLP's, copied byte by byte."""
     weights: Callable | None = None  # (o, w, p): the expert's matrix, from the MLP's or slice e mod G of it
     moments: Callable | None = None  # (o, m, p, power): AdamW's mean of gradient ** power
     theory: Callable = lambda o, dense: {}  # {key of MEASURED: the value to expect}; dense: a ModelConfig
-    refuse: Callable = lambda o, sources: None  # raises ConfigError for settings that break its promise
+    costs: Callable = lambda o, sources: []  # [how settings break its promise]; raises ConfigError for others
     knobs: tuple = ()  # the settings that tell two uses of the method apart
 
 
@@ -134,20 +133,22 @@ def drop(per_matrix):
     return Method(weights, moments, theory=theory, knobs=("drop_ratio",))
 
 
-def refuse_groups(o, sources):
+def costs_of_groups(o, sources):
     E, k, G = o.num_local_experts, o.num_experts_per_tok, o.granularity
     channels = sources[0].config.intermediate_size
     if channels % G:
         raise ConfigError(f"granularity = {G} does not divide intermediate_size {channels} into equal slices")
+    costs = []
     if k % G:
-        raise ConfigError(f"num_experts_per_tok = {k} is not a multiple of granularity = {G}: {k % G} of a "
-                          "token's experts would be part of a group and not add up to an MLP")
+        costs.append(f"num_experts_per_tok = {k} is not a multiple of granularity = {G}: {k % G} of a "
+                     "token's experts are part of a group and do not add up to an MLP")
     if E % G:
-        raise ConfigError(f"num_local_experts = {E} is not a multiple of granularity = {G}: the last group "
-                          f"would lack {G - E % G} of its slices")
+        costs.append(f"num_local_experts = {E} is not a multiple of granularity = {G}: the last group lacks "
+                     f"{G - E % G} of its slices")
+    return costs
 
 
-def refuse_merge(o, sources):
+def costs_of_merge(o, sources):
     n, E, dense = len(sources), o.num_local_experts, sources[0].config
     for s in sources[1:]:
         for key, value in asdict(dense).items():
@@ -158,9 +159,8 @@ def refuse_merge(o, sources):
         raise ConfigError("--method=merge needs further checkpoints after the destination")
     if o.optimizer == "copy":
         raise ConfigError("--optimizer=copy: merged checkpoints have a set of moments each, and no right one")
-    if E % n:
-        raise ConfigError(f"num_local_experts = {E} is not a multiple of the {n} checkpoints: some would "
-                          "have more experts than others")
+    uneven = f"num_local_experts = {E} is not a multiple of the {n} checkpoints: some have more experts"
+    return [uneven] if E % n else []
 
 
 METHODS = {
@@ -177,11 +177,11 @@ METHODS = {
         # a weight G times as large has a gradient G times smaller
         moments=lambda o, m, p, power: m / o.granularity ** power if p.part == 2 else m,
         theory=lambda o, dense: SAME_WEIGHTS | SAME_FUNCTION,
-        refuse=refuse_groups,
+        costs=costs_of_groups,
         knobs=("granularity",)),
     "merge": Method(
         theory=lambda o, dense: SAME_WEIGHTS,
-        refuse=refuse_merge,
+        costs=costs_of_merge,
         knobs=("merge_shared",))}
 KNOBS_OF_ALL = ("router_std", "optimizer")
 
@@ -200,8 +200,7 @@ class Options:
     method: Literal[tuple(METHODS)] = setting("copy", "how experts are made: see the head of upcycle.py")
     num_local_experts: int = setting(8, "experts in each layer of the result", least=1)
     num_experts_per_tok: int = setting(2, "experts that a token uses", least=1)
-    granularity: int = setting(
-        1, "virtual_groups: slices G of the MLP, a divisor of the two numbers above", least=1)
+    granularity: int = setting(1, "virtual_groups: slices of the MLP; divides the numbers above", least=1)
     router_std: float = setting(0.02, "standard deviation of the router's weights", least=0)
     noise_std: float = setting(0.01, "noise: standard deviation, in units of the matrix's own", least=0)
     noise_fraction: float = setting(1.0, "noise: share of the entries that get it", least=0, most=1)
@@ -213,15 +212,15 @@ class Options:
         "reset", "copy: an expert gets AdamW's moments of the MLP, and zeros for what is drawn anew")
     shard_size: int = setting(5_000_000_000, "largest size of a weight file in bytes, as 5e9", least=1)
     D1: int | None = setting(None, "tokens the source saw; none: as its trainer_state.json says", least=0)
-    check: bool | None = setting(
-        None, "run both models and compare; none: if they fit into half the memory at 4 bytes a parameter")
+    check: bool | None = setting(None, "compare both models; none: if they fit into half the memory")
     check_tokens: int = setting(4096, "tokens of the comparison", least=2)
-    dataset: str | None = setting(
-        None, "data whose validation tokens are used; none: the source's, or else random tokens")
+    dataset: str | None = setting(None, "data of the comparison; none: the source's, or random tokens")
+    force: bool = setting(False, "write what breaks the method's promise, and say what it costs")
 
 
-def refuse(o, sources):
-    """Raises ConfigError for settings without meaning, and for those that break what the method promises."""
+def costs_of(o, sources):
+    """How the settings break what the method promises, [str]. Raises ConfigError for them unless o.force, and
+    for settings without meaning."""
     checked(Options, asdict(o))
     method, E, k = METHODS[o.method], o.num_local_experts, o.num_experts_per_tok
     if k > E:
@@ -230,17 +229,19 @@ def refuse(o, sources):
         raise ConfigError(f"granularity = {o.granularity} goes with --method=virtual_groups")
     if o.merge_with and "merge_shared" not in method.knobs:
         raise ConfigError(f"{o.merge_with[0]}: further checkpoints go with --method=merge")
+    costs = method.costs(o, sources)
     if o.router_std == 0 and k < E:
-        raise ConfigError("router_std = 0 makes all experts tie: every token would choose the same ones")
-    method.refuse(o, sources)
+        costs.append("router_std = 0 makes all experts tie: every token chooses the same ones")
+    if costs and not o.force:
+        raise ConfigError(f"{costs[0]} (--force writes it all the same)")
+    return costs
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What is read, and what is to be written
 
 class Source:
-    """A dense checkpoint, opened; its weights are not read yet. layout: see layout. Raises ConfigError for
-    what cannot be upcycled."""
+    """A dense checkpoint, opened but not read. Raises ConfigError for what cannot be upcycled."""
 
     def __init__(self, path):
         self.path, self.config, self.state = path, read_config(path), read_state(path)
@@ -256,14 +257,13 @@ class Source:
         self.shapes = dict(sum(self.layout.values(), []))
         check_tensors(path, self.tensors, self.shapes)
 
-    def read(self, name):
-        """The tensor, a memory map of the file."""
-        return self.tensors[name].get_tensor(name)
-
     def sha256(self):
         """{weight file: digest}."""
-        return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-                for file in sorted(Path(self.path).glob("*.safetensors"))}
+        digests = {}
+        for path in sorted({span.path for span in self.tensors.values()}):
+            with open(path, "rb") as f:
+                digests[os.path.basename(path)] = hashlib.file_digest(f, "sha256").hexdigest()
+        return digests
 
 
 def layout(c, where="", model_type=None):
@@ -285,12 +285,12 @@ def pieces_of(source, moe):
         dense_names = [name for name, _ in source.layout.get(parameter + ".weight", ())]
         for i, (name, shape) in enumerate(views):
             if parameter in source.layout:
-                pieces.append(Piece(name, shape, source.read(name).dtype, name))
+                pieces.append(Piece(name, shape, source.tensors[name].dtype, name))
             elif dense_names:
                 expert, part = divmod(i, len(dense_names))  # gate and up in turn, or down alone
                 dense, layer = dense_names[part], int(parameter.split(".")[1])
                 part = part if len(dense_names) == 2 else 2
-                pieces.append(Piece(name, shape, source.read(dense).dtype, dense, layer, expert, part))
+                pieces.append(Piece(name, shape, source.tensors[dense].dtype, dense, layer, expert, part))
             else:  # the router
                 pieces.append(Piece(name, shape, pieces[0].dtype, None))
     return pieces
@@ -303,18 +303,21 @@ def slice_of(o, t, p):
 
 
 def make_piece(o, sources, p):
-    """The tensor of a Piece. Raises ConfigError on overflow."""
+    """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
+    span = sources[(p.expert or 0) % len(sources)].tensors.get(p.dense_name)
+    make = METHODS[o.method].weights
     if p.dense_name is None:  # the router: a row for each group of `granularity` experts
-        rows = torch.empty(p.shape[0] // o.granularity, p.shape[1], dtype=p.dtype)
-        t = (normal(rows, o.seed, p.name) * o.router_std).repeat_interleave(o.granularity, dim=0)
-    elif p.expert is not None:
-        make = METHODS[o.method].weights
-        t = slice_of(o, sources[p.expert % len(sources)].read(p.dense_name), p)
-        t = make(o, t.clone(), p) if make else t
-    elif len(sources) == 1 or o.merge_shared == "first":
-        t = sources[0].read(p.dense_name)
-    else:
-        t = sum(s.read(p.dense_name).to(wide(p.dtype)) for s in sources) / len(sources)
+        rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
+        rows = normal(rows, o.seed, p.name) * o.router_std
+        t = rows.repeat_interleave(o.granularity, dim=0)[:p.shape[0]]
+    elif p.expert is not None and make:
+        t = make(o, slice_of(o, span.read(), p).clone(), p)
+    elif p.expert is None and len(sources) > 1 and o.merge_shared == "average":
+        t = sum(s.tensors[p.dense_name].read().to(wide(p.dtype)) for s in sources) / len(sources)
+    elif span.dtype == p.dtype:
+        return span
+    else:  # a merged checkpoint may be of another type than the first
+        t = span.read()
     t = t.to(p.dtype)
     if p.dtype == torch.float16 and not t.isfinite().all():
         raise ConfigError(f"{p.name}: overflows float16; convert the source to bfloat16 or float32 first")
@@ -363,8 +366,8 @@ def measure_weights(o, sources, directory, pieces):
     for p in pieces:
         if p.expert is None:
             continue
-        new = written[p.name].get_tensor(p.name).double() / (o.granularity if p.part == 2 else 1)
-        old = slice_of(o, sources[p.expert % len(sources)].read(p.dense_name), p).double()
+        new = written[p.name].read().double() / (o.granularity if p.part == 2 else 1)
+        old = slice_of(o, sources[p.expert % len(sources)].tensors[p.dense_name].read(), p).double()
         same = ((new - old).abs() <= 2 * torch.finfo(p.dtype).eps * old.abs()).all(1 - p.channels)
         kept[p.layer, p.expert] = kept.get((p.layer, p.expert), True) & same
         change += (new - old).square().sum().item()
@@ -413,21 +416,23 @@ def measure(source, directory, dtype, ids):
             "effective_experts": effective_experts(counts).tolist()}
 
 
-def proof(o, sources, directory, pieces, ids, predicted):
+def proof(o, sources, directory, pieces, ids, record):
     """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run.
-    Raises ConfigError where theory says exact and they differ by more than rounding."""
+    Raises ConfigError, unless forced, where theory says exact and they differ by more than rounding."""
     dtype, eps = wide(pieces[0].dtype), torch.finfo(pieces[0].dtype).eps
     result = measure_weights(o, sources, directory, pieces)
     try:
         result |= measure(sources[0], directory, dtype, ids)
     except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
-        return result | {"not_run": str(error).splitlines()[0]}
+        return result | {"not_run": f"models not run: {str(error).splitlines()[0]}"}
     rounds = o.granularity & (o.granularity - 1)  # G · down_proj is exact for a power of 2
     tolerance = max(1e-4, 8 * eps) if rounds else 1e-4
     difference = result["relative_logit_difference"]
-    if predicted["kl"] == 0 and not difference <= tolerance:  # nan included
-        raise ConfigError(f"{o.destination}: not kept: logits differ by {difference:.1e} of the largest, "
-                          f"where --method={o.method} preserves the function")
+    if record["predicted"]["kl"] == 0 and not difference <= tolerance:  # nan included
+        cost = f"logits differ by {difference:.1e} of the largest, where {o.method} preserves the function"
+        record["costs"].append(cost)
+        if not o.force:
+            raise ConfigError(f"{o.destination}: not kept: {cost} (--force keeps it)")
     return result
 
 
@@ -437,10 +442,10 @@ def summary(record):
     D1 = "unknown (give it with --D1)" if record["D1"] is None else f"{record['D1']:,}"
     lines = [f"{o['destination']}: {o['num_local_experts']} experts, top-{o['num_experts_per_tok']}, by "
              f"{o['method']}; N {record['N']:,}, D1 {D1}"]
+    lines += [f"forced: {cost}" for cost in record["costs"]]
     if not found:
-        return lines[0] + "; not compared (--check=true does it)"
-    lines.append(f"models not run: {found['not_run']}" if "not_run" in found else
-                 f"on {found['tokens']} {found['on']}:")
+        return "\n".join(lines + ["not compared (--check=true does it)"])
+    lines.append(found.get("not_run", f"on {found['tokens']} {found['on']}:"))
     lines.append(f"{'':38}{'theory':>10}{'measured':>12}")
     for key, name in MEASURED.items():
         if key in found:
@@ -456,11 +461,11 @@ def summary(record):
 # All of it
 
 def upcycle(o):
-    """Write the directory o.destination as Options o say; returns what its upcycle.json records. Raises
-    ConfigError."""
+    """Write o.destination as Options o say; returns what its upcycle.json records. Raises ConfigError."""
     sources = [Source(path) for path in (o.source, *o.merge_with)]
     first, dense = sources[0], sources[0].config
-    refuse(o, sources)
+    costs = costs_of(o, sources)
+    theory = {} if costs else METHODS[o.method].theory(o, dense)
     moe = replace(dense, num_local_experts=o.num_local_experts, num_experts_per_tok=o.num_experts_per_tok,
                   intermediate_size=dense.intermediate_size // o.granularity)
     pieces = pieces_of(first, moe)
@@ -469,11 +474,10 @@ def upcycle(o):
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
     ids, origin = check_ids(o, first) if (fits if o.check is None else o.check) else (None, None)
     record = {"N": parameter_counts(dense)["N"], "D1": seen if o.D1 is None else o.D1, "settings": asdict(o),
-              "predicted": dict.fromkeys(MEASURED) | METHODS[o.method].theory(o, dense), "measured": {},
-              "sources": [{"path": s.path, "tokens": tokens_seen(s.state) if s.state else None,
-                           "sha256": s.sha256()} for s in sources]}
+              "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs}
     size = sum(p.bytes for p in pieces)
-    with atomic_directory(o.destination, size) as directory:
+    with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(1) as pool:
+        digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
             write_weights(directory, pieces, o.shard_size, lambda p: make_piece(o, sources, p), bar)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
@@ -481,9 +485,11 @@ def upcycle(o):
         if o.optimizer == "copy":
             write_moments(directory, upcycled_moments(o, first, pieces))
         copy_tokenizer(o.source, directory)
+        record["sources"] = [{"path": s.path, "tokens": tokens_seen(s.state) if s.state else None,
+                              "sha256": digest} for s, digest in zip(sources, digests)]
         write_json(directory, "trainer_state.json", result_state(o, first, record))
         if ids is not None:
-            measured = proof(o, sources, directory, pieces, ids, record["predicted"])
+            measured = proof(o, sources, directory, pieces, ids, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
     return record

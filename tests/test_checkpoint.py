@@ -66,12 +66,27 @@ def test_a_failed_write_leaves_nothing(tmp_path, error, kind):
 
 def test_a_real_full_disk(tmp_path):
     """/dev/full fails each write with ENOSPC; a checkpoint whose file is a link to it cannot be written."""
-    with pytest.raises(ConfigError, match="No space left"):
-        with checkpoint.atomic_directory(tmp_path / "c") as temporary:
+    with pytest.raises(ConfigError, match="the disk is full: 0.01 GB needed, .* GB free"):
+        with checkpoint.atomic_directory(tmp_path / "c", needed=10_000_000) as temporary:
             os.symlink("/dev/full", os.path.join(temporary, "model.safetensors"))
             with open(os.path.join(temporary, "model.safetensors"), "wb") as f:
                 f.write(b"x" * 10_000_000)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_on_a_full_disk_is_refused_in_one_line(saved, name, monkeypatch):
+    write_json = checkpoint.write_json
+
+    def fill_the_disk(directory, file, value):
+        write_json(directory, file, value)
+        if file == "config.json":
+            os.symlink("/dev/full", os.path.join(directory, name))
+    monkeypatch.setattr(checkpoint, "write_json", fill_the_disk)
+    path, model, optimizer = saved
+    with pytest.raises(ConfigError, match="the disk is full") as error:
+        checkpoint.save(path.parent / "again", model, STATE, optimizer)
+    assert "\n" not in str(error.value) and os.listdir(path.parent) == ["c"]
 
 
 def test_leftovers_of_a_killed_writer_are_cleared_and_not_mistaken(saved):
@@ -129,12 +144,29 @@ def test_damage_is_named(saved, name):
 @pytest.mark.parametrize("index, message", [
     ({"weight_map": {"a": "../c/model.safetensors"}}, "not a safetensors file of its own folder"),
     ({}, "no weight_map"), ({"weight_map": {"a": "w.bin"}}, "not a safetensors file"),
-    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors")])
+    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
+    ({"weight_map": {"nothing": "part.safetensors"}}, "part.safetensors does not hold nothing")])
 def test_bad_indexes_are_refused(saved, index, message):
     (saved[0] / "model.safetensors").rename(saved[0] / "part.safetensors")
     (saved[0] / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=message):
         checkpoint.load_model(saved[0])
+
+
+@pytest.mark.parametrize("right", ["a.safetensors", "b.safetensors"])
+def test_the_index_says_which_of_two_equal_names_is_meant(saved, right):
+    path, model, _ = saved
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    for name in ("a.safetensors", "b.safetensors"):
+        sign = 1 if name == right else -1
+        save_file({key: sign * t for key, t in tensors.items()}, path / name)
+    index = {"weight_map": dict.fromkeys(tensors, right)}
+    index["weight_map"]["model.norm.weight"] = ({"a.safetensors", "b.safetensors"} - {right}).pop()
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    again = checkpoint.load_model(path)
+    assert torch.equal(again.norm.weight, -model.norm.weight)
+    assert torch.equal(again.embed_tokens.weight, model.embed_tokens.weight)
 
 
 def test_pickled_weights_are_never_loaded(saved):
@@ -302,3 +334,7 @@ def test_tokens_of_a_run_count_once():
     assert checkpoint.tokens_seen(state(trunk, branch), state(("trunk", 900), ("other", 20))) == 970
     assert checkpoint.tokens_seen(state(trunk), state(("stranger", 30))) == 730
     assert checkpoint.tokens_seen({"tokens": 0, "lineage": {}, "history": []}) == 0
+    older = {"tokens": 10, "lineage": {}}  # written before there was a history
+    assert checkpoint.tokens_seen(older) == 10
+    assert checkpoint.tokens_seen(older | {"lineage": {"tokens_before": 5}}) == 15
+    assert checkpoint.tokens_seen(older, state(trunk), older) == 720

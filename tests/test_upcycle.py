@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM)
 
+import checkpoint
 import rows
 import upcycle as u
 from checkpoint import load_model, load_moments, save
@@ -329,6 +330,33 @@ def test_every_method_is_described_and_its_knobs_are_settings(tmp_path, random_d
         assert lineage["router_std"] == 0.5 and lineage["optimizer"] == "reset"
 
 
+def without_memory_maps(*args):
+    raise AssertionError("a tensor was read")
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_copies_go_from_file_to_file(tmp_path, random_dense, monkeypatch, platform):
+    """On Linux no tensor of the source is read. Elsewhere, without sendfile, the bytes are the same."""
+    expected, _ = upcycled(tmp_path, random_dense, "expected", method="noise", noise_std=0.0)
+    monkeypatch.setattr(checkpoint.sys, "platform", platform)
+    if platform == "linux":
+        monkeypatch.setattr(checkpoint.Span, "read", without_memory_maps)
+    else:
+        monkeypatch.delattr(os, "sendfile")
+    path, _ = upcycled(tmp_path, random_dense)
+    assert (Path(path) / "model.safetensors").read_bytes() == (
+        Path(expected) / "model.safetensors").read_bytes()
+
+
+def test_a_source_that_shrinks_is_no_endless_copy(tmp_path):
+    (tmp_path / "short").write_bytes(bytes(100))
+    span = checkpoint.Span("a", (50,), torch.float32, None, str(tmp_path / "short"), 60, 200)
+    with pytest.raises(OSError, match="short ended early"), open(tmp_path / "copy", "wb") as f:
+        f.write(b"header")
+        span.copy_to(f)
+    assert (tmp_path / "copy").read_bytes() == b"header" + bytes(40)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Merge
 
@@ -601,11 +629,11 @@ def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
     (dict(method="virtual_groups", granularity=4, num_local_experts=8, num_experts_per_tok=2),
      "not a multiple of granularity"),
     (dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4),
-     "last group would lack 2"),
+     "last group lacks 2"),
     (dict(method="virtual_groups", granularity=5, num_local_experts=10, num_experts_per_tok=5),
      "does not divide intermediate_size"),
     (dict(granularity=2), "goes with --method=virtual_groups"),
-    (dict(router_std=0.0), "every token would choose the same"),
+    (dict(router_std=0.0), "every token chooses the same ones"),
     (dict(num_experts_per_tok=9), "num_experts_per_tok = 9 is more than num_local_experts = 8"),
     (dict(num_local_experts=0), "num_local_experts: 0 is not at least 1"),
     (dict(method="drop", drop_ratio=1.5), "drop_ratio: 1.5"),
@@ -618,6 +646,32 @@ def test_settings_refused(tmp_path, random_dense, options, message):
     with pytest.raises(ConfigError, match=message):
         upcycled(tmp_path, random_dense, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options,cost", [
+    (dict(method="virtual_groups", granularity=4, num_local_experts=8, num_experts_per_tok=2),
+     "2 of a token's experts are part of a group"),
+    (dict(method="virtual_groups", granularity=4, num_local_experts=10, num_experts_per_tok=4),
+     "the last group lacks 2"),
+    (dict(router_std=0.0), "router_std = 0")])
+def test_force_writes_it_promises_nothing_and_says_what_it_costs(tmp_path, random_dense, options, cost):
+    path, record = upcycled(tmp_path, random_dense, force=True, check=True, check_tokens=64, **options)
+    assert len(record["costs"]) == 1 and cost in record["costs"][0]
+    assert f"forced: {record['costs'][0]}" in u.summary(record).splitlines()
+    assert record["predicted"]["kl"] is None
+    lost = record["measured"]["relative_logit_difference"]
+    assert lost > 1e-3 if "granularity" in options else lost < 1e-5
+    assert json.loads((Path(path) / "upcycle.json").read_text()) == record
+
+
+def test_a_failed_proof_is_kept_with_force_alone(tmp_path, random_dense, monkeypatch):
+    monkeypatch.setitem(u.METHODS, "copy", u.METHODS["copy"]._replace(weights=lambda o, w, p: w * 1.05))
+    with pytest.raises(ConfigError, match="not kept: logits differ by .*--force keeps it"):
+        upcycled(tmp_path, random_dense, check=True)
+    assert not list(tmp_path.iterdir())
+    path, record = upcycled(tmp_path, random_dense, check=True, force=True)
+    assert "logits differ by" in record["costs"][0] and record["costs"][0] in u.summary(record)
+    assert record["predicted"]["kl"] == 0 < record["measured"]["kl"] and Path(path).is_dir()
 
 
 @pytest.mark.parametrize("key,value", [
@@ -759,7 +813,7 @@ def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
 def test_no_room_says_what_is_needed(tmp_path, random_dense, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage",
                         lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000))
-    with pytest.raises(ConfigError, match="not written: .*GB needed"):
+    with pytest.raises(ConfigError, match="the disk is full: 0.00 GB needed, 0.00 GB free"):
         upcycled(tmp_path, random_dense)
     assert not list(tmp_path.iterdir())
 
