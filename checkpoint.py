@@ -216,9 +216,9 @@ class Span(NamedTuple):
 
 
 def open_tensors(directory):
-    """{tensor name: Span} of a directory; no weights are read yet. Raises ConfigError for a missing, truncated
-    or lying file, for an index that points outside the directory or says that a file has what it has not, and
-    for pickled weights, which are never loaded."""
+    """{tensor name: Span} of a directory; no weights are read yet. Raises ConfigError for a missing,
+    truncated or lying file, for an index that points outside the directory or at a tensor that is not in its
+    file, and for pickled weights, which are never loaded."""
     index = os.path.join(directory, "model.safetensors.index.json")
     files, weight_map = ["model.safetensors"], {}
     if not os.path.exists(os.path.join(directory, files[0])):

@@ -74,18 +74,12 @@ def test_a_real_full_disk(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-def test_a_checkpoint_on_a_full_disk_is_refused_in_one_line(saved, name, monkeypatch):
-    write_json = checkpoint.write_json
-
-    def fill_the_disk(directory, file, value):
-        write_json(directory, file, value)
-        if file == "config.json":
-            os.symlink("/dev/full", os.path.join(directory, name))
-    monkeypatch.setattr(checkpoint, "write_json", fill_the_disk)
+def test_a_disk_that_fills_up_under_the_moments_is_said_to_be_full(saved):
     path, model, optimizer = saved
     with pytest.raises(ConfigError, match="the disk is full") as error:
-        checkpoint.save(path.parent / "again", model, STATE, optimizer)
+        with checkpoint.atomic_directory(path.parent / "again") as temporary:
+            os.symlink("/dev/full", os.path.join(temporary, "optimizer.pt"))
+            checkpoint.write_moments(temporary, checkpoint.moments(model, optimizer))
     assert "\n" not in str(error.value) and os.listdir(path.parent) == ["c"]
 
 
