@@ -15,7 +15,7 @@ import numpy as np
 
 import report
 from configurator import REQUIRED, ConfigError, code_version, progress, run, setting
-from laws import LAWS, RIVALS, descend, evaluate, fit, grid_starts, missing, n_levels, parameter_names, predict, variable
+from laws import LAWS, RIVALS, descend, evaluate, fit, grid_starts, missing, levels_of_N, parameter_names, predict, variable
 from rows import FAMILIES, read_rows
 
 INTERVALS = ("parametric bootstrap: fitted losses with redrawn row noise and a random effect per trunk, variances estimated by REML; runs "
@@ -116,7 +116,7 @@ def leave_trunk_out(fit):
     numbers = []
     for number in np.unique(trunks):
         kept = [row for row, t in zip(problem.rows, trunks) if t != number]
-        if not missing(kept, problem.system) and n_levels(kept, problem.system) == n_levels(problem.rows, problem.system):
+        if not missing(kept, problem.system) and levels_of_N(kept, problem.system) == levels_of_N(problem.rows, problem.system):
             numbers.append(number)
     error = np.full(len(trunks), np.nan)
     if numbers:
@@ -138,7 +138,7 @@ def extrapolate(rows, system, law, name, share, delta):
     top = max(variable(row, name) for row in rows if row["family"] == family)
     held = [row for row in rows if row["family"] == family and row[name] == top]
     kept = [row for row in rows if not ((row["family"] == family or name == "N") and row.get(name, 0) >= top)]
-    if missing(kept, system) or name == "N" and min(n_levels(kept, system)) < 2:
+    if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
         return None
     params = fit(kept, system, share, delta).params(law)
     return held, np.log([row["loss"] for row in held]) - np.log([predict(law, params, **{v: row[v] for v in FAMILIES[family]}) for row in held])
