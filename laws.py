@@ -174,15 +174,15 @@ class Problem:
     system: dict           # {family: law}
     names: list            # "law:parameter", or "parameter" where laws share it
     is_log: np.ndarray     # (p,) the parameter is the log of a coefficient
-    low: np.ndarray        # (p,) bounds that keep finite what rows do not identify: exponents within 3, those of a
-    high: np.ndarray       # (p,) product within 0.3, a term at the centre above a millionth of the loss
+    low: np.ndarray        # (p,) bounds keep finite what rows do not identify: exponents within 3, those of
+    high: np.ndarray       # (p,) a product within 0.3, a term at the centre above a millionth of the loss
     features: np.ndarray   # (K, p, n)
     offset: np.ndarray     # (K, n) 0 where the row's law has the term, -inf where it has not
     to_raw: np.ndarray     # (p, p) and
     to_raw0: np.ndarray    # (p,) raw = to_raw @ centred + to_raw0
     y: np.ndarray          # (n,) ln loss
     fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
-    layout: dict           # {law: (its rows (n,), {place of a coefficient: {place of an exponent: its grid}})}
+    layout: dict           # {law: (its rows (n,), {place of a coefficient: {place of an exponent: grid}})}
     slots: list            # (K,) the term's coefficient, by name
     head: Head | None
     used: list = field(init=False)  # (K,) places of the parameters that occur in each term
@@ -221,8 +221,8 @@ def check_shares(laws, share, alone):
         forms = [laws[law][name] for law in users]
         if len(forms) > 1 and any(form != forms[0] or not set(form) <= set(share) for form in forms):
             raise ConfigError(
-                f"--share: {', '.join(users)} can share {name} only where its exponents are the same and shared "
-                f"too ({', '.join(forms[0])}): else what is shared depends on the unit of counting")
+                f"--share: {', '.join(users)} can share {name} only where its exponents are the same and "
+                f"shared too ({', '.join(forms[0])}): else what is shared depends on the unit of counting")
 
 
 @dataclass
@@ -235,7 +235,7 @@ class Draft:
     logs: dict                                    # {variable: (n,) ln of it}
     center: dict                                  # {variable: mean of its ln}
     names: dict = field(default_factory=dict)     # {full name: place}
-    bounds: dict = field(default_factory=dict)    # {place of an exponent or a head start's parameter: (low, high)}
+    bounds: dict = field(default_factory=dict)    # {place: (low, high)} where they are not a coefficient's
     features: dict = field(default_factory=dict)  # {(coefficient, place): (n,)}
     linear: list = field(default_factory=list)    # (place, place, value) off the diagonal of to_raw
     constant: list = field(default_factory=list)  # (place, value) of to_raw0
@@ -530,9 +530,9 @@ def polish(problem, theta, delta, cost):
         return np.where(inside, np.bincount(np.flatnonzero(inside), part, len(theta)), theta)[None]
 
     best = least_squares(
-        lambda part: evaluate(problem, full(part))[0][0] - problem.y, theta[inside], loss="huber", f_scale=delta,
-        jac=lambda part: evaluate(problem, full(part))[1][0, inside].T, x_scale="jac", xtol=1e-15, ftol=1e-15,
-        gtol=1e-15, max_nfev=50)
+        lambda part: evaluate(problem, full(part))[0][0] - problem.y, theta[inside],
+        jac=lambda part: evaluate(problem, full(part))[1][0, inside].T,
+        loss="huber", f_scale=delta, x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=50)
     found = full(best.x)[0]
     if best.cost <= cost and (found >= problem.low).all() and (found <= problem.high).all():
         return found, float(best.cost)
