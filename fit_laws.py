@@ -14,10 +14,12 @@ import numpy as np
 
 import report
 from configurator import REQUIRED, ConfigError, code_version, progress, run, setting
-from laws import LAWS, RIVALS, fit, missing, parameter_names
-from rows import FAMILIES, read_rows
-from uncertainty import (INTERVALS, aicc, bootstrap, extrapolate, leave_trunk_out, profile_E, standard_errors,
-                         trunk_of, unidentified, variances)
+from engine import fit, missing
+from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, parameter_names, predict,
+                  variable, variables_of)
+from rows import FAMILIES, method_label, read_rows, run_key
+from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E, standard_errors,
+                         unidentified)
 
 
 @dataclass
@@ -31,7 +33,10 @@ class Options:
     share: str = setting(
         "E", "parameters that the laws of the families share, comma-separated; none: nothing")
     delta: Literal["auto"] | float = setting(
-        "auto", "Huber's delta on log residuals; auto: 1.345 robust standard deviations")
+        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise, which nests in trunks")
+    A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
+    repeats: Literal["refuse", "lowest", "mean"] = setting(
+        "refuse", "of repeated runs take the lowest loss (a search over what the rows do not say) or the mean")
     draws: int = setting(1000, "bootstrap draws", least=20)
     seed: int = setting(0, "seed of the bootstrap", least=0)
     skip_bad: bool = setting(False, "drop bad rows and count them, instead of stopping at the first")
@@ -40,30 +45,63 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------
 # Which laws, on which rows
 
-def rows_at_most_common_data(rows):
-    """The rows whose (D, D1, D2) occurs most often."""
-    data = [tuple(row.get(name) for name in ("D", "D1", "D2")) for row in rows]
-    common = Counter(data).most_common(1)[0][0] if rows else None
-    return [row for row, tokens in zip(rows, data) if tokens == common]
+def resolve_repeats(rows, how):
+    """([row], [text: what was done]) where no run is repeated: each group of one run_key gives the row of
+    its lowest loss, or its first row with the mean loss. Raises ConfigError where runs are repeated and
+    how is "refuse"."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(run_key(row), []).append(row)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    if not repeated:
+        return rows, []
+    first = repeated[0]
+    said = (f"{len(repeated)} runs are there more than once, such as {first[0]['family']} N={first[0]['N']:g} with "
+            f"losses {', '.join(format(row['loss'], '.4g') for row in first[:4])}")
+    if how == "refuse":
+        raise ConfigError(f"{said}; --repeats=mean takes their mean, --repeats=lowest the best of a search, or add "
+                          "the columns that tell them apart (seed, trunk, learning_rate)")
+    kept = []
+    for group in groups.values():
+        best = min(group, key=lambda row: row["loss"])
+        kept.append(best if how == "lowest" else group[0] | {"loss": float(np.mean([row["loss"] for row in group]))})
+    return kept, [f"{said}; the {how} loss of each is taken"]
+
+
+def rows_at_one_data(rows):
+    """The rows of the (D, D1, D2) that occurs most often; of those that tie, the one with most tokens."""
+    data = [tuple(row.get(name, 0.0) for name in ("D", "D1", "D2")) for row in rows]
+    counts = Counter(data)
+    chosen = max(counts, key=lambda tokens: (counts[tokens], sum(tokens)), default=None)
+    return [row for row, tokens in zip(rows, data) if tokens == chosen]
+
+
+def system_of(law, base):
+    """{family: law} of the system that a law is fitted in. Dense, MoE and upcycled law are one system;
+    each rival takes the upcycled law's place, so that all of them explain the same rows. A law whose curve
+    from scratch is its own takes the MoE's place too. Loss matching with delta = 0 is fitted to no
+    upcycled row."""
+    if law in FAMILIES:
+        return base | {law: law}
+    if law not in RIVALS:
+        return {law.partition(".")[0]: law}
+    system = base | {"upcycled": law} | ({"moe": law} if law in SHARED_CURVE else {})
+    if law == "upcycled.loss_matching_0":
+        del system["upcycled"]
+    return system
 
 
 def plan_fits(rows, wanted=()):
-    """({law: (system, rows)} of what can be fitted, {law: what it lacks}). Dense, MoE and upcycled law are
-    one system. Each rival takes the upcycled law's place in it, so that all of them explain the same rows."""
+    """({law: (system, rows)} of what can be fitted, {law: what it lacks})."""
     fits, lacks = {}, {}
     base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
     for law in wanted or LAWS:
-        family, _, kind = law.partition(".")
-        if law in FAMILIES:
-            system = base | {law: law}
-        elif law in RIVALS:
-            system = base | {"upcycled": law} | ({"moe": law} if kind.endswith("shared") else {})
-        else:
-            system = {family: law}
+        system = system_of(law, base)
         chosen = [row for row in rows if row["family"] in system]
-        if kind in ("sparsity", "sparsity_additive"):  # laws at fixed data
-            chosen = rows_at_most_common_data(chosen)
-        lack = missing(chosen, {family: name for family, name in system.items() if name == law})
+        if law.endswith(("sparsity", "sparsity_additive")) and law != "moe.optimal_sparsity":  # at fixed data
+            chosen = rows_at_one_data(chosen)
+        own = {family: name for family, name in system.items() if name == law or law in MATCHING and family == "dense"}
+        lack = missing(chosen, own)
         if lack:
             lacks[law] = "; ".join(lack)
         else:
@@ -85,97 +123,163 @@ def rounded(params):
             for name, value in params.items()}
 
 
-def rms(values):
-    """Root mean square; None of nothing."""
-    values = np.asarray(values)
-    return float(np.sqrt((values ** 2).mean())) if len(values) else None
-
-
 @dataclass
 class Analysis:
     """A fitted system with what is known about its errors."""
-    fit: object
+    fit: object             # engine.Fit
     narrow: object          # the fit at Huber's delta 0.001
     theta: np.ndarray       # (draws, p) bootstrap
     left_out: np.ndarray    # (n,) log errors where the row's trunk was left out
-    share: tuple
+    aicc: float
 
 
-def analysed(rows, system, share, options, tick):
-    """The Analysis of one system."""
-    fitted = fit(rows, system, share, options.delta)
-    theta = bootstrap(fitted, options.draws, options.seed, tick=tick)
-    return Analysis(fitted, fit(rows, system, share, 1e-3), theta, leave_trunk_out(fitted), share)
+def analysed(rows, system, options, tick):
+    """The Analysis of one system; options are those of the command."""
+    settings = {"share": shared_names(options), "A_of_N": options.A_of_N}
+    fitted = fit_with_noise(rows, system, delta=options.delta, **settings)
+    theta = bootstrap(fitted, options.draws, options.seed, tick)
+    return Analysis(fitted, fit(rows, system, delta=1e-3, **settings), theta, leave_trunk_out(fitted), aicc(fitted))
 
 
-def law_entry(law, system, analysis, held_out):
+def explained_rows(law, rows):
+    """The rows whose losses a law is there to explain: those of its own family."""
+    return [row for row in rows if row["family"] == law.partition(".")[0]]
+
+
+def law_entry(law, rows, analysis, held_out):
     """The entry of one law in laws.json."""
     fitted, theta = analysis.fit, analysis.theta
     problem = fitted.problem
-    rows_of_law = np.array([system[row["family"]] == law for row in problem.rows])
-    draws, trunks = fitted.params(law, theta), trunk_of(problem.rows)
-    row, trunk, _, _ = variances(fitted, trunks)
+    system, draws, own = problem.system, fitted.params(law, theta), explained_rows(law, rows)
+    noise, misfit = fitted.noise.table()
     fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
     entry = {
         "params": rounded(fitted.params(law)),
         "ci95": {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()},
         "se_asymptotic": standard_errors(fitted, law),
-        "n": int(rows_of_law.sum()), "rmse_log": rms(fitted.residual[rows_of_law]),
-        "leave_trunk_out": rms(analysis.left_out[rows_of_law & np.isfinite(analysis.left_out)]),
-        "extrapolation": {name: found and rms(found[1]) for name, found in held_out.items()},
-        "aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
-        "shared": sorted(set(analysis.share) & set(problem.names)),
+        "n": len(own), "rmse_log": rms(errors(fitted, law, own)), "held_out": held_out,
+        "aicc": analysis.aicc, "n_with": len(fitted.residual), "fitted_with": system,
+        "shared": sorted(set(problem.options["share"]) & set(problem.names)),
         "not_identified": fixed | unidentified(fitted, law, theta),
-        "huber_delta": fitted.delta, "params_at_delta_0.001": rounded(analysis.narrow.params(law)),
-        "row_sd": math.sqrt(row), "trunk_sd": math.sqrt(trunk), "trunks": len(set(trunks)),
-        "draws": rounded(draws)}
+        "huber_delta": float(np.median(fitted.delta)),
+        "params_at_delta_0.001": rounded(analysis.narrow.params(law)),
+        "noise": noise, "misfit": misfit, "draws": rounded(draws)}
+    if "sparsity" in law and law != "moe.optimal_sparsity":
+        entry["at"] = {name: own[0][name] for name in ("D", "D1", "D2") if name in own[0]}
+    if problem.methods and law == system.get("upcycled"):
+        entry["methods"] = {label: {"params": rounded(fitted.params(law, method=label)),
+                                    "draws": rounded(fitted.params(law, theta, label))} for label in problem.methods}
     if law in RIVALS:  # the laws to compare it with are those of the same fit, draw by draw
         others = [other for other in dict.fromkeys(system.values()) if other != law]
         entry["beside"] = {other: {"params": rounded(fitted.params(other)),
                                    "draws": rounded(fitted.params(other, theta))} for other in others}
-    if "alpha3" in draws:
-        below, count = int((draws["alpha3"] <= 0).sum()), len(theta)
-        entry["alpha3_p"] = min(1.0, 2 * (min(below, count - below) + 1) / (count + 1))
     return entry
 
 
-def analyse(options, fits, bar):
-    """({law: its entry in laws.json}, {law: what figures need}). Figures need the Fit, errors with trunks
-    and with the largest levels left out, and the profile of E."""
-    entries, details, cache = {}, {}, {}
-    for law, (system, rows) in fits.items():
-        key = tuple(system.items()) + (len(rows),)
+def held_out_errors(law, rows, analysis, options):
+    """{variable or "trunk": {"rms", "rows", "beyond"} or None}: errors of rows of the law's family that
+    the fit did not see."""
+    fitted = analysis.fit
+    settings = {"delta": options.delta, **fitted.problem.options}
+    names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
+    found = {name: extrapolate(rows, fitted.problem.system, law, name, **settings) for name in names}
+    family = law.partition(".")[0]
+    left = analysis.left_out[[row["family"] == family for row in fitted.problem.rows]]
+    left = left[np.isfinite(left)]
+    if law == "upcycled.loss_matching_0":  # no upcycled trunk was seen
+        left = errors(fitted, law, explained_rows(law, rows))
+    found["trunk"] = {"rms": rms(left), "rows": len(left), "beyond": None} if len(left) else None
+    return found
+
+
+def analyse(rows, options, fits, bar):
+    """{law: its entry in laws.json}."""
+    entries, cache = {}, {}
+    for law, (system, chosen) in fits.items():
+        key = tuple(system.items()) + (len(chosen),)
         if key not in cache:
-            share = shared_names(options) if set(system) & {"dense", "upcycled"} or law == "moe" else ()
-            cache[key] = analysed(rows, system, share, options, bar.update)
-        analysis = cache[key]
-        variables = FAMILIES[law.partition(".")[0]] if law in FAMILIES or law in RIVALS else ()
-        held_out = {name: extrapolate(rows, system, law, name, analysis.share, options.delta)
-                    for name in variables}
-        entries[law] = law_entry(law, system, analysis, held_out)
-        details[law] = {"fit": analysis.fit, "left_out": analysis.left_out, "far": held_out,
-                        "here": np.array([system[row["family"]] == law for row in analysis.fit.problem.rows]),
-                        "profile": profile_E(analysis.fit, law) if law == "upcycled" else None}
-    return entries, details
+            cache[key] = analysed(chosen, system, options, bar.update)
+        if law == "upcycled.loss_matching_0":
+            chosen = chosen + explained_rows(law, rows)
+        entries[law] = law_entry(law, chosen, cache[key], held_out_errors(law, chosen, cache[key], options))
+    return entries
 
 
 def at_each_N(rows, options):
-    """({N: {law: {"params", "se_asymptotic", "n", "rmse_log", "leave_trunk_out"}}}, {N: profile of E}) of
-    the upcycled laws fitted to one size at a time. They hold with no assumption on how N enters."""
+    """({N: {law: {"params", "se_asymptotic", "n", "rmse_log", "held_out"}}}, {title: profile of E}) of the
+    upcycled laws fitted to one size at a time. They hold with no assumption on how N enters."""
     found, profiles = {}, {}
-    for n in sorted({row["N"] for row in rows if row["family"] == "upcycled"}):
-        fits, _ = plan_fits([row for row in rows if row["N"] == n], RIVALS)
-        for law, (system, chosen) in fits.items():
-            fitted = fit(chosen, system, (), options.delta)
-            rows_of_law = np.array([system[row["family"]] == law for row in fitted.problem.rows])
-            left_out = leave_trunk_out(fitted)
+    for n in levels(row["N"] for row in rows if row["family"] == "upcycled"):
+        one = [row for row in rows if n <= row["N"] <= 1.05 * n]
+        for law, (system, chosen) in plan_fits(one, RIVALS)[0].items():
+            fitted = fit_with_noise(chosen, system, (), options.delta)
+            own, left = explained_rows(law, one), leave_trunk_out(fitted)
+            left = left[np.isfinite(left) & [row["family"] == "upcycled" for row in fitted.problem.rows]]
             found.setdefault(f"{n:.6g}", {})[law] = {
                 "params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
-                "n": int(rows_of_law.sum()), "rmse_log": rms(fitted.residual[rows_of_law]),
-                "leave_trunk_out": rms(left_out[rows_of_law & np.isfinite(left_out)])}
+                "n": len(own), "rmse_log": rms(errors(fitted, law, own)),
+                "held_out": {"trunk": {"rms": rms(left), "rows": len(left), "beyond": None} if len(left) else None}}
             if law == "upcycled":
-                profiles[n] = profile_E(fitted, law)
+                profiles[f"N = {n:.3g} alone"] = profile_E(fitted, law)
     return found, profiles
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows that a fit did not see
+
+def rms(values):
+    """Root mean square; None of nothing."""
+    values = np.asarray(values, float)
+    return float(np.sqrt((values ** 2).mean())) if len(values) else None
+
+
+def errors(fitted, law, rows):
+    """(len(rows),) ln measured - ln predicted by a law of the fit for rows of the law's family, each by
+    its own method, whether the fit saw them or not."""
+    params = {label: fitted.params(law, method=label) for label in {method_label(row) for row in rows}}
+    predicted = [predict(law, params[method_label(row)], **{name: variable(row, name) for name in variables_of(law)})
+                 for row in rows]
+    return np.log([row["loss"] for row in rows]) - np.log(np.array(predicted, float))
+
+
+def held_out_from(rows, family, name):
+    """The value of variable `name` from which rows of a family are held out: its largest level, or the
+    upper fifth of its range (in logarithms) where that level has less than 15 % of the rows. None where
+    that leaves nothing."""
+    values = np.array([variable(row, name) for row in rows if row["family"] == family], float)
+    values = values[np.isfinite(values)]
+    found = levels(values)
+    if len(found) < 2:
+        return None
+    threshold = found[-1]
+    if (values >= threshold).mean() < 0.15:
+        threshold = min(threshold, math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
+    return threshold
+
+
+def extrapolate(rows, system, law, name, **options):
+    """How a fit predicts a law's rows at the largest values of variable `name`, which it did not see; for N
+    it saw them in no family. options go to fit_with_noise.
+
+    Returns {"rms": error of ln loss, "rows": how many rows were held out, "beyond": the largest held-out
+    value over the largest fitted one}, or None where too few rows are left to fit.
+    """
+    family = law.partition(".")[0]
+    threshold = held_out_from(rows, family, name)
+    if threshold is None:
+        return None
+
+    def is_held(row, families):
+        return row["family"] in families and variable(row, name) >= threshold
+
+    held = [row for row in rows if is_held(row, {family})]
+    kept = [row for row in rows if not is_held(row, set(system) | {family} if name == "N" else {family})]
+    if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
+        return None
+    fitted = fit_with_noise(kept, system, **options)
+    rest = [variable(row, name) for row in kept if row["family"] == family]
+    return {"rms": rms(errors(fitted, law, held)), "rows": len(held),
+            "beyond": float(max(variable(row, name) for row in held) / max(rest))}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -248,6 +352,13 @@ def unidentified_note(entries):
     return [f"these rows do not identify {said}; outside the data those laws say little"] if said else []
 
 
+def folded_note(entries):
+    """[a warning] that names the laws fitted at one horizon D."""
+    laws = [law for law, entry in entries.items() if "one level of D" in entry["not_identified"].get("A", "")]
+    return [f"{', '.join(laws)}: the rows have one horizon D, whose term is part of E; the law says nothing of other "
+            "horizons"] if laws else []
+
+
 def write_json(path, content):
     """Write a JSON file whole: a temporary file beside it takes its name once it is on the disk."""
     temporary = f"{path}.tmp"
@@ -261,48 +372,93 @@ def write_json(path, content):
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def write_results(rows, out, details, profiles, notes, options):
-    """Write report.md and the figures, then laws.json, whose presence says that all is done; print the
-    summary."""
-    entries, sizes = out["laws"], out["at_each_N"]
-    compared, parameters, each = report.table(entries, sizes)
-    best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
-    methods = report.method_lines(report.method_differences(rows))
-    lines = [*compared, "", *parameters, "", *each, "", *methods]
-    report.report(rows, out, details, profiles, lines, notes, options.out)
-    path = os.path.join(options.out, "laws.json")
-    write_json(path, out)
-    shown = [line for i, line in enumerate(parameters)
-             if i < 2 or options.laws or line.split("|")[1].strip() in (*FAMILIES, best)]
-    found = report.findings(entries, out["ranges"])
-    for block in (compared, each, shown, methods, found, [f"warning: {note}" for note in notes]):
-        print("\n".join(block) + "\n" * bool(block))
-    print(f"{path}, report.md and figures written")
+def origin(rows):
+    """{family: {column: its values}} of what must agree among laws that are compared."""
+    columns = ("data_sha256", "tokenizer", "num_local_experts", "num_experts_per_tok", "max_seq_len")
+    return {family: {name: sorted({row[name] for row in rows if row["family"] == family and name in row}, key=str)
+                     for name in columns} for family in FAMILIES if any(row["family"] == family for row in rows)}
+
+
+def models(rows):
+    """[{"family", "N", "N_active", "N_total", "num_local_experts", "num_experts_per_tok",
+    "flops_per_token"}]: the models of the rows that say their FLOPs."""
+    found = {}
+    for row in rows:
+        tokens = row.get("D2", row.get("D"))
+        columns = ("family", "N", "N_active", "N_total", "num_local_experts", "num_experts_per_tok")
+        model = {name: row[name] for name in columns if name in row}
+        if isinstance(row.get("flops"), (int, float)) and row["flops"] > 0:
+            found[tuple(model.values())] = model | {"flops_per_token": row["flops"] / tokens}
+    return list(found.values())
+
+
+def claims(rows, options):
+    """{claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows.
+
+    The variations drop the smallest D2, share B and beta among the families, and let A depend on N.
+    """
+    smallest = levels(row["D2"] for row in rows if row["family"] == "upcycled")[:1]
+    without = [row for row in rows if not (smallest and row.get("D2", math.inf) <= 1.05 * smallest[0])]
+    share = {"share": shared_names(options), "A_of_N": options.A_of_N}
+    variations = {"as fitted": (rows, share), "without the smallest D2": (without, share),
+                  "B and beta shared": (rows, share | {"share": ("E", "B", "beta")}),
+                  "A depends on N": (rows, share | {"A_of_N": True})}
+    found = {}
+    for variation, (chosen, settings) in variations.items():
+        fits, _ = plan_fits(chosen, ["upcycled", "upcycled.handicap"])
+        if len(fits) < 2:
+            continue
+        interaction, handicap = (fit_with_noise(own, system, delta=options.delta, **settings)
+                                 for system, own in fits.values())
+        for claim, fitted, name in (("alpha3 is positive", interaction, "alpha3"),
+                                    ("upcycling has a lasting cost kappa", handicap, "kappa")):
+            law = fitted.problem.system["upcycled"]
+            value, error = fitted.params(law)[name], standard_errors(fitted, law)[name]
+            found.setdefault(claim, {})[variation] = {
+                "holds": bool(value > 1.96 * error), "value": f"{value:.3g}, standard error {error:.2g}"}
+        gain = aicc(interaction) - aicc(handicap)
+        found.setdefault("a head start with a handicap describes the rows better than the interaction", {})[
+            variation] = {"holds": bool(gain > 6), "value": f"AICc lower by {gain:.1f}"}
+        for name in ("D1", "D2"):
+            held = [extrapolate(own, system, law, name, delta=options.delta, **settings)
+                    for law, (system, own) in fits.items()]
+            if all(held):
+                found.setdefault(f"it predicts the held-out largest {name} better", {})[variation] = {
+                    "holds": held[1]["rms"] < held[0]["rms"],
+                    "value": f"{100 * held[1]['rms']:.2f} % against {100 * held[0]['rms']:.2f} % on {held[0]['rows']} rows"}
+    return found
 
 
 def main(options):
-    """Read rows, fit the laws, write the results."""
+    """Read rows, fit the laws, write the results; laws.json comes last, since its presence says that all
+    is done."""
     rows, dropped = read_rows(options.rows, options.skip_bad)
+    notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
+    rows, said = resolve_repeats(rows, options.repeats)
     wanted = wanted_laws(options)
     fits = planned(rows, wanted, options)
-    notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
-    notes += mixtures(rows)
+    notes += said + mixtures(rows)
     try:
         os.makedirs(options.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
     systems = {tuple(system.items()) for system, _ in fits.values()}
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
-        entries, details = analyse(options, fits, bar)
-    notes += unidentified_note(entries)
+        entries = analyse(rows, options, fits, bar)
+    notes += unidentified_note(entries) + folded_note(entries)
     sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
-    out = {"version": 1, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows),
+    out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows),
+           "origin": origin(rows), "models": models(rows),
+           "claims": claims(rows, options) if not wanted else {},
            "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(), "git": code_version()}
-    ratios = [row["N_active"] / row["N"] for row in rows if row["family"] != "dense" and "N_active" in row]
-    if ratios:
-        out["active_ratio"] = float(np.mean(ratios))
-    write_results(rows, out, details, profiles, notes, options)
+    report.write(rows, out, profiles, notes, options.out)
+    path = os.path.join(options.out, "laws.json")
+    write_json(path, out)
+    blocks = (report.comparison_table(entries), report.single_size_table(sizes), report.findings(rows, out),
+              [f"warning: {note}" for note in notes])
+    print("\n\n".join("\n".join(block) for block in blocks if block))
+    print(f"{path}, report.md and figures written")
 
 
 if __name__ == "__main__":

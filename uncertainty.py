@@ -1,8 +1,9 @@
 """How sure a fit is: nested noise, intervals, information criterion, and rows that were left out.
 
-Runs share luck. All runs upcycled from one dense trunk, at whatever D1, share that trunk's luck with the dense runs of
-the trunk. Runs of one MoE or upcycled trunk share theirs, and each run adds its own. Where seeds were repeated, what
-all seeds of one design cell have in common and the law does not fit is misfit, not noise.
+Runs share luck. All runs upcycled from one dense trunk, at whatever D1, share that trunk's luck with the
+dense runs of the trunk. Runs of one MoE or upcycled trunk share theirs, and each run adds its own. Where
+seeds were repeated, what all seeds of one design cell have in common and the law does not fit is misfit, not
+noise.
 """
 import math
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from engine import Fit, descend, evaluate, fit, missing, starts
-from laws import levels, levels_of_N, predict, variable, variables_of
+from laws import levels_of_N
 from rows import method_label
 
 INTERVALS = (
@@ -40,8 +41,8 @@ def numbered(keys):
 
 
 def dense_trunks(rows):
-    """[the dense trunk of each row, or None]: its column dense_trunk; a dense row's own trunk; and for an upcycled row
-    with no such column the dense trunk of the same N and seed."""
+    """[the dense trunk of each row, or None]: its column dense_trunk; a dense row's own trunk; and for an
+    upcycled row with no such column the dense trunk of the same N and seed."""
     by_seed = {(row["N"], str(row["seed"])): str(row["trunk"]) for row in rows
                if row["family"] == "dense" and "trunk" in row and "seed" in row}
     found = []
@@ -82,10 +83,11 @@ class Effects:
 
 
 def effects_of(rows):
-    """The Effects of rows. A component is there where at least two rows share one of its effects and, for a trunk,
-    where not all rows do; misfit ("cell") is there where a family repeats a design cell with another trunk."""
+    """The Effects of rows. A component is there where at least two rows share one of its effects and, for
+    a trunk, where not all rows do; misfit ("cell") is there where a family repeats a design cell with
+    another trunk."""
+    present = list(dict.fromkeys(row["family"] for row in rows))
     families = np.array([row["family"] for row in rows])
-    present = list(dict.fromkeys(families))
     kinds = [("row", family) for family in present]
     row_kind = np.array([present.index(family) for family in families])
     columns, column_kind = [], []
@@ -121,8 +123,8 @@ class Noise:
     log_sd: np.ndarray     # (c,) the estimate
 
     def deviance(self, log_sd, restricted=True):
-        """(S,) -2 ln likelihood of ln loss at log standard deviations (S, c), the parameters fitted to first order;
-        restricted (REML): the parameters integrated out.
+        """(S,) -2 ln likelihood of ln loss at log standard deviations (S, c), the parameters fitted to first
+        order; restricted (REML): the parameters integrated out.
 
         One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it.
         """
@@ -153,7 +155,8 @@ class Noise:
         return best.x, best.fun
 
     def posterior(self, draws, random, chains=60, steps=70):
-        """(draws, c) log standard deviations from their REML posterior by differential-evolution Markov chains."""
+        """(draws, c) log standard deviations from their REML posterior by differential-evolution Markov
+        chains."""
         c = len(self.log_sd)
         state = np.clip(self.log_sd + 0.4 * random.standard_normal((chains, c)), math.log(LEAST_SD), 0.0)
         height = self.deviance(state) + self.penalty(state)
@@ -180,8 +183,8 @@ class Noise:
 
 
 def noise_of(problem, theta):
-    """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its family counts
-    as 4 of them."""
+    """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its
+    family counts as 4 of them."""
     effects = effects_of(problem.rows)
     predicted, jacobian = evaluate(problem, theta[None])
     residual, families = problem.y - predicted[0], effects.row_kind
@@ -211,8 +214,9 @@ def whitening(covariance, kept=None):
 
 
 def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False):
-    """The Fit of a system {family: law} with its Noise. With delta "auto" it is generalised least squares: Huber's loss,
-    delta 1.345, of residuals whitened by the estimated noise; else plain Huber on log residuals."""
+    """The Fit of a system {family: law} with its Noise. With delta "auto" it is generalised least squares:
+    Huber's loss, delta 1.345, of residuals whitened by the estimated noise; else plain Huber on log
+    residuals."""
     fitted = fit(rows, system, share, delta, A_of_N)
     problem = fitted.problem
     fitted.noise = noise_of(problem, fitted.theta)
@@ -232,8 +236,8 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False):
 # Intervals and the information criterion
 
 def refits(fitted, count, **changes):
-    """(count, p) refits from the estimate; where a parameter of it is at a bound, which a descent from there cannot
-    leave, also from the best start of the grid. `changes` go to laws.descend."""
+    """(count, p) refits from the estimate; where a parameter of it is at a bound, which a descent from
+    there cannot leave, also from the best start of the grid. `changes` go to laws.descend."""
     problem, arguments = fitted.problem, {"whiten": fitted.whiten} | changes
     theta, cost = descend(problem, np.tile(fitted.theta, (count, 1)), fitted.delta, **arguments)
     if ((fitted.theta > problem.low) & (fitted.theta < problem.high)).all():
@@ -245,8 +249,8 @@ def refits(fitted, count, **changes):
 
 
 def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
-    """Parameters refitted to redrawn losses, (draws, p) centred: fitted losses times noise, whose standard deviations
-    are drawn anew each time from their posterior."""
+    """Parameters refitted to redrawn losses, (draws, p) centred: fitted losses times noise, whose standard
+    deviations are drawn anew each time from their posterior."""
     random, found = np.random.default_rng(seed), []
     log_sd = fitted.noise.posterior(draws, random)
     for first in range(0, draws, 100):
@@ -258,8 +262,8 @@ def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
 
 
 def covariance(jacobian, noise, whiten=None):
-    """(p, p) of the estimate to first order, from its Jacobian (p, n), the noise (n, n) and what residuals were multiplied
-    by (n, n)."""
+    """(p, p) of the estimate to first order, from its Jacobian (p, n), the noise (n, n) and what residuals
+    were multiplied by (n, n)."""
     if whiten is not None:
         jacobian, noise = jacobian @ whiten.T, whiten @ noise @ whiten.T
     scale = np.linalg.norm(jacobian, axis=1) + 1e-12
@@ -283,20 +287,17 @@ def standard_errors(fitted, law):
 
 
 def aicc(fitted):
-    """Akaike's criterion with its small-sample correction, over all rows of the system: the likelihood has the nested
-    noise in it, and its variances count as parameters."""
+    """Akaike's criterion with its small-sample correction, over all rows of the system: the likelihood has
+    the nested noise in it, and its variances count as parameters."""
     noise = fitted.noise
     n, k = noise.counts.sum(), len(fitted.theta) + len(noise.effects.kinds)
     deviance = noise.minimised(lambda log_sd: noise.deviance(log_sd, restricted=False))[1]
     return float(deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Rows that the fit did not see, and parameters that it cannot tell
-
 def leave_trunk_out(fitted):
-    """(n,) ln measured - ln predicted by fits that did not see the row's trunk; nan where leaving the trunk out loses a
-    level of N."""
+    """(n,) ln measured - ln predicted by fits that did not see the row's trunk; nan where leaving the
+    trunk out loses a level of N."""
     problem, trunks = fitted.problem, trunk_of(fitted.problem.rows)
     sizes, numbers = levels_of_N(problem.rows, problem.system), []
     for number in np.unique(trunks):
@@ -315,65 +316,10 @@ def leave_trunk_out(fitted):
     return error
 
 
-def held_out_from(rows, family, name):
-    """The value of variable `name` from which rows of a family are held out: its largest level, or the upper fifth of its
-    range (in logarithms) where that level has less than 15 % of the rows. None where that leaves nothing."""
-    values = np.array([variable(row, name) for row in rows if row["family"] == family], float)
-    values = values[np.isfinite(values)]
-    found = levels(values)
-    if len(found) < 2:
-        return None
-    threshold = found[-1]
-    if (values >= threshold).mean() < 0.15:
-        threshold = min(threshold, math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
-    return threshold
-
-
-def extrapolate(rows, system, law, name, **options):
-    """How a fit predicts a law's rows at the largest values of variable `name`, which it did not see; for N it saw
-    them in no family. options go to fit_with_noise.
-
-    Returns {"rms": error of ln loss, "rows": how many rows were held out, "beyond": the largest held-out value over the
-    largest fitted one}, or None where too few rows are left to fit.
-    """
-    family = law.partition(".")[0]
-    threshold = held_out_from(rows, family, name)
-    if threshold is None:
-        return None
-
-    def is_held(row, families):
-        return row["family"] in families and variable(row, name) >= threshold
-
-    held = [row for row in rows if is_held(row, {family})]
-    kept = [row for row in rows if not is_held(row, set(system) | {family} if name == "N" else {family})]
-    if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
-        return None
-    fitted = fit_with_noise(kept, system, **options)
-    rest = [variable(row, name) for row in kept if row["family"] == family]
-    return {"rms": rms(errors(fitted, law, held)), "rows": len(held),
-            "beyond": float(max(variable(row, name) for row in held) / max(rest))}
-
-
-def errors(fitted, law, rows):
-    """(len(rows),) ln measured - ln predicted by a law of the fit, for rows it saw or not, each by its own method."""
-    found = []
-    for row in rows:
-        label = method_label(row) if row["family"] == "upcycled" else None
-        params = fitted.params(law, method=label)
-        names = variables_of(law) if row["family"] == "upcycled" or "." not in law or law.startswith("moe") else ["N", "D"]
-        found.append(math.log(row["loss"] / predict(law, params, **{name: variable(row, name) for name in names})))
-    return np.array(found)
-
-
-def rms(values):
-    """Root mean square; None of nothing."""
-    values = np.asarray(values, float)
-    return float(np.sqrt((values ** 2).mean())) if len(values) else None
-
-
 def profile(fitted, law, parameter, values):
-    """({parameter: [its value where `parameter` of a law is held at each of `values` and all else is refitted]}, [how far
-    the objective lies above its minimum, relative]); None where the fit has no such parameter of its own."""
+    """({parameter: [its value where `parameter` of a law is held at each of `values` and all else is
+    refitted]}, [how far the objective lies above its minimum, relative]); None where the fit has no such
+    parameter of its own."""
     problem = fitted.problem
     place = [j for j, name in enumerate(problem.names) if name in (parameter, f"{law}:{parameter}")]
     if not place:
@@ -386,9 +332,9 @@ def profile(fitted, law, parameter, values):
 
 
 def profile_E(fitted, law):
-    """E held on a grid and all else refitted: {"E", "alpha3", "objective" (relative, above its minimum): lists, "fit":
-    [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood interval}; None where the fit has no
-    E of its own."""
+    """E held on a grid and all else refitted: {"E", "alpha3", "objective" (relative, above its minimum):
+    lists, "fit": [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood
+    interval}; None where the fit has no E of its own."""
     values = np.linspace(0.02, 0.98, 33) * math.exp(fitted.problem.y.min())
     found = profile(fitted, law, "E", values)
     if found is None:
@@ -400,8 +346,8 @@ def profile_E(fitted, law):
 
 
 def unidentified(fitted, law, theta):
-    """{parameter: why} where the fit or an end of its interval (theta: draws) sits on a bound, or where an exponent's
-    sign or a coefficient's size is open."""
+    """{parameter: why} where the fit or an end of its interval (theta: draws) sits on a bound, or where an
+    exponent's sign or a coefficient's size is open."""
     problem, why = fitted.problem, {}
     low, high = np.quantile(theta, [0.025, 0.975], axis=0)
     bound = np.minimum(fitted.theta, low) <= problem.low

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fit_laws as F
+import engine
 import laws
 import report
 import uncertainty
@@ -45,7 +46,7 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     )
     written = json.loads((tmp_path / "a" / "laws.json").read_text())
     read, _ = read_rows([str(path)])  # the same command gives the same draws
-    again = laws.fit(read, THREE)
+    again = engine.fit(read, THREE)
     assert written["laws"]["moe"]["draws"]["alpha"] == pytest.approx(
         again.params("moe", uncertainty.bootstrap(again, 20))["alpha"], rel=1e-6
     )

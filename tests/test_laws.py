@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import least_squares
 
 import fit_laws as F
+import engine
 import laws
 import uncertainty
 from rows import FAMILIES
@@ -24,12 +25,12 @@ def assert_params(found, truth, tolerance=1e-6):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recovers_planted_table2_alone(family):
-    fit = laws.fit(simulate(TABLE2, {family: family}), {family: family})
+    fit = engine.fit(simulate(TABLE2, {family: family}), {family: family})
     assert_params(fit.params(family), TABLE2[family])
 
 
 def test_recovers_planted_table2_with_shared_E():
-    fit = laws.fit(simulate(TABLE2), THREE)
+    fit = engine.fit(simulate(TABLE2), THREE)
     assert fit.problem.names.count("E") == 1 and len(fit.theta) == 4 + 4 + 6 + 1
     for family in FAMILIES:
         assert_params(fit.params(family), TABLE2[family])
@@ -45,11 +46,11 @@ def test_recovers_planted_table2_with_shared_E():
 )
 def test_recovers_planted_rivals(law, truth):
     system = {"upcycled": law}
-    assert_params(laws.fit(simulate({law: truth}, system), system).params(law), truth)
+    assert_params(engine.fit(simulate({law: truth}, system), system).params(law), truth)
 
 
 def test_recovers_planted_head_start_shared_with_from_scratch():
-    fit = laws.fit(
+    fit = engine.fit(
         simulate(
             HEAD_START,
             SHARED,
@@ -65,11 +66,11 @@ def test_recovers_planted_head_start_shared_with_from_scratch():
 
 def test_one_N_folds_the_B_term_into_E_and_two_fold_E_into_it():
     p = TABLE2["upcycled"]
-    one = laws.fit(simulate(TABLE2, {"upcycled": "upcycled"}, N=[1e8]), {"upcycled": "upcycled"})
+    one = engine.fit(simulate(TABLE2, {"upcycled": "upcycled"}, N=[1e8]), {"upcycled": "upcycled"})
     assert_params(
         one.params("upcycled"), p | {"B": 0.0, "beta": 0.0, "E": p["E"] + p["B"] * 1e8 ** -p["beta"]}
     )
-    two = laws.fit(simulate(TABLE2, {"upcycled": "upcycled"}, N=[1e8, 1e9]), {"upcycled": "upcycled"})
+    two = engine.fit(simulate(TABLE2, {"upcycled": "upcycled"}, N=[1e8, 1e9]), {"upcycled": "upcycled"})
     found = two.params("upcycled")
     assert found["E"] == 0.0 and "two levels" in two.problem.fixed["upcycled"]["E"][1]
     for n in (1e8, 1e9):
@@ -106,7 +107,7 @@ def test_recovers_planted_joint_moe_law():
     truth = dict(
         a=36.0, delta=0.22, alpha=-0.19, gamma=-0.01, b=36.0, omega=-0.55, beta=-0.18, zeta=0.026, c=1.36
     )
-    assert_params(laws.fit(moe_rows(loss), {"moe": "moe.joint"}, ()).params("moe.joint"), truth, 1e-4)
+    assert_params(engine.fit(moe_rows(loss), {"moe": "moe.joint"}, ()).params("moe.joint"), truth, 1e-4)
 
 
 def test_recovers_the_predictions_of_a_planted_optimal_sparsity_law():
@@ -120,7 +121,7 @@ def test_recovers_the_predictions_of_a_planted_optimal_sparsity_law():
             + 0.94
         )
 
-    fit = laws.fit(moe_rows(loss), {"moe": "moe.optimal_sparsity"}, ())
+    fit = engine.fit(moe_rows(loss), {"moe": "moe.optimal_sparsity"}, ())
     assert np.abs(fit.residual).max() < 1e-6  # five terms: many coefficients predict alike
 
 
@@ -142,7 +143,7 @@ def test_recovers_planted_sparsity_laws(law, truth):
             )
         return truth["A"] * ratio ** -truth["alpha"] * r["N_active"] ** -truth["beta"] + truth["E"]
 
-    assert_params(laws.fit(moe_rows(loss, D=(1e9,)), {"moe": law}, ()).params(law), truth, 1e-5)
+    assert_params(engine.fit(moe_rows(loss, D=(1e9,)), {"moe": law}, ()).params(law), truth, 1e-5)
 
 
 # The engine
@@ -159,11 +160,11 @@ SYSTEMS = [
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_jacobian_is_that_of_finite_differences(system):
     rows = simulate(TABLE2) if "dense" in system else moe_rows(lambda r: 3.0 + r["N"] ** -0.1)
-    problem = laws.build(rows, system)
-    theta = laws.grid_starts(problem)[::4]
-    _, jacobian = laws.evaluate(problem, theta)
+    problem = engine.build(rows, system)
+    theta = engine.grid_starts(problem)[::4]
+    _, jacobian = engine.evaluate(problem, theta)
     for j, step in enumerate(1e-6 * np.eye(theta.shape[1])):
-        numeric = (laws.evaluate(problem, theta + step)[0] - laws.evaluate(problem, theta - step)[0]) / 2e-6
+        numeric = (engine.evaluate(problem, theta + step)[0] - engine.evaluate(problem, theta - step)[0]) / 2e-6
         assert np.abs(numeric - jacobian[:, j]).max() < 1e-8, problem.names[j]
 
 
@@ -175,7 +176,7 @@ def test_jacobian_is_that_of_finite_differences(system):
 )
 def test_engine_and_formula_predict_alike(system, share):
     rows = simulate(TABLE2, noise=0.1)
-    fit = laws.fit(rows, system, share)
+    fit = engine.fit(rows, system, share)
     for name in share:
         assert (
             len({float(fit.params(law)[name]) for law in set(system.values()) if name in fit.params(law)})
@@ -203,22 +204,22 @@ def test_a_coefficient_is_shared_only_with_its_exponents(share, system):
         F.ConfigError,
         match=f"can share {share[-1] if share[-1] != 'alpha' else 'A'} only where its exponents",
     ):
-        laws.fit(simulate(TABLE2), system, share)
+        engine.fit(simulate(TABLE2), system, share)
 
 
 def test_no_random_start_finds_a_lower_objective():
     random = np.random.default_rng(0)
     for seed in range(10):
         truth, system = ((TABLE2, THREE), (HEAD_START, SHARED))[seed % 2]
-        fit = laws.fit(
+        fit = engine.fit(
             simulate(truth, system, noise=0.005, trunk_noise=0.003, seed=seed),
             (THREE, SHARED, THREE | {"upcycled": "upcycled.additive"})[seed % 3],
         )
         low, high = np.where(fit.problem.is_log, -3.0, -0.1), np.where(fit.problem.is_log, 1.0, 0.6)
         starts = random.uniform(low, high, (100, len(fit.theta)))
-        assert laws.descend(fit.problem, starts, fit.delta)[1].min() > fit.cost * (1 - 1e-6)
+        assert engine.descend(fit.problem, starts, fit.delta)[1].min() > fit.cost * (1 - 1e-6)
         other = least_squares(
-            lambda t: laws.evaluate(fit.problem, t[None])[0][0] - fit.problem.y,
+            lambda t: engine.evaluate(fit.problem, t[None])[0][0] - fit.problem.y,
             starts[0],
             loss="huber",
             f_scale=fit.delta,
@@ -228,22 +229,22 @@ def test_no_random_start_finds_a_lower_objective():
 
 
 def test_many_weighted_refits_are_what_scipy_finds_one_by_one():
-    fit = laws.fit(simulate(TABLE2, {"upcycled": "upcycled"}, noise=0.004), {"upcycled": "upcycled"})
+    fit = engine.fit(simulate(TABLE2, {"upcycled": "upcycled"}, noise=0.004), {"upcycled": "upcycled"})
     random = np.random.default_rng(1)
     y, weights = (
         fit.problem.y + 0.004 * random.standard_normal((6, len(fit.problem.y))),
         random.integers(0, 3, (6, len(fit.problem.y))),
     )
-    _, cost = laws.descend(fit.problem, np.tile(fit.theta, (6, 1)), 0.005, y, weights)
+    _, cost = engine.descend(fit.problem, np.tile(fit.theta, (6, 1)), 0.005, y, weights)
     for k in range(6):
         again = np.repeat(np.arange(len(y[k])), weights[k])  # a row of weight 2 is there twice
         scipy = least_squares(
-            lambda t: (laws.evaluate(fit.problem, t[None])[0][0] - y[k])[again],
+            lambda t: (engine.evaluate(fit.problem, t[None])[0][0] - y[k])[again],
             fit.theta,
             loss="huber",
             f_scale=0.005,
             x_scale="jac",
-            jac=lambda t: laws.evaluate(fit.problem, t[None])[1][0].T[again],
+            jac=lambda t: engine.evaluate(fit.problem, t[None])[1][0].T[again],
             xtol=1e-14,
             ftol=1e-14,
             gtol=1e-14,
@@ -253,7 +254,7 @@ def test_many_weighted_refits_are_what_scipy_finds_one_by_one():
 
 def test_an_outlier_hardly_moves_the_fit_and_delta_is_honoured():
     rows = simulate(TABLE2, {"dense": "dense"}, noise=0.002)
-    clean = laws.fit(rows, {"dense": "dense"}).params("dense")
+    clean = engine.fit(rows, {"dense": "dense"}).params("dense")
     rows[7] = rows[7] | {"loss": rows[7]["loss"] * 1.3}
 
     def shift(fit):
@@ -262,13 +263,13 @@ def test_an_outlier_hardly_moves_the_fit_and_delta_is_honoured():
             math.log(laws.predict("dense", fit.params("dense"), **at) / laws.predict("dense", clean, **at))
         )
 
-    robust, squares = laws.fit(rows, {"dense": "dense"}), laws.fit(rows, {"dense": "dense"}, delta=10.0)
+    robust, squares = engine.fit(rows, {"dense": "dense"}), engine.fit(rows, {"dense": "dense"}, delta=10.0)
     assert robust.delta < 0.01 and squares.delta == 10.0
     assert shift(robust) < 0.002 < shift(squares)
 
 
 def test_profile_of_E_passes_through_the_planted_alpha3():
-    fit = laws.fit(simulate(TABLE2, noise=0.001), THREE)
+    fit = engine.fit(simulate(TABLE2, noise=0.001), THREE)
     profile = uncertainty.profile_E(fit, "upcycled")
     assert min(profile["objective"]) > -1e-9
     at = np.interp(fit.params("upcycled")["E"], profile["E"], profile["alpha3"])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import fit_laws as F
+import engine
 import laws
 import report
 import uncertainty
@@ -133,7 +134,7 @@ def test_few_and_odd_rows_that_are_accepted_can_be_fitted(seed, D, spread):
     ]
     rows = [row for row in rows if random.random() < 0.7]
     for law, (system, mine) in F.plan_fits(rows)[0].items():
-        fit = laws.fit(mine, system)
+        fit = engine.fit(mine, system)
         assert math.isfinite(uncertainty.aicc(fit)) and all(map(math.isfinite, fit.params(law).values()))
 
 
@@ -172,15 +173,15 @@ def test_reader_never_crashes(tmp_path_factory, content, kind):
 
 
 def test_missing_levels_are_named():
-    assert laws.missing(simulate(TABLE2, D=DATA[:2]), {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
-    assert laws.missing(simulate(TABLE2, D1=DATA[:1]), {"upcycled": "upcycled"}) == [
+    assert engine.missing(simulate(TABLE2, D=DATA[:2]), {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
+    assert engine.missing(simulate(TABLE2, D1=DATA[:1]), {"upcycled": "upcycled"}) == [
         "needs 3 levels of D1, has 1"
     ]
-    assert laws.missing(simulate(TABLE2, {"dense": "dense"}), THREE) == [
+    assert engine.missing(simulate(TABLE2, {"dense": "dense"}), THREE) == [
         "has no moe rows",
         "has no upcycled rows",
     ]
-    assert laws.missing(simulate(TABLE2, N=[1e8], D=DATA[:3]), {"dense": "dense"}) == [
+    assert engine.missing(simulate(TABLE2, N=[1e8], D=DATA[:3]), {"dense": "dense"}) == [
         "has 3 rows for 3 parameters, needs 6"
     ]
     fits, lacks = F.plan_fits(simulate(TABLE2, {"dense": "dense", "upcycled": "upcycled"}))
