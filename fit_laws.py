@@ -220,6 +220,11 @@ def rms(values):
     return float(np.sqrt((values ** 2).mean())) if len(values) else None
 
 
+def counted(errors):
+    """{"rms", "rows"} of held-out errors of ln loss; None where there are none."""
+    return {"rms": rms(errors), "rows": len(errors)} if len(errors) else None
+
+
 def analyse(rows, options, fits, bar):
     """{law: its entry in laws.json} and {law: what figures need: its Fit, left-out errors, extrapolations, profile of E}."""
     share = shared_names(options)
@@ -240,11 +245,11 @@ def analyse(rows, options, fits, bar):
             "params": rounded(params),
             "ci95": {k: np.quantile(v, [0.025, 0.975]).tolist() for k, v in draws.items()},
             "se_asymptotic": standard_errors(f, law), "n": int(here.sum()), "rmse_log": rms(f.residual[here]),
-            "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)]), "extrapolation": {k: v and rms(v[1]) for k, v in far.items()},
+            "held_out": {"trunk": counted(left_out[here & np.isfinite(left_out)])} | {k: v and counted(v[1]) for k, v in far.items()},
+            "noise": {family: {"row": math.sqrt(row), "trunk": math.sqrt(trunk)} for family in system}, "misfit": {},
             "aicc": aicc(f), "n_with": len(f.residual), "fitted_with": system, "shared": sorted(set(its) & {name for name in f.problem.names}),
             "not_identified": {k: why for k, (_, why) in f.problem.fixed[law].items()} | unidentified(f, law, theta),
             "huber_delta": f.delta, "params_at_delta_0.001": rounded(narrow.params(law)),
-            "row_sd": math.sqrt(row), "trunk_sd": math.sqrt(trunk), "trunks": len(set(trunk_of(f.problem.rows))),
             "draws": rounded(draws)}
         if law in RIVALS:  # compare it with these: of the same fit, draw by draw
             entries[law]["beside"] = {other: {"params": rounded(f.params(other)), "draws": rounded(f.params(other, theta))}
@@ -268,7 +273,7 @@ def at_each_N(rows, options):
             here, left_out = np.array([system[row["family"]] == law for row in f.problem.rows]), leave_trunk_out(f)
             found.setdefault(f"{n:.6g}", {})[law] = {
                 "params": rounded(f.params(law)), "se_asymptotic": standard_errors(f, law), "n": int(here.sum()),
-                "rmse_log": rms(f.residual[here]), "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)])}
+                "rmse_log": rms(f.residual[here]), "held_out": {"trunk": counted(left_out[here & np.isfinite(left_out)])}}
             if law == "upcycled":
                 profiles[n] = profile_E(f, law)
     return found, profiles
@@ -351,13 +356,13 @@ def main(options):
         out["active_ratio"] = float(np.mean(ratios))
     with open(os.path.join(options.out, "laws.json"), "w", encoding="utf-8") as f:
         json.dump(out, f, allow_nan=False)
-    compared, parameters, each = report.table(entries, sizes)
-    best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
-    methods = report.method_lines(report.method_differences(rows))
-    report.report(rows, out, details, profiles, [*compared, "", *parameters, "", *each, "", *methods], notes, options.out)
-    shown = [line for i, line in enumerate(parameters) if i < 2 or wanted or line.split("|")[1].strip() in (*FAMILIES, best)]
-    for block in (compared, each, shown, methods, report.findings(entries, out["ranges"]), [f"warning: {note}" for note in notes]):
-        print("\n".join(block) + "\n" * bool(block))
+    shown = {f"N = {report.short(n)} alone": profile for n, profile in profiles.items()}
+    if "upcycled" in details and details["upcycled"]["profile"]:
+        shown = {"all N": details["upcycled"]["profile"]} | shown
+    report.write(rows, out, shown, notes, options.out)
+    for lines in (report.comparison_table(entries), report.single_size_table(sizes), report.parameter_table(entries),
+                  report.methods_table(report.method_differences(rows)), report.findings(rows, out), [f"warning: {note}" for note in notes]):
+        print("\n".join(lines) + "\n" * bool(lines))
     print(f"{os.path.join(options.out, 'laws.json')}, report.md and figures written")
 
 

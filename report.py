@@ -1,361 +1,349 @@
-"""Figures (PNG and PDF) and report.md of what fit_laws.py found."""
+"""What fit_laws.py found, in words, tables and figures: report.md.
+
+`rows` are those of rows.read_rows, `laws` is {law: entry} and `content` all of laws.json. A table is a list of lines that
+read on a terminal and in Markdown.
+"""
 import math
 import os
 
-import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy import stats
 
+import figures
+from figures import FAMILY_NAMES, HELD_OUT_MARKS, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
 from laws import predict
+from rows import KNOBS
 
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                     "legend.fontsize": 8, "figure.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
-MARKS = {"dense": ("o", "#888888"), "moe": ("s", "#222222"), "upcycled": ("D", "#3b6fb6")}
-STYLE = {"upcycled": ("#c0392b", "-"), "upcycled.no_interaction": ("#7f8c8d", ":"), "upcycled.additive": ("#b8860b", "-."),
-         "upcycled.effective_data": ("#27874a", "--"), "upcycled.effective_data_shared": ("#5b3b9c", (0, (4, 1, 1, 1)))}
-
-
-def short(value):
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def shades(values):
-    return dict(zip(values, plt.cm.viridis(np.linspace(0.0, 0.85, len(values)))))
-
-
-def named(law):
-    return "interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " ")
-
-
-def levels(rows, name):
-    return sorted({row[name] for row in rows})
-
-
-def mean_loss(rows, name):
-    """x, mean loss and half the spread over seeds at each level of a variable."""
-    x = levels(rows, name)
-    groups = [[row["loss"] for row in rows if row[name] == v] for v in x]
-    return np.array(x), np.array([np.mean(g) for g in groups]), np.array([np.ptp(g) / 2 for g in groups])
+TERMS = """
+- **Loss** L is the validation cross-entropy in nats per token. Errors and differences of loss are in per cent of the loss.
+- **Dense** is an ordinary language model. **MoE** is a mixture of experts that is trained from scratch. **Upcycled** is a MoE
+  that is made from a dense model and then trained.
+- **N** is the number of parameters of the dense model without embedding and head. All three families use this N.
+- **D** is the number of tokens of a run from scratch. **D1** is the number of tokens that the dense model saw before it was
+  upcycled. **D2** is the number of tokens after that.
+- A **trunk** is one long run at a constant learning rate. Short runs branch off it and decay, and each gives one row. The
+  rows of one trunk share its luck. A **dense trunk** is the one that upcycled runs started from.
+- **Held out** rows are left out of a fit and then predicted by it. Errors on them show what a law is worth. An error
+  **in sample** is on the rows of the fit itself.
+- **Noise** is how much the loss varies from run to run. **Misfit** is what noise does not explain: there the law is wrong.
+- **AICc** is Akaike's information criterion for few rows. It weighs the error in sample against the number of parameters.
+  The lowest is the best, and differences below about 5 decide nothing.
+- The **head start** H of a dense checkpoint is the number of tokens of MoE training that it is worth.
+- The **handicap** kappa is a factor e^kappa on the loss of upcycled runs that more training does not remove.
+- **D2\\*** is the D2 beyond which a MoE from scratch, trained on D = D2 tokens, has a lower loss than the upcycled one."""
+FORMULAS = {
+    "dense": "A D^-alpha + B N^-beta + E", "moe": "A D^-alpha + B N^-beta + E",
+    "upcycled": "A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E", "upcycled.no_interaction": "alpha3 = 0",
+    "upcycled.additive": "A1 D1^-alpha1 + A2 D2^-alpha2 + B N^-beta + E",
+    "upcycled.effective_data": "A (D2 + H)^-alpha + B N^-beta + E with H = c D1^gamma",
+    "upcycled.effective_data_shared": "the same, with A, alpha, B, beta and E of the MoE from scratch",
+    "upcycled.saturating": "the shared law with H^-alpha = (c D1^gamma)^-alpha + H_max^-alpha",
+    "upcycled.handicap": "the shared law times e^kappa",
+    "upcycled.loss_matching": "the MoE's law at H + D2 tokens, where its loss at H is e^delta times the dense model's at D1",
+    "upcycled.loss_matching_0": "loss matching with delta = 0: no upcycled run is used"}
+NOT_SETTINGS = {"loss", "loss_se", "trunk", "flops", "config", "git", "torch", "method", "N_active", "N_total", *KNOBS}
 
 
-def panels(count, height=3.4, sharey=False):
-    columns = 2 if count == 4 else min(count, 3)
-    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(3.3 * columns + 0.6, height * -(-count // columns)), squeeze=False, sharey=sharey)
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, axes.flat[:count]
-
-
-def log_axis(axis, values, which="x"):
-    """A log axis with up to five of the values as ticks, written short."""
-    picked = np.array(values)[np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).astype(int))]
-    getattr(axis, f"set_{which}scale")("log")
-    getattr(axis, f"set_{which}ticks")(picked, [short(v) for v in picked])
-    getattr(axis, f"{which}axis").set_minor_formatter("")
-
-
-def loss_against_D2(rows, laws, best):
-    up = [row for row in rows if row["family"] == "upcycled"]
-    figure, axes = panels(len(levels(up, "N")))
-    for axis, n in zip(axes, levels(up, "N")):
-        mine = [row for row in up if row["N"] == n]
-        color = shades(levels(mine, "D1"))
-        for d1 in color:
-            x, y, spread = mean_loss([row for row in mine if row["D1"] == d1], "D2")
-            axis.errorbar(x, y, spread, fmt="D", ms=4, color=color[d1], label=f"upcycled at D1 = {short(d1)}")
-            fine = np.geomspace(x[0] / 1.2, x[-1] * 1.2, 60)
-            for law, style in ((("upcycled", "-"),) + (((best, "--"),) if best != "upcycled" else ())):
-                if law in laws:
-                    axis.plot(fine, predict(law, laws[law]["params"], N=n, D1=d1, D2=fine), style, lw=1.2, color=color[d1])
-        for family, name in (("moe", "MoE from scratch"), ("dense", "dense")):
-            its = [row for row in rows if row["family"] == family and row["N"] == n]
-            if its:
-                x, y, spread = mean_loss(its, "D")
-                axis.errorbar(x, y, spread, fmt=MARKS[family][0], ms=4, mfc="white", color=MARKS[family][1], label=name)
-                if family in laws:
-                    fine = np.geomspace(x[0], x[-1], 60)
-                    axis.plot(fine, predict(family, laws[family]["params"], N=n, D=fine), lw=0.8, color=MARKS[family][1])
-        log_axis(axis, sorted({row.get("D2", row.get("D")) for row in rows if row["N"] == n}))
-        axis.set(yscale="log", xlabel="D2 (from scratch: D), tokens", title=f"N = {short(n)}")
-        axis.yaxis.set_major_formatter("{x:.2f}")
-        axis.yaxis.set_minor_formatter("{x:.2f}")
-    axes[0].set_ylabel("validation loss (nats a token)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title_fontsize=8, alignment="left",
-                  title="lines: interaction law" + (f"\ndashes: {named(best)}" if best != "upcycled" else ""))
-    return figure
-
-
-def slope(d2, loss):
-    """d ln loss / d ln D2 by least squares, and its standard error."""
-    x, y = np.log(d2) - np.log(d2).mean(), np.log(loss) - np.log(loss).mean()
-    b = (x * y).sum() / (x * x).sum()
-    return b, np.sqrt(((y - b * x) ** 2).sum() / max(len(x) - 2, 1) / (x * x).sum())
-
-
-def slope_against_D1(rows, laws):
-    up = [row for row in rows if row["family"] == "upcycled"]
-    figure, axes = panels(len(levels(up, "N")), sharey=True)
-    for axis, n in zip(axes, levels(up, "N")):
-        mine = [row for row in up if row["N"] == n]
-        d1s = [d for d in levels(mine, "D1") if len(levels([r for r in mine if r["D1"] == d], "D2")) > 2]
-        measured = [slope(*mean_loss([row for row in mine if row["D1"] == d], "D2")[:2]) for d in d1s]
-        axis.errorbar(d1s, [m[0] for m in measured], [2 * m[1] for m in measured], fmt="o", ms=5, color="black", label="measured, ± 2 s.e.", zorder=5)
-        for law, (color, dash) in STYLE.items():
-            if law in laws:  # over the D2 that were measured, as the points are
-                axis.plot(d1s, [slope(d2 := np.array(levels([r for r in mine if r["D1"] == d], "D2")),
-                                      predict(law, laws[law]["params"], N=n, D1=d, D2=d2))[0] for d in d1s],
-                          color=color, ls=dash, label=named(law))
-        log_axis(axis, d1s)
-        axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
-    axes[0].set_ylabel("local exponent  d ln L / d ln D2")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def predicted_against_measured(laws, details):
-    figure, axes = panels(min(len(STYLE), sum(law in laws for law in STYLE)), height=3.2, sharey=True)
-    for axis, law in zip(axes, [law for law in STYLE if law in laws]):
-        detail = details[law]
-        f = detail["fit"]
-        for family, (mark, color) in MARKS.items():
-            here = np.array([row["family"] == family for row in f.problem.rows])
-            if here.any():
-                axis.plot(np.exp(f.problem.y[here]), 100 * np.expm1(-f.residual[here]), mark, ms=3.5, color=color, alpha=0.8, label=family)
-        for name, mark in (("D1", "^"), ("D2", "v"), ("N", "P")):
-            if detail["far"].get(name):
-                held, error = detail["far"][name]
-                axis.plot([row["loss"] for row in held], 100 * np.expm1(-error), mark, ms=6, mfc="none", color="#c0392b", label=f"largest {name} held out")
-        axis.axhline(0, color="black", lw=0.8)
-        axis.set(xlabel="measured loss (nats a token)", title=named(law))
-    axes[0].set_ylabel("predicted - measured (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def residuals(details):
-    f = details["fit"]
-    names = [name for name in ("N", "D", "D1", "D2") if any(name in row for row in f.problem.rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 1, 2.8), sharey=True, squeeze=False)
-    axes = axes[0]
-    for axis, name in zip(axes, names):
-        for k, (family, (mark, color)) in enumerate(MARKS.items()):
-            mine = [(row[name], r) for row, r in zip(f.problem.rows, f.residual) if row["family"] == family and name in row]
-            if mine:
-                x, r = np.array(mine).T
-                axis.plot(x * (1 + 0.06 * (k - 1)), 100 * r, mark, ms=3.5, color=color, alpha=0.8, label=family)
-        axis.axhline(0, color="black", lw=0.8)
-        log_axis(axis, levels([row for row in f.problem.rows if name in row], name))
-        axis.set_xlabel(name)
-    axes[0].set_ylabel("measured - fitted (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def alpha3_along_E(profiles):
-    figure, axes = panels(len(profiles), height=3.0)
-    for axis, (title, profile) in zip(axes, profiles.items()):
-        near = np.array(profile["objective"]) < 1
-        E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
-        axis.plot(E, alpha3, color="#c0392b", label="alpha3")
-        axis.plot(*profile["fit"], "o", color="#c0392b", label="fit")
-        axis.axhline(0, color="black", lw=0.8)
-        likely = E[objective < profile["inside"]]
-        if len(likely):
-            axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0, label="E within its 95 % likelihood interval")
-        axis.set(xlabel="E held at (nats a token)", title=title)
-        other = axis.twinx()
-        other.plot(E, 100 * objective, color="#888888", ls="--", label="objective above its minimum (right, %)")
-        other.set_ylim(0, 105)
-        other.spines["right"].set_visible(True)
-    axes[0].set_ylabel("alpha3, all else refitted")
-    handles = [sum(pair, []) for pair in zip(axes[0].get_legend_handles_labels(), other.get_legend_handles_labels())]
-    figure.legend(*handles, loc="outside upper center", ncols=2)
-    return figure
-
-
-def contours(rows, laws, best):
-    up = [row for row in rows if row["family"] == "upcycled"]
-    n = max(levels(up, "N"))
-    show = [law for law in dict.fromkeys(("upcycled", best)) if law in laws]
-    d1, d2 = (np.geomspace(levels(up, name)[0] / 2, levels(up, name)[-1] * 2, 80) for name in ("D1", "D2"))
-    losses = {law: predict(law, laws[law]["params"], N=n, D1=d1[None, :], D2=d2[:, None]) for law in show}
-    inside = [predict(law, laws[law]["params"], N=n, D1=row["D1"], D2=row["D2"]) for law in show for row in up]
-    at = np.unique(np.geomspace(min(inside), max(inside), 11))  # levels where the data are
-    figure, axes = panels(len(show), sharey=True)
-    for axis, law in zip(axes, show):
-        mine = [row for row in up if row["N"] == n]
-        log_axis(axis, levels(mine, "D1"))
-        log_axis(axis, levels(mine, "D2"), "y")  # before the labels are placed
-        axis.clabel(axis.contour(d1, d2, losses[law], levels=at, cmap="viridis", linewidths=1.2), fmt="%.2f", fontsize=7)
-        axis.plot([row["D1"] for row in mine], [row["D2"] for row in mine], "D", ms=3, color="#3b6fb6", label="measured here")
-        axis.set(xlabel="D1 (tokens)", title=f"{named(law)}, N = {short(n)}")
-    axes[0].set_ylabel("D2 (tokens)")
-    return figure
-
+# ---------------------------------------------------------------------------------------------------------
+# Methods of upcycling, paired with copying
 
 def method_label(row):
     """What tells a row's method apart: drop 0.5, virtual groups G = 2, copy."""
-    detail = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ", "noise_fraction": "on {:g}"}
-    return " ".join([str(row.get("method")).replace("_", " ")] + [
-        form.format(row[key]) for key, form in detail.items() if row.get(key) is not None and (key, row[key]) != ("noise_fraction", 1)])
+    forms = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ", "noise_fraction": "on {:g}"}
+    knobs = [form.format(row[key]) for key, form in forms.items()
+             if row.get(key) is not None and (key, row[key]) != ("noise_fraction", 1)]
+    return " ".join([str(row.get("method")).replace("_", " "), *knobs])
+
+
+def main_method(rows):
+    """copy, or the commonest method where nothing was copied; "" without upcycled rows."""
+    labels = [method_label(row) for row in of_family(rows, "upcycled")]
+    return "copy" if "copy" in labels else max(labels, key=labels.count, default="")
+
+
+def setting(row, column):
+    """The row's value of a column; numbers of experts are divided by the granularity that virtual groups multiply them by."""
+    return row[column] / row.get("granularity", 1) if column.startswith("num_") else row[column]
+
+
+def same_but_method(row, other, but=()):
+    """Whether two runs agree in every column that both have, but for results, the method with its knobs, and `but`."""
+    return all(setting(row, column) == setting(other, column)
+               for column in (row.keys() & other.keys()) - NOT_SETTINGS - set(but))
 
 
 def method_differences(rows):
-    """{method: {(N, D1, D2): {seed: relative difference of loss from copy}}}: pairs that share the dense trunk and its data."""
-    up = {(method_label(r), r["N"], r["D1"], r["D2"], str(r.get("seed")), r.get("data_sha256")): r["loss"] for r in rows if r["family"] == "upcycled"}
-    out = {}
-    for (label, n, d1, d2, seed, data), loss in up.items():
-        base = up.get(("copy", n, d1, d2, seed, data))
-        if label != "copy" and base:
-            out.setdefault(label, {}).setdefault((n, d1, d2), {})[seed] = loss / base - 1
-    return out
+    """{label: {(N, D1, D2): {seed: loss / loss of copy - 1}}} of runs that differ from a copied one in the method alone.
+
+    A MoE from scratch on D = D2 tokens is compared with copying in the same way. Where rows of one label differ in other
+    settings too, the label says which.
+    """
+    copies, pairs = {}, []
+    for row in of_family(rows, "upcycled"):
+        if method_label(row) == "copy":
+            copies.setdefault((row["N"], row["D2"]), []).append(row)
+    for row in [*of_family(rows, "upcycled"), *of_family(rows, "moe")]:
+        scratch = row["family"] == "moe"
+        for copy in copies.get((row["N"], row["D"] if scratch else row["D2"]), []) if method_label(row) != "copy" else []:
+            if same_but_method(row, copy, ("family", "D", "D1", "D2", "dense_trunk") if scratch else ()):
+                pairs.append((FAMILY_NAMES["moe"] if scratch else method_label(row), copy, row["loss"] / copy["loss"] - 1))
+    values = {}
+    for label, copy, _ in pairs:
+        for column in copy.keys() - NOT_SETTINGS - {"seed", "dense_trunk", "D1", "D2", "N"}:
+            values.setdefault(label, {}).setdefault(column, set()).add(setting(copy, column))
+    differences = {}
+    for label, copy, difference in pairs:
+        varied = [f"{column} = {copy[column]}" for column, seen in sorted(values[label].items()) if len(seen) > 1]
+        cells = differences.setdefault(", ".join([label, *varied]), {})
+        cells.setdefault((copy["N"], copy["D1"], copy["D2"]), {})[str(copy.get("seed"))] = difference
+    return differences
 
 
-def interval(values):
-    """Mean and half of its 95 % t-interval; the half is nan for one value, both for none."""
-    if not values:
-        return np.nan, np.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return np.mean(values), half
-
-
-def methods_against_copy(differences):
-    cells = sorted({cell for its in differences.values() for cell in its})
-    columns = sorted({cell[:2] for cell in cells})
-    figure, axes = panels(len(columns), sharey=True)
-    for axis, column in zip(axes, columns):
-        d2s = [cell[2] for cell in cells if cell[:2] == column]
-        for i, (label, its) in enumerate(differences.items()):
-            points = [interval(list(its.get((*column, d2), {}).values())) for d2 in d2s]
-            x = np.array(d2s) * 1.06 ** (i - (len(differences) - 1) / 2)  # side by side
-            axis.errorbar(x, [100 * m for m, _ in points], [100 * h for _, h in points], fmt="o", ms=4, lw=1, color=plt.cm.tab10(i), label=label)
-        axis.axhline(0, color="black", lw=0.8)
-        log_axis(axis, d2s)
-        axis.set(xlabel="D2 (tokens after upcycling)", title=f"N = {short(column[0])}, D1 = {short(column[1])}")
-    axes[0].set_ylabel("validation loss against copy (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title="mean over seeds\nand 95 % interval", title_fontsize=8, alignment="left")
-    return figure
-
-
-def method_lines(differences):
-    """A table: each method's mean difference over cells (N, D1, D2), one value a seed that has them all, with its 95 % t-interval over seeds."""
-    lines = ["| method | loss against copy | 95 % interval | seeds | cells |", "|---|---|---|---|---|"] * bool(differences)
-    for label, its in differences.items():
-        whole = set.intersection(*map(set, its.values()))
-        mean, half = interval([np.mean([cell[seed] for cell in its.values()]) for seed in whole])
-        numbers = f"{100 * mean:+.2f} % | {100 * (mean - half):+.2f} .. {100 * (mean + half):+.2f} %" if len(whole) > 1 else \
-                  f"{100 * mean:+.2f} % | -" if whole else "no seed has every cell | -"
-        lines.append(f"| {label} | {numbers} | {len(whole)} | {len(its)} |")
-    return aligned(lines)
-
-
-def say_p(entry):
-    floor = 2 / (len(entry["draws"]["alpha3"]) + 1)
-    return f"p {'<=' if entry['alpha3_p'] <= floor * 1.001 else '='} {entry['alpha3_p']:.2g}"
-
-
-def percent(value):
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
-def table(entries, sizes):
-    """The comparison, the parameters and the fits at each N: lines of three tables that read on a terminal and in Markdown."""
-    best = {}
-    for law, e in entries.items():
-        group = *e["fitted_with"], e["n_with"]
-        best[group] = min(best.get(group, math.inf), e["aicc"])
-    compared = ["| law | rows | in sample | trunk left out | to largest D or D1 | to largest D2 | to largest N | AICc - best |", "|---|---|---|---|---|---|---|---|"]
-    for law, e in entries.items():
-        far = e["extrapolation"]
-        behind = "-" if law in ("dense", "moe") else f"{e['aicc'] - best[*e['fitted_with'], e['n_with']]:.1f}"  # theirs is their system's
-        compared.append(f"| {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {percent(far.get('D1', far.get('D')))} | "
-                     f"{percent(far.get('D2'))} | {percent(far.get('N'))} | {behind} |")
-    parameters = ["| law | parameter | estimate | 95 % interval | asymptotic s.e. | at delta 0.001 | |", "|---|---|---|---|---|---|---|"]
-    for law, e in entries.items():
-        for name, value in e["params"].items():
-            low, high = e["ci95"][name]
-            note = e["not_identified"].get(name, "shared" if name in e["shared"] else "")
-            if name == "alpha3":
-                note = "; ".join(filter(None, [say_p(e), note]))
-            numbers = f"{low:.4g} .. {high:.4g} | {e['se_asymptotic'][name]:.2g} | {e['params_at_delta_0.001'][name]:.4g}" if low < high else "- | - | -"
-            parameters.append(f"| {law} | {name} | {value:.4g} | {numbers} | {note} |")
-    each = ["| at one N | law | rows | in sample | trunk left out | exponents, each with its asymptotic s.e. |", "|---|---|---|---|---|---|"] * bool(sizes)
-    for n, its in sizes.items():
-        for law, e in its.items():
-            exponents = ", ".join(f"{k} {v:.3g} ± {e['se_asymptotic'][k]:.1g}" for k, v in e["params"].items() if k.startswith(("alpha", "gamma")))
-            each.append(f"| {short(float(n))} | {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {exponents} |")
-    return aligned(compared), aligned(parameters), aligned(each)
-
-
-def aligned(lines):
-    """Lines of a Markdown table with their columns padded to one width."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    width = [max(map(len, column)) for column in zip(*cells)]
-    return ["| " + " | ".join("-" * w if cell == "---" else cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in cells]
-
-
-def findings(laws, ranges):
-    """What the laws say, [sentence]."""
+def crossings(differences):
+    """Sentences, [text]: where a method's mean difference from copying changes its sign as D2 grows."""
     said = []
-    if "upcycled" in laws:
-        e = laws["upcycled"]
-        (low, high), p = e["ci95"]["alpha3"], e["params"]
-        ends = [-p["alpha2"] + p["alpha3"] * np.log(d) for d in ranges["upcycled"]["D1"]]
-        said.append(f"alpha3 = {p['alpha3']:.3g} ({low:.3g} .. {high:.3g}, {say_p(e)}): from D1 = {short(ranges['upcycled']['D1'][0])} to "
-                    f"{short(ranges['upcycled']['D1'][1])} the exponent of D2 goes from {ends[0]:.3f} to {ends[1]:.3f}.")
-    for name in ("D1", "D2", "N"):
-        errors = {law: laws[law]["extrapolation"].get(name) for law in STYLE if law in laws and laws[law]["extrapolation"].get(name) is not None}
-        if len(errors) > 1:
-            order = sorted(errors, key=errors.get)
-            said.append(f"Predicting the held-out largest {name}: " + ", ".join(f"{law} {100 * errors[law]:.2f} %" for law in order) + ".")
-    for law in ("upcycled.effective_data_shared", "upcycled.effective_data"):
-        if law in laws:
-            draws, p = laws[law]["draws"], laws[law]["params"]
-            for d1 in ranges["upcycled"]["D1"]:
-                worth = np.quantile(np.array(draws["c"]) * d1 ** np.array(draws["gamma"]), [0.025, 0.975])
-                said.append(f"Under {law} a dense checkpoint of {short(d1)} tokens is worth {short(p['c'] * d1 ** p['gamma'])} "
-                            f"({short(worth[0])} .. {short(worth[1])}) tokens of " + ("MoE training." if law.endswith("_shared") else
-                                                                                     "upcycled training (fitted apart from the MoE from scratch)."))
-            break
+    for label, cells in differences.items():
+        for n, d1 in sorted({cell[:2] for cell in cells}):
+            tokens = sorted(cell[2] for cell in cells if cell[:2] == (n, d1))
+            points = [t_interval(list(cells[n, d1, d2].values())) for d2 in tokens]
+            for left, right, (low, low_half), (high, high_half) in zip(tokens, tokens[1:], points, points[1:]):
+                if low * high < 0:
+                    share = low / (low - high)
+                    sure = abs(low) > low_half and abs(high) > high_half  # False where a half is nan
+                    said.append(f"{label} {'becomes better than' if low > 0 else 'falls behind'} copying near D2 = "
+                                f"{short(left * (right / left) ** share)} at N = {short(n)}, D1 = {short(d1)}"
+                                + ("." if sure else ", but the 95 % intervals beside it contain 0."))
     return said
 
 
-def report(rows, out, details, profiles, lines, notes, directory):
-    """Write report.md and every figure that the fitted laws allow: {figure name} in PNG and PDF."""
-    laws = out["laws"]
-    rivals = [law for law in STYLE if law in laws]
-    best = min(rivals, key=lambda law: laws[law]["aicc"]) if rivals else None
-    figures = {}
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+
+def aligned(header, lines):
+    """A Markdown table with its columns padded to one width; nothing for no lines."""
+    cells = [header, *lines]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * w for w in width])
+    return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |" for line in cells] if lines else []
+
+
+def percent(value, digits=2):
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def held_out_text(held):
+    """1.88 % (12 rows, 2.5 x): error, rows it rests on, how far beyond the fitted rows the farthest lies."""
+    if not held:
+        return "-"
+    beyond = f", {held['beyond']:.2g} x" if held.get("beyond") else ""
+    return f"{percent(held['rms'])} ({held['rows']} row{'s' * (held['rows'] != 1)}{beyond})"
+
+
+def comparison_table(laws):
+    """Errors in sample and on held-out rows, and AICc, of each law."""
+    lowest = {}
+    for entry in laws.values():  # laws that explain the same rows can be compared
+        group = *entry["fitted_with"], entry["n_with"]
+        lowest[group] = min(lowest.get(group, math.inf), entry["aicc"])
+    kinds = [kind for kind in HELD_OUT_MARKS if any(entry["held_out"].get(kind) for entry in laws.values())]
+    lines = [[law_name(law), str(entry["n"]), percent(entry["rmse_log"]), *(held_out_text(entry["held_out"].get(kind)) for kind in kinds),
+              "-" if law in FAMILY_NAMES and law != "upcycled" else f"{entry['aicc'] - lowest[*entry['fitted_with'], entry['n_with']]:.1f}"]
+             for law, entry in laws.items()]
+    titles = [f"{'a' if kind == 'trunk' else 'largest'} {kind} held out" for kind in kinds]
+    return aligned(["law", "rows", "in sample", *titles, "AICc above the best"], lines)
+
+
+def noise_table(laws):
+    """Noise of each family, as standard deviations of ln loss, and the misfit of each law."""
+    lines = []
+    for law, entry in laws.items():
+        for family in (family for family, fitted in entry["fitted_with"].items() if fitted == law and family in entry["noise"]):
+            noise = entry["noise"][family]
+            lines.append([law_name(law), FAMILY_NAMES[family], *(percent(noise.get(level)) for level in ("row", "trunk", "dense_trunk")),
+                          percent(entry["misfit"].get(family))])
+    return aligned(["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"], lines)
+
+
+def alpha3_p(entry):
+    """'p = 0.03': twice the share of draws on the other side of 0."""
+    draws = np.array(entry["draws"]["alpha3"])
+    count, floor = min((draws <= 0).sum(), (draws > 0).sum()), 2 / (len(draws) + 1)
+    return f"p {'=' if count else '<='} {min(1.0, (count + 1) * floor):.2g}"
+
+
+def parameter_table(laws):
+    """Each parameter with its interval, asymptotic standard error, and value under Huber's delta = 0.001."""
+    lines = []
+    for law, entry in laws.items():
+        for name, value in entry["params"].items():
+            low, high = entry["ci95"][name]
+            note = entry["not_identified"].get(name, "shared" if name in entry["shared"] else "")
+            if name == "alpha3":
+                note = "; ".join(filter(None, [alpha3_p(entry), note]))
+            numbers = [f"{low:.4g} .. {high:.4g}", f"{entry['se_asymptotic'].get(name, math.nan):.2g}", f"{entry['params_at_delta_0.001'][name]:.4g}"]
+            lines.append([law_name(law), name, f"{value:.4g}", *(numbers if low < high else "---"), note])
+    return aligned(["law", "parameter", "estimate", "95 % interval", "asymptotic s.e.", "at delta 0.001", "note"], lines)
+
+
+def single_size_table(sizes):
+    """Fits at one N each: nothing is assumed about how N enters."""
+    lines = []
+    for n, entries in sizes.items():
+        for law, entry in entries.items():
+            exponents = ", ".join(f"{name} {value:.3g} ± {entry['se_asymptotic'][name]:.1g}" for name, value in entry["params"].items()
+                                  if name.startswith(("alpha", "gamma", "kappa")))
+            lines.append([short(float(n)), law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
+                          held_out_text((entry.get("held_out") or {}).get("trunk")), exponents])
+    return aligned(["N", "law", "rows", "in sample", "a trunk held out", "exponents ± asymptotic s.e."], lines)
+
+
+def methods_table(differences):
+    """Mean loss against copying ± half of the 95 % t-interval over seeds, and the number of seeds: one line a method and D1."""
+    tokens = sorted({cell[2] for cells in differences.values() for cell in cells})
+    lines = []
+    for label, cells in differences.items():
+        for n, d1 in sorted({cell[:2] for cell in cells}):
+            points = [(*t_interval(list(cells.get((n, d1, d2), {}).values())), len(cells.get((n, d1, d2), {}))) for d2 in tokens]
+            lines.append([label, short(n), short(d1)] + ["-" if not seeds else f"{100 * mean:+.2f} %, 1 seed" if seeds == 1 else
+                                                         f"{100 * mean:+.2f} ± {100 * half:.2f} %, {seeds} seeds" for mean, half, seeds in points])
+    return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)}" for d2 in tokens)], lines)
+
+
+def claims_table(claims):
+    """Each claim under each variation of the analysis: {claim: {variation: {"holds": bool, "value": text}}}."""
+    return aligned(["claim", "variation", "holds", "value"],
+                   [[claim, variation, "yes" if found["holds"] else "no", found["value"]]
+                    for claim, variations in claims.items() for variation, found in variations.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Words
+
+def interval_text(values, form=short):
+    """'1.7M to 2.4M': the middle 95 % of (S,) draws; 'never' for infinity."""
+    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
+    return " to ".join(form(value) if np.isfinite(value) else "never" for value in (low, high))
+
+
+def overtaking(law, params, n, d1, largest):
+    """D2* (S,) of S draws of a law's parameters: the D2 beyond which a MoE from scratch is better, on a grid of 1 %.
+
+    It is inf where from scratch does not overtake within 1000 times the largest D2. The head start fades, so a law crosses once.
+    """
+    D2 = largest * np.geomspace(1e-4, 1e3, 1620)
+    params = {name: np.reshape(value, (-1, 1)) for name, value in params.items()}
+    behind = predict(law, params, N=n, D1=d1, D2=D2) <= predict(law, params, N=n, D1=0.0, D2=D2)  # (S, 1620)
+    return np.append(D2, np.inf)[behind.sum(axis=1)]
+
+
+def head_start(law, params, N, D1):
+    head = params["c"] * D1 ** params["gamma"]
+    return (head ** -params["alpha"] + params["H_max"] ** -params["alpha"]) ** (-1 / params["alpha"]) if "H_max" in params else head
+
+
+def head_start_words(laws, ranges):
+    """Sentences, [text]: what a dense checkpoint is worth, what upcycling costs for ever, where from scratch overtakes."""
+    said = []
+    for law in ("upcycled.effective_data_shared", "upcycled.saturating", "upcycled.handicap", "upcycled.loss_matching"):
+        for method, fitted in (laws[law].get("methods") or {"": laws[law]}).items() if law in laws else ():
+            n, d1, largest = ranges["upcycled"]["N"][1], ranges["upcycled"]["D1"][1], ranges["upcycled"]["D2"][1]
+            params, draws = fitted["params"], {name: np.array(values) for name, values in fitted["draws"].items()}
+            text = (f"{law_name(law).capitalize()} law{f', method {method}' if method else ''}, N = {short(n)}: a dense checkpoint of "
+                    f"{short(d1)} tokens is worth {short(head_start(law, params, N=n, D1=d1))} tokens "
+                    f"({interval_text(head_start(law, draws, N=n, D1=d1))}) of MoE training, once.")
+            if "H_max" in params:
+                text += f" No dense checkpoint is worth more than {short(params['H_max'])} tokens ({interval_text(draws['H_max'])})."
+            if "kappa" in params:
+                star, = overtaking(law, params, n, d1, largest)
+                text += (f" Upcycling costs {100 * params['kappa']:.2f} % of the loss for ever "
+                         f"({interval_text(draws['kappa'], lambda value: f'{100 * value:.2f}')} %). A MoE from scratch "
+                         + (f"overtakes at D2* = {short(star)}" if np.isfinite(star) else "does not overtake")
+                         + f" ({interval_text(overtaking(law, draws, n, d1, largest))})"
+                         + (f", which lies beyond the largest measured D2 of {short(largest)}." if star > largest else "."))
+            said.append(text)
+    return said
+
+
+def interaction_words(rows, laws, ranges):
+    """Sentences, [text], on alpha3 and on the exponents that were measured."""
+    if "upcycled" not in laws:
+        return []
+    params, (low, high), ends = laws["upcycled"]["params"], laws["upcycled"]["ci95"]["alpha3"], ranges["upcycled"]["D1"]
+    in_term = [-params["alpha2"] + params["alpha3"] * math.log(d1) for d1 in ends]
+    said = [f"alpha3 of the interaction law is {params['alpha3']:.3g} (95 % interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).",
+            f"The exponent of D2 in the first term of that law goes from {in_term[0]:.3f} at D1 = {short(ends[0])} to "
+            f"{in_term[1]:.3f} at D1 = {short(ends[1])}."]
+    measured = []
+    for d1 in ends:
+        groups = [figures.mean_loss(of_family(rows, "upcycled", N=n, D1=d1), "D2")[:2] for n in sorted_levels(of_family(rows, "upcycled", D1=d1), "N")]
+        measured.append([figures.local_exponent(*group)[0] for group in groups if len(group[0]) > 2])
+    if all(measured):
+        said.append(f"The loss itself falls as D2^{np.mean(measured[0]):.3f} at D1 = {short(ends[0])} and as D2^{np.mean(measured[1]):.3f} at "
+                    f"D1 = {short(ends[1])}, measured over the D2 of this study (mean over sizes).")
+    return said
+
+
+def findings(rows, content):
+    """What the laws say, [text]."""
+    laws, ranges = content["laws"], content["ranges"]
+    return interaction_words(rows, laws, ranges) + head_start_words(laws, ranges)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# report.md
+
+def draw_figures(rows, laws, differences, profiles):
+    """{file name: (figure, caption)} of all that these rows and laws allow."""
+    rivals = [law for law in RIVAL_STYLES if law in laws]
+    best = min(rivals, key=lambda law: laws[law]["aicc"], default=None)
+    shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in laws], "dense": ["dense"] * ("dense" in laws),
+             "moe": [law for law in ("moe.joint", "moe") if law in laws][:1]}
+    method = main_method(rows)
+    one_method = [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
+    found = {"loss_against_tokens": (figures.loss_against_tokens(one_method, laws, shown), "Loss against tokens, measured and fitted"
+                                     f"{f', upcycled by {method}' if method else ''}. Bars are the range over repeats.")}
     if rivals:
-        figures["loss_against_D2"] = (loss_against_D2(rows, laws, best), "Loss against D2 for each D1, measured and fitted.")
-        figures["slope_against_D1"] = (slope_against_D1(rows, laws), "The interaction, seen directly: how fast loss falls with D2, against D1.")
-        figures["predicted_against_measured"] = (predicted_against_measured(laws, details), "Errors of each law in sample, and where the largest level was held out.")
-        figures["contours"] = (contours(rows, laws, best), "Predicted loss over (D1, D2).")
-    main = details.get("upcycled") or next(iter(details.values()))
-    figures["residuals"] = (residuals(main), "Residuals against each variable.")
-    shown = {"all N": main["profile"]} if main["profile"] else {}
-    shown |= {f"N = {short(n)} alone": profile for n, profile in profiles.items()}
-    if shown:
-        figures["alpha3_along_E"] = (alpha3_along_E(shown), "alpha3 with E held at each value.")
-    if differences := method_differences(rows):
-        figures["methods_against_copy"] = (methods_against_copy(differences), "Ways to upcycle against copying: runs of the same dense trunk and data, paired.")
-    for name, (figure, _) in figures.items():
+        found["exponent_against_D1"] = (figures.exponent_against_D1(rows, laws), "The interaction, seen directly: how fast the loss "
+                                        "falls with D2, against D1.")
+    if any(any(entry["held_out"].values()) for entry in laws.values()):
+        found["held_out_errors"] = (figures.held_out_errors(laws), "Errors of each law in sample and on held-out rows.")
+    for law in dict.fromkeys([best or next(iter(laws)), *(law for law in laws if law.startswith("moe."))]):
+        name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
+        found[name] = (figures.residuals(rows, law, laws[law]), f"What the law '{law_name(law)}' leaves unexplained.")
+    if profiles:
+        found["alpha3_along_E"] = (figures.alpha3_along_E(profiles), "alpha3 of the interaction law, refitted with E held at "
+                                   "each value.")
+    if differences:
+        found["methods_against_copy"] = (figures.against_copy(differences), "Methods of upcycling, and a MoE from scratch on "
+                                         "D = D2 tokens, against copying. Paired runs differ in the method alone.")
+    return found
+
+
+def write(rows, content, profiles, notes, directory):
+    """Write report.md and its figures (PNG and PDF). content is that of laws.json, profiles {title: fit_laws.profile_E}, notes [text]."""
+    laws, differences = content["laws"], method_differences(rows)
+    found = draw_figures(rows, laws, differences, profiles)
+    for name, (figure, _) in found.items():
         for kind in ("png", "pdf"):
             figure.savefig(os.path.join(directory, f"{name}.{kind}"), metadata={"CreationDate": None} if kind == "pdf" else {})
         plt.close(figure)
-    spans = "; ".join(f"{family}: " + ", ".join(f"{name} {short(a)} .. {short(b)}" for name, (a, b) in its.items()) for family, its in out["ranges"].items())
+    spans = ["- " + FAMILY_NAMES[family] + ": " + ", ".join(f"{name} {short(low)} to {short(high)}" for name, (low, high) in limits.items())
+             for family, limits in content["ranges"].items()]
+    formulas = [f"- {law_name(law)}: " + (f"`L = {FORMULAS[law]}`" if law in FORMULAS else "see laws.py") for law in laws]
     first = next(iter(laws.values()))
-    text = ["# Scaling laws", "", f"{len(rows)} rows. Fitted ranges: {spans}.", "",
-            f"Noise of ln loss: {100 * first['row_sd']:.2f} % a run, {100 * first['trunk_sd']:.2f} % a trunk ({first['trunks']} trunks). "
-            f"Huber's delta {first['huber_delta']:.2g}. Intervals: {len(next(iter(first['draws'].values())))} draws, {out['intervals']}.", ""]
-    text += [f"- {said}" for said in [*findings(laws, out["ranges"]), *(f"warning: {note}" for note in notes)]] + ["", *lines]
-    for name, (_, caption) in figures.items():
-        text += ["", f"![{caption}]({name}.png)", "", caption]
-    with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(text) + "\n")
+    sections = {
+        "Terms": TERMS.strip().split("\n"), "The laws": formulas,
+        "What was measured": [f"There are {len(rows)} rows. The laws were fitted in these ranges:", "", *spans, *([""] * bool(notes)),
+                              *(f"- warning: {note}" for note in notes)],
+        "What was found": [f"- {text}" for text in findings(rows, content) + crossings(differences)],
+        "Claims": claims_table(content.get("claims", {})), "How well the laws predict": comparison_table(laws),
+        "Noise and misfit": noise_table(laws),
+        "Parameters": [*parameter_table(laws), "", f"Intervals come from {len(next(iter(first['draws'].values())))} draws: {content['intervals']}. "
+                       f"Huber's delta is {first['huber_delta']:.2g}."],
+        "Each size alone": single_size_table(content["at_each_N"]), "Methods against copying": methods_table(differences),
+        "Figures": [line for name, (_, caption) in found.items() for line in (f"![{caption}]({name}.png)", "", caption, "")]}
+    text = ["# Scaling laws of this study", ""]
+    for title, lines in sections.items():
+        text += [f"## {title}", "", *lines, ""] if lines else []
+    with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join(text).rstrip() + "\n")
