@@ -62,7 +62,7 @@ def customary_grid(rows, part):
 def laws():
     """Fits on simulated rows of published size: time, and the customary grid of starts beside it."""
     import json
-    from fit_laws import bootstrap
+    from uncertainty import bootstrap
     from laws import fit
 
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "liew2025.json"), encoding="utf-8") as f:

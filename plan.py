@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
 from configurator import ConfigError, parse, run, setting
-from fit_laws import covariance, trunk_of
+from uncertainty import covariance, trunk_of
 from laws import RIVALS, evaluate, fit, parameter_names, predict
 from rows import FAMILIES
 

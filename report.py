@@ -11,8 +11,7 @@ import numpy as np
 
 import figures
 from figures import FAMILIES, HELD_OUT, RIVALS, law_name, of_family, short, sorted_levels, t_interval
-from laws import predict
-from rows import KNOBS
+from laws import head_start, predict
 
 TERMS = """
 - **Loss** L is the validation cross-entropy in nats per token. Errors of loss are given in per cent of it.
@@ -45,7 +44,8 @@ FORMULAS = {
     "upcycled.handicap": "the shared law times e^kappa",
     "upcycled.loss_matching": "L = L_moe(N, H + D2) with L_moe(N, H) = e^delta L_dense(N, D1)",
     "upcycled.loss_matching_0": "loss matching with delta = 0, to which no upcycled run contributes"}
-RESULTS = {"loss", "loss_se", "trunk", "flops", "config", "git", "torch", "method", "N_active", "N_total"}
+RESULTS = {"loss", "loss_se", "trunk", "flops", "config", "git", "torch", "N_active", "N_total"}
+METHOD = {"method", "drop_ratio", "granularity", "noise_std", "noise_fraction"}
 
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
@@ -67,8 +67,8 @@ def setting(row, column):
 
 
 def same_but_method(row, other, but=()):
-    """Whether runs agree in all columns that both have, but for results, the method, its knobs, and `but`."""
-    columns = (row.keys() & other.keys()) - RESULTS - set(KNOBS) - set(but)
+    """Whether runs agree in all columns that both have, but for results, the method and columns `but`."""
+    columns = (row.keys() & other.keys()) - RESULTS - METHOD - set(but)
     return all(setting(row, column) == setting(other, column) for column in columns)
 
 
@@ -77,12 +77,12 @@ def pairs_with_copy(rows):
 
     A MoE from scratch on D = D2 tokens is compared with copying in the same way.
     """
-    copies = [row for row in of_family(rows, "upcycled") if method_label(row) == "copy"]
-    others = [(method_label(row), row, row["D2"], ()) for row in of_family(rows, "upcycled")]
+    copies = [row for row in of_family(rows, "upcycled") if row.get("method") == "copy"]
+    others = [(method_label(row), row, row["D2"], ()) for row in of_family(rows, "upcycled")
+              if row.get("method") != "copy"]
     others += [("MoE from scratch", row, row["D"], ("family", "D", "D1", "D2", "dense_trunk"))
                for row in of_family(rows, "moe")]
-    return [(label, copy, row["loss"] / copy["loss"] - 1)
-            for label, row, tokens, but in others if label != "copy"
+    return [(label, copy, row["loss"] / copy["loss"] - 1) for label, row, tokens, but in others
             for copy in copies if copy["D2"] == tokens and same_but_method(row, copy, but)]
 
 
@@ -90,7 +90,7 @@ def method_differences(rows):
     """{label: {(N, D1, D2): {seed: loss / loss of copying - 1}}}; labels name other settings that vary."""
     pairs, values, differences = pairs_with_copy(rows), {}, {}
     for label, copy, _ in pairs:
-        for column in copy.keys() - RESULTS - {"family", "N", "D1", "D2", "seed", "dense_trunk"}:
+        for column in copy.keys() - RESULTS - METHOD - {"family", "N", "D1", "D2", "seed", "dense_trunk"}:
             values.setdefault((label, column), set()).add(str(copy[column]))
     for label, copy, difference in pairs:
         varied = [column for column in sorted(copy) if len(values.get((label, column), ())) > 1]
@@ -243,13 +243,6 @@ def overtaking(law, params, n, d1, largest):
     params = {name: np.reshape(value, (-1, 1)) for name, value in params.items()}
     upcycled, scratch = (predict(law, params, N=n, D1=tokens, D2=D2) for tokens in (d1, 0.0))  # (S, 1620)
     return np.append(D2, np.inf)[(upcycled < scratch).sum(axis=1)]
-
-
-def head_start(law, params, D1):
-    head = params["c"] * D1 ** params["gamma"]
-    if "H_max" in params:
-        return (head ** -params["alpha"] + params["H_max"] ** -params["alpha"]) ** (-1 / params["alpha"])
-    return head
 
 
 def interval_text(values, form=short):
