@@ -97,10 +97,10 @@ def local_exponent(tokens, loss):
 # Axes
 
 def panels(count, height=3.4, sharey=False):
-    """A figure and its `count` axes, at most three side by side."""
+    """A figure with `count` axes, at most three side by side, and room for a legend right of them."""
     columns = 2 if count == 4 else min(count, 3)
     lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.3 * columns + 0.6, height * lines),
+    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns + 2.2, height * lines),
                                 squeeze=False, sharey=sharey)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
@@ -211,7 +211,7 @@ def exponent_against_D1(rows, laws):
 
 def held_out_errors(laws):
     """One line a law: its error in sample and on each kind of held-out rows."""
-    figure, axis = plt.subplots(figsize=(5.2, 0.8 + 0.28 * len(laws)))
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.28 * max(len(laws), 5)))
     kinds = {"in sample": ("|", [entry["rmse_log"] for entry in laws.values()])}
     for kind, (name, mark) in HELD_OUT.items():
         held = [entry["held_out"].get(kind) for entry in laws.values()]
@@ -238,7 +238,7 @@ def residuals(rows, law, entry):
               "num_local_experts": "experts per layer"}
     levels = {name: sorted_levels([row for row, _ in fitted if row.get(name)], name) for name in titles}
     names = [name for name in titles if len(levels[name]) > 1] or ["N"]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names) + 1, 2.8), sharey=True,
+    figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.8, 2.8), sharey=True,
                                 squeeze=False)
     for axis, name in zip(axes[0], names):
         for side, (family, (label, mark, color)) in enumerate(FAMILIES.items(), -1):
@@ -266,11 +266,11 @@ def alpha3_along_E(profiles):
         likely = E[objective < profile["inside"]]
         if len(likely):
             axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0,
-                         label="95 % likelihood interval of E")
+                         label="95 % likelihood\ninterval of E")
         axis.set(xlabel="E held at (nats per token)", title=title)
         right = axis.twinx()
         right.plot(E, 100 * objective, color="#888888", ls="--",
-                   label="objective above its least (%, right axis)")
+                   label="objective above its\nleast (%, right axis)")
         right.set_ylim(0, 105)
         right.spines["right"].set_visible(True)
     axes[0].set_ylabel("alpha3, all else refitted")

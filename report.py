@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
+from configurator import ConfigError
 from figures import FAMILIES, HELD_OUT, RIVALS, law_name, of_family, short, sorted_levels, t_interval
 from laws import head_start, predict
 
@@ -353,13 +354,17 @@ def write_report(title, sections, found, directory):
     text = [f"# {title}", ""]
     for heading, lines in sections.items():
         text += [f"## {heading}", "", *lines, ""] if lines else []
-    for name, (figure, caption) in found.items():
+    for name, (_, caption) in found.items():
         text += [f"![{caption}]({name}.png)", "", caption, ""]
-        figure.savefig(os.path.join(directory, f"{name}.png"))
-        figure.savefig(os.path.join(directory, f"{name}.pdf"), metadata={"CreationDate": None})
-        plt.close(figure)
-    with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join(text).rstrip() + "\n")
+    try:
+        for name, (figure, _) in found.items():
+            figure.savefig(os.path.join(directory, f"{name}.png"))
+            figure.savefig(os.path.join(directory, f"{name}.pdf"), metadata={"CreationDate": None})
+            plt.close(figure)
+        with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as file:
+            file.write("\n".join(text).rstrip() + "\n")
+    except OSError as error:
+        raise ConfigError(f"{directory}: the report cannot be written: {error.strerror}") from None
 
 
 def write(rows, content, profiles, notes, directory):
@@ -374,7 +379,8 @@ def write(rows, content, profiles, notes, directory):
     draws = len(next(iter(first["draws"].values())))
     sections = {
         "Terms": TERMS.strip().split("\n"),
-        "The laws": [f"- {law_name(law)}: {FORMULAS.get(law, 'its formula is in laws.py')}" for law in laws],
+        "The laws": [f"- **{law_name(law).capitalize()}** (`{law}` in laws.json): "
+                     f"{FORMULAS.get(law, 'its formula is in laws.py')}." for law in laws],
         "What was measured": [f"There are {len(rows)} rows, in these ranges:", "", *spans],
         "Warnings": [f"- {note}" for note in notes],
         "What was found": [f"- {text}" for text in findings(rows, content)],
