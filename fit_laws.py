@@ -193,16 +193,18 @@ def held_out_errors(law, rows, analysis, options):
 
 
 def analyse(rows, options, fits, bar):
-    """{law: its entry in laws.json}."""
-    entries, cache = {}, {}
+    """({law: its entry in laws.json}, the Fit with the interaction law or None)."""
+    entries, cache, main_fit = {}, {}, None
     for law, (system, chosen) in fits.items():
         key = tuple(system.items()) + (len(chosen),)
         if key not in cache:
             cache[key] = analysed(chosen, system, options, bar.update)
+        if law == "upcycled":
+            main_fit = cache[key].fit
         if law == "upcycled.loss_matching_0":
             chosen = chosen + explained_rows(law, rows)
         entries[law] = law_entry(law, chosen, cache[key], held_out_errors(law, chosen, cache[key], options))
-    return entries
+    return entries, main_fit
 
 
 def at_each_N(rows, options):
@@ -220,7 +222,7 @@ def at_each_N(rows, options):
                 "n": len(own), "rmse_log": rms(errors(fitted, law, own)),
                 "held_out": {"trunk": {"rms": rms(left), "rows": len(left), "beyond": None} if len(left) else None}}
             if law == "upcycled":
-                profiles[f"N = {n:.3g} alone"] = profile_E(fitted, law)
+                profiles[f"N = {report.short(n)} alone"] = profile_E(fitted, law)
     return found, profiles
 
 
@@ -444,9 +446,12 @@ def main(options):
         raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
     systems = {tuple(system.items()) for system, _ in fits.values()}
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
-        entries = analyse(rows, options, fits, bar)
+        entries, main_fit = analyse(rows, options, fits, bar)
     notes += unidentified_note(entries) + folded_note(entries)
     sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
+    if main_fit:
+        profiles = {"all N": profile_E(main_fit, "upcycled")} | profiles
+    profiles = {title: profile for title, profile in profiles.items() if profile}
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
     out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows),
            "origin": origin(rows), "models": models(rows),
@@ -455,9 +460,12 @@ def main(options):
     report.write(rows, out, profiles, notes, options.out)
     path = os.path.join(options.out, "laws.json")
     write_json(path, out)
-    blocks = (report.comparison_table(entries), report.single_size_table(sizes), report.findings(rows, out),
-              [f"warning: {note}" for note in notes])
-    print("\n\n".join("\n".join(block) for block in blocks if block))
+    best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
+    shown = {law: entry for law, entry in entries.items() if wanted or law in (*FAMILIES, best)}
+    for block in (report.comparison_table(entries), report.single_size_table(sizes), report.parameter_table(shown),
+                  report.methods_table(report.method_differences(rows)), report.findings(rows, out),
+                  [f"warning: {note}" for note in notes]):
+        print("\n".join(block) + "\n" * bool(block))
     print(f"{path}, report.md and figures written")
 
 
