@@ -11,6 +11,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import predict, variable
+from rows import method_label
 
 plt.rcParams.update({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -68,12 +69,12 @@ def predicted_losses(rows, law, entry):
     """(n,) losses of rows by the laws of the fit that `entry` describes; nan where it has no law."""
     losses = np.full(len(rows), np.nan)
     for i, row in enumerate(rows):
-        row_law = entry["fitted_with"].get(row["family"])
+        own = row["family"] == law.partition(".")[0]
+        row_law = law if own else entry["fitted_with"].get(row["family"])
         fitted = entry if row_law == law else entry.get("beside", {}).get(row_law)
-        if fitted:
+        if fitted and all(row.get(name) == value for name, value in entry.get("at", {}).items()):
+            fitted = entry.get("methods", {}).get(method_label(row), entry) if own else fitted
             values = {name: variable(row, name) for name in VARIABLES}
-            if row["family"] == "moe" and row_law.startswith("upcycled"):  # from scratch is D1 = 0
-                values |= {"D1": 0.0, "D2": row["D"]}
             values = {name: value for name, value in values.items() if not np.isnan(value)}
             losses[i] = predict(row_law, fitted["params"], **values)
     return losses
@@ -281,32 +282,48 @@ def alpha3_along_E(profiles):
 def against_copy(differences):
     """Loss against copying over D2, mean over seeds and interval: one panel a (N, D1), one colour a method.
 
-    differences is {label: {(N, D1, D2): {seed: difference}}}. For one label: a panel a N, a colour a D1.
+    differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
     """
-    lines = {}  # {(N, D1 or 0): {label: {D2: (mean, half of the interval)}}}
-    for label, cells in differences.items():
-        for (n, d1, d2), by_seed in sorted(cells.items()):
-            alone = len(differences) == 1
-            panel, line = ((n, 0), f"{label},\nD1 = {short(d1)}") if alone else ((n, d1), label)
-            points = lines.setdefault(panel, {}).setdefault(line, {})
-            points[d2] = t_interval(list(by_seed.values()))
-    labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
-    figure, axes = panels(len(lines), sharey=True)
-    for axis, (n, d1) in zip(axes, sorted(lines)):
-        for label, points in lines[n, d1].items():
-            place = labels.index(label)
-            x = np.array(list(points)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
-            mean, half = 100 * np.array(list(points.values())).T
-            color = plt.cm.tab10(place % 10)
-            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=color, label=label)
+    alone = len({label for label, _, _ in differences}) == 1
+    names = {key: f"{key[0]},\nD1 = {short(key[2])}" if alone else key[0] for key in differences}
+    labels = list(dict.fromkeys(names.values()))
+    places = sorted({(n, 0 if alone else d1) for _, n, d1 in differences})
+    figure, axes = panels(len(places), sharey=True)
+    for axis, (n, d1) in zip(axes, places):
+        here = {key: cells for key, cells in differences.items() if key[1] == n and (alone or key[2] == d1)}
+        for key, cells in here.items():
+            place = labels.index(names[key])
+            x = np.array(list(cells)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
+            mean, half = 100 * np.array([t_interval(list(by_seed.values())) for by_seed in cells.values()]).T
+            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
+                          label=names[key])
         axis.axhline(0, color="black", lw=0.8, ls=":")
-        log_axis(axis, sorted({d2 for points in lines[n, d1].values() for d2 in points}))
+        log_axis(axis, sorted({d2 for cells in here.values() for d2 in cells}))
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.set(xlabel="D2 (tokens after upcycling)",
-                 title=f"N = {short(n)}" + (f", D1 = {short(d1)}" if d1 else ""))
+                 title=f"N = {short(n)}" + f", D1 = {short(d1)}" * (d1 > 0))
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
     legend_outside(figure, axes, "mean over seeds\nand 95 % interval")
+    return figure
+
+
+def loss_matching(planes, tokens):
+    """Loss matching against a published law over (D1, D2): one panel a plane of report.matching_planes."""
+    figure, axes = panels(len(planes), sharey=True)
+    for axis, (n, difference, above_start, above_scratch) in zip(axes, planes):
+        image = axis.pcolormesh(tokens, tokens, 100 * difference, cmap="RdBu_r", vmin=-6, vmax=6,
+                                rasterized=True)
+        axis.contour(tokens, tokens, difference, levels=[-0.02, 0.02], colors="black", linewidths=0.8)
+        for region, hatch in ((above_start, "///"), (above_scratch, "..")):
+            axis.contourf(tokens, tokens, region, levels=[0.5, 1.5], hatches=[hatch], colors="none")
+        log_axis(axis, list(tokens[::20]))
+        axis.set(yscale="log", xlabel="D1 (tokens)", title=f"N = {short(n)}")
+        axis.set_yticks(tokens[::20], [short(tick) for tick in tokens[::20]])
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.margins(0)
+    axes[0].set_ylabel("D2 (tokens)")
+    figure.colorbar(image, ax=list(axes), label="loss matching - published law (%)", extend="both")
     return figure

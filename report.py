@@ -12,7 +12,8 @@ import numpy as np
 import figures
 from configurator import ConfigError
 from figures import FAMILIES, HELD_OUT, RIVALS, law_name, of_family, short, sorted_levels, t_interval
-from laws import head_start, predict
+from laws import SHARED_CURVE, head_start, predict, published_check
+from rows import method_label
 
 TERMS = """
 - **Loss** L is the validation cross-entropy in nats per token. Errors of loss are given in per cent of it.
@@ -47,74 +48,71 @@ FORMULAS = {
     "upcycled.loss_matching_0": "loss matching with delta = 0, to which no upcycled run contributes"}
 RESULTS = {"loss", "loss_se", "trunk", "flops", "config", "git", "torch", "N_active", "N_total"}
 METHOD = {"method", "drop_ratio", "granularity", "noise_std", "noise_fraction"}
+PLACE = {"family", "N", "D", "D1", "D2", "seed", "dense_trunk"}
+EXPERTS = {"num_local_experts", "num_experts_per_tok"}
+TOKENS = np.geomspace(1e9, 1e12, 61)  # D1 and D2 of published laws that do not say where they were fitted
+MATCHING_WORDS = """
+Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
+on along the MoE's own curve, from where that curve has the loss of the dense model. The difference is this
+prediction less that of the published upcycled law, for D1 and D2 from 1B to 1T tokens."""
+WHY_NOT = """
+- A copied model starts with the loss of its dense checkpoint. A law that lies above this start is not valid
+  there. Loss matching never does.
+- An upcycled model has seen more tokens than a MoE from scratch on D = D2 tokens. Loss matching always puts
+  the upcycled model below. The published law lets the MoE from scratch overtake it."""
 
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
 
 
-def method_label(row):
-    """What tells a row's method apart: drop 0.5, virtual groups G = 2, copy."""
-    forms = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ",
-             "noise_fraction": "on {:g}"}
-    knobs = [form.format(row[key]) for key, form in forms.items()
-             if row.get(key) is not None and (key, row[key]) != ("noise_fraction", 1)]
-    return " ".join([str(row.get("method")).replace("_", " "), *knobs])
-
-
-def setting(row, column):
-    """The value of a column; numbers of experts without the granularity that virtual groups give them."""
-    multiplied = column in ("num_local_experts", "num_experts_per_tok")
-    return row[column] / (row.get("granularity") or 1) if multiplied else row[column]
-
-
 def same_but_method(row, other, but=()):
-    """Whether runs agree in all columns that both have, but for results, the method and columns `but`."""
+    """Whether runs agree in all columns that both have, but for results, the method and columns `but`.
+
+    Virtual groups multiply the numbers of experts by their granularity, so these are compared without it.
+    """
+    def setting(run, column):
+        return run[column] / (run.get("granularity") or 1) if column in EXPERTS else run[column]
+
     columns = (row.keys() & other.keys()) - RESULTS - METHOD - set(but)
     return all(setting(row, column) == setting(other, column) for column in columns)
 
 
-def pairs_with_copy(rows):
-    """[(label, copied row, loss / its loss - 1)] of runs that differ from a copied one in the method alone.
+def method_differences(rows):
+    """{(label, N, D1): {D2: {seed: loss / loss of copying - 1}}} of runs that differ in the method alone.
 
-    A MoE from scratch on D = D2 tokens is compared with copying in the same way.
+    A MoE from scratch on D = D2 tokens is compared with copying in the same way. Where other settings vary
+    from pair to pair of one label, the label names them.
     """
     copies = [row for row in of_family(rows, "upcycled") if row.get("method") == "copy"]
-    others = [(method_label(row), row, row["D2"], ()) for row in of_family(rows, "upcycled")
+    others = [(method_label(row), row, ()) for row in of_family(rows, "upcycled")
               if row.get("method") != "copy"]
-    others += [("MoE from scratch", row, row["D"], ("family", "D", "D1", "D2", "dense_trunk"))
-               for row in of_family(rows, "moe")]
-    return [(label, copy, row["loss"] / copy["loss"] - 1) for label, row, tokens, but in others
-            for copy in copies if copy["D2"] == tokens and same_but_method(row, copy, but)]
-
-
-def method_differences(rows):
-    """{label: {(N, D1, D2): {seed: loss / loss of copying - 1}}}; labels name other settings that vary."""
-    pairs, values, differences = pairs_with_copy(rows), {}, {}
+    others += [(FAMILIES["moe"][0], row, PLACE - {"N", "seed"}) for row in of_family(rows, "moe")]
+    pairs = [(label, copy, row["loss"] / copy["loss"] - 1) for label, row, but in others for copy in copies
+             if copy["D2"] == row.get("D2", row.get("D")) and same_but_method(row, copy, but)]
+    values, differences = {}, {}
     for label, copy, _ in pairs:
-        for column in copy.keys() - RESULTS - METHOD - {"family", "N", "D1", "D2", "seed", "dense_trunk"}:
+        for column in copy.keys() - RESULTS - METHOD - PLACE:
             values.setdefault((label, column), set()).add(str(copy[column]))
-    for label, copy, difference in pairs:
-        varied = [column for column in sorted(copy) if len(values.get((label, column), ())) > 1]
-        full_label = ", ".join([label, *(f"{column} = {copy[column]}" for column in varied)])
-        cell = copy["N"], copy["D1"], copy["D2"]
-        differences.setdefault(full_label, {}).setdefault(cell, {})[str(copy.get("seed"))] = difference
-    return differences
+    for label, copy, difference in sorted(pairs, key=lambda pair: pair[1]["D2"]):
+        varied = [f"{column} = {copy[column]}" for column in sorted(copy)
+                  if len(values.get((label, column), ())) > 1]
+        key = ", ".join([label, *varied]), copy["N"], copy["D1"]
+        differences.setdefault(key, {}).setdefault(copy["D2"], {})[str(copy.get("seed"))] = difference
+    return dict(sorted(differences.items()))
 
 
 def crossings(differences):
     """Sentences, [text]: where the mean difference of a method from copying changes sign as D2 grows."""
     said = []
-    for label, cells in differences.items():
-        for n, d1 in sorted({cell[:2] for cell in cells}):
-            points = [(cell[2], *t_interval(list(cells[cell].values())))
-                      for cell in sorted(cells) if cell[:2] == (n, d1)]
-            for (left, low, low_half), (right, high, high_half) in zip(points, points[1:]):
-                if low * high < 0:
-                    place = short(left * (right / left) ** (low / (low - high)))
-                    sure = abs(low) > low_half and abs(high) > high_half  # False where a half is nan
-                    verb = "overtakes" if low > 0 else "falls behind"
-                    said.append(f"At N = {short(n)} and D1 = {short(d1)}, {label} {verb} copying near "
-                                f"D2 = {place}." + " The seeds do not make this sure." * (not sure))
+    for (label, n, d1), cells in differences.items():
+        points = [(d2, *t_interval(list(by_seed.values()))) for d2, by_seed in cells.items()]
+        for (left, low, low_half), (right, high, high_half) in zip(points, points[1:]):
+            if low * high < 0:
+                place = short(left * (right / left) ** (low / (low - high)))
+                sure = abs(low) > low_half and abs(high) > high_half  # False where a half is nan
+                verb = "overtakes" if low > 0 else "falls behind"
+                said.append(f"At N = {short(n)} and D1 = {short(d1)}, {label} {verb} copying near "
+                            f"D2 = {place}." + " The seeds do not make this sure." * (not sure))
     return said
 
 
@@ -144,17 +142,17 @@ def held_out_text(held):
 
 def comparison_table(laws):
     """Errors in sample and on held-out rows, and AICc, of each law."""
-    lowest = {}
-    for entry in laws.values():  # laws that explain the same rows are compared
-        group = *entry["fitted_with"], entry["n_with"]
-        lowest[group] = min(lowest.get(group, math.inf), entry["aicc"])
+    same_rows = {}  # {(families, number of rows): [AICc]}; laws that explain the same rows are compared
+    for entry in (entry for law, entry in laws.items() if law not in ("dense", "moe")):
+        same_rows.setdefault((*entry["fitted_with"], entry["n_with"]), []).append(entry["aicc"])
     kinds = [kind for kind in HELD_OUT if any(entry["held_out"].get(kind) for entry in laws.values())]
     lines = []
     for law, entry in laws.items():
-        above = entry["aicc"] - lowest[*entry["fitted_with"], entry["n_with"]]
+        rivals = same_rows.get((*entry["fitted_with"], entry["n_with"]), [])
+        compared = len(rivals) > 1 and law not in ("dense", "moe")  # these two are part of each rival's fit
         lines.append([law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
                       *(held_out_text(entry["held_out"].get(kind)) for kind in kinds),
-                      "-" if law in ("dense", "moe") else f"{above:.1f}"])  # fitted with the upcycled laws
+                      f"{entry['aicc'] - min(rivals):.1f}" if compared else "-"])
     titles = [f"{HELD_OUT[kind][0]} held out" for kind in kinds]
     return aligned(["law", "rows", "in sample", *titles, "AICc above the best"], lines)
 
@@ -210,24 +208,24 @@ def single_size_table(sizes):
 
 
 def methods_table(differences):
-    """Mean loss against copying, half of its 95 % t-interval over seeds, seeds: one line a method and D1."""
-    tokens = sorted({cell[2] for cells in differences.values() for cell in cells})
-    lines = []
-    for label, cells in differences.items():
-        for n, d1 in sorted({cell[:2] for cell in cells}):
-            line = [label, short(n), short(d1)]
-            for by_seed in (cells.get((n, d1, d2)) for d2 in tokens):
-                mean, half = t_interval(list(by_seed.values())) if by_seed else (math.nan, math.nan)
-                half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
-                line.append(f"{100 * mean:+.2f}{half_text} % ({len(by_seed)})" if by_seed else "-")
-            lines.append(line)
+    """Mean loss against copying ± half of its 95 % t-interval, number of seeds: one line a method and D1."""
+    tokens, lines = sorted({d2 for cells in differences.values() for d2 in cells}), []
+    for (label, n, d1), cells in differences.items():
+        lines.append([label, short(n), short(d1)])
+        for by_seed in map(cells.get, tokens):
+            mean, half = t_interval(list(by_seed.values())) if by_seed else (math.nan, math.nan)
+            half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
+            lines[-1].append(f"{100 * mean:+.2f}{half_text} % ({len(by_seed)})" if by_seed else "-")
     return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (seeds)" for d2 in tokens)], lines)
 
 
 def claims_table(claims):
     """Each claim and variation of the analysis: {claim: {variation: {"holds": bool, "value": text}}}."""
-    lines = [[claim, variation, "yes" if found["holds"] else "no", found["value"]]
-             for claim, variations in claims.items() for variation, found in variations.items()]
+    lines = []
+    for claim, variations in claims.items():
+        for variation, found in variations.items():
+            shown = claim if found is next(iter(variations.values())) else ""
+            lines.append([shown, variation, "yes" if found["holds"] else "no", found["value"]])
     return aligned(["claim", "variation", "holds", "value"], lines)
 
 
@@ -259,6 +257,8 @@ def handicap_words(law, params, draws, n, d1, largest):
     overtakes = f"overtakes at D2* = {short(star)}" if np.isfinite(star) else "does not overtake"
     said = (f" Upcycling costs {100 * params['kappa']:.2f} % of the loss for ever ({cost} %). A MoE from "
             f"scratch {overtakes} ({interval_text(stars)}).")
+    if np.quantile(draws["kappa"], 0.025) < 0 < np.quantile(draws["kappa"], 0.975):
+        said += " These rows do not tell this cost from none."
     if max(star, np.quantile(stars, 0.975, method="nearest")) > largest:
         said += f" The largest measured D2 is {short(largest)}, so part of this lies outside the data."
     return said
@@ -268,12 +268,11 @@ def head_start_words(laws, ranges):
     """Sentences, [text]: what the longest dense training is worth, by each law and method."""
     said = []
     n, d1, largest = (ranges.get("upcycled", {}).get(name, (0, 0))[1] for name in ("N", "D1", "D2"))
-    for law in ("effective_data_shared", "saturating", "handicap", "loss_matching"):
-        entry = laws.get(f"upcycled.{law}")
-        for method, fitted in (entry.get("methods") or {"": entry}).items() if entry else ():
-            law, params = f"upcycled.{law}", fitted["params"]
+    for law in (law for law in SHARED_CURVE if law in laws):
+        for method, fitted in laws[law].get("methods", {"": laws[law]}).items():
+            params = fitted["params"]
             draws = {name: np.array(values) for name, values in fitted["draws"].items()}
-            worth, interval = head_start(law, params, D1=d1), interval_text(head_start(law, draws, D1=d1))
+            worth, interval = head_start(law, params, n, d1), interval_text(head_start(law, draws, n, d1))
             text = (f"By the law '{law_name(law)}', N = {short(n)}{', ' * bool(method)}{method}: a dense "
                     f"checkpoint of {short(d1)} tokens is worth {short(worth)} tokens of MoE training, once "
                     f"({interval}).")
@@ -321,7 +320,8 @@ def draw_figures(rows, laws, profiles):
     method = "copy" if "copy" in labels else max(labels, key=labels.count, default="")
     one_method = [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
     rivals = [law for law in RIVALS if law in laws]
-    best = min(rivals, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
+    comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
+    best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
              "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
              "dense": [law for law in ("dense",) if law in laws]}
@@ -379,17 +379,64 @@ def write(rows, content, profiles, notes, directory):
     draws = len(next(iter(first["draws"].values())))
     sections = {
         "Terms": TERMS.strip().split("\n"),
-        "The laws": [f"- **{law_name(law).capitalize()}** (`{law}` in laws.json): "
+        "The laws": [f"- **{law_name(law)}** (`{law}` in laws.json): "
                      f"{FORMULAS.get(law, 'its formula is in laws.py')}." for law in laws],
         "What was measured": [f"There are {len(rows)} rows, in these ranges:", "", *spans],
         "Warnings": [f"- {note}" for note in notes],
         "What was found": [f"- {text}" for text in findings(rows, content)],
         "Claims": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
-        "Noise and misfit": noise_table(laws),
+        "Noise and misfit": [*noise_table(laws), "", "Repeated seeds are needed to tell misfit from noise."],
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
                        f"Huber's delta is {first['huber_delta']:.2g}."],
         "Each size alone": single_size_table(content["at_each_N"]),
         "Methods against copying": methods_table(method_differences(rows))}
     write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profiles), directory)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Published laws
+
+def matching_planes(params, sizes):
+    """[(N, difference, above_start, above_scratch)] over TOKENS (D2, D1), one for each size.
+
+    params is {"dense", "moe", "upcycled": {parameter: value}}. The difference is loss matching / published
+    upcycled law - 1. The others are True where that law lies above the dense one at D1, and above the MoE
+    from scratch on D = D2 tokens.
+    """
+    D1, D2, planes = TOKENS[None, :], TOKENS[:, None], []
+    for n in sizes:
+        upcycled = predict("upcycled", params["upcycled"], N=n, D1=D1, D2=D2)
+        above_start = upcycled > predict("dense", params["dense"], N=n, D=D1)
+        above_scratch = upcycled > predict("moe", params["moe"], N=n, D=D2)
+        planes.append((n, published_check(params, n, D1, D2), above_start, above_scratch))
+    return planes
+
+
+def matching_table(planes):
+    """Where loss matching agrees with a published law: one line a size and region of (D1, D2)."""
+    lines = []
+    for n, difference, start, scratch in planes:
+        for title, region in (("below both", ~start & ~scratch), ("above from scratch", scratch & ~start),
+                              ("above its dense start", start)):
+            found = 100 * difference[region]
+            if len(found):
+                shares = [f"{100 * share:.0f} %" for share in (region.mean(), (np.abs(found) < 2).mean())]
+                difference_text = f"{found.min():+.1f} .. {found.max():+.1f} %"
+                lines.append([short(n), title, shares[0], difference_text, shares[1]])
+    return aligned(["N", "the published law is", "share of the plane", "difference", "within ± 2 %"], lines)
+
+
+def write_published(content, directory):
+    """Write report.md on a file of published laws: what loss matching makes of its dense and MoE laws."""
+    params = {law: entry["params"] for law, entry in content["laws"].items()}
+    planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+    caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
+               "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
+    write_report("Loss matching against a published law", {
+        "Terms": TERMS.strip().split("\n"),
+        "What was compared": [f"Source: {content['source']}", "", *MATCHING_WORDS.strip().split("\n")],
+        "Where it agrees": matching_table(planes),
+        "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},
+        {"loss_matching": (figures.loss_matching(planes, TOKENS), caption)}, directory)
