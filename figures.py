@@ -28,8 +28,6 @@ RIVALS = {  # name, colour and dashes of each upcycled law
     "upcycled.handicap": ("handicap", "#d35400", (0, (6, 1))),
     "upcycled.loss_matching": ("loss matching", "#2c3e90", (0, (2, 1))),
     "upcycled.loss_matching_0": ("loss matching, delta = 0", "#7fb3d5", (0, (1, 1)))}
-HELD_OUT = {"trunk": ("a trunk", "o"), "D": ("largest D", "<"), "D1": ("largest D1", "^"),
-            "D2": ("largest D2", "v"), "N": ("largest N", "P"), "experts": ("most experts", "X")}
 VARIABLES = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
 
 
@@ -141,17 +139,17 @@ def legend_outside(figure, axes, title=None):
 # ---------------------------------------------------------------------------------------------------------
 # The figures
 
-def curves_of(rows, n):
-    """[(label, rows, colour)] of one size: upcycled by D1, MoE by number of experts, dense."""
-    curves = [(f"upcycled at D1 = {short(d1)}", of_family(rows, "upcycled", N=n, D1=d1), color)
-              for d1, color in shades(sorted_levels(rows, "D1")).items()]
-    counts = sorted_levels(of_family(rows, "moe"), "num_local_experts")
-    for experts, color in shades(counts).items() if len(counts) > 1 else ():
-        here = [row for row in of_family(rows, "moe", N=n) if row.get("num_local_experts") == experts]
-        curves.append((f"MoE from scratch, {experts:g} experts", here, color))
-    for family in ("moe", "dense") if len(counts) < 2 else ("dense",):
-        curves.append((FAMILIES[family][0], of_family(rows, family, N=n), FAMILIES[family][2]))
-    return [curve for curve in curves if curve[1]]
+def curves_of(rows):
+    """{(family, D1 or number of experts): (label, colour)} of the curves that loss against tokens shows."""
+    curves = {}
+    for family, (name, _, color) in FAMILIES.items():
+        column = "D1" if family == "upcycled" else "num_local_experts"
+        levels = sorted({row.get(column, 0) for row in of_family(rows, family)})
+        for level, shade in shades(levels).items():
+            detail = f", {level:g} experts" if level else ""
+            detail = f", D1 = {short(level)}" if family == "upcycled" else detail
+            curves[family, level] = name + detail, shade if len(levels) > 1 or family == "upcycled" else color
+    return curves
 
 
 def loss_against_tokens(rows, laws, shown):
@@ -164,9 +162,11 @@ def loss_against_tokens(rows, laws, shown):
     sizes = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, 9).round().astype(int))]
     figure, axes = panels(len(sizes))
     for axis, n in zip(axes, sizes):
-        for label, here, color in curves_of(rows, n):
-            family = here[0]["family"]
-            tokens = "D2" if family == "upcycled" else "D"
+        for (family, level), (label, color) in curves_of(rows).items():
+            tokens, column = ("D2", "D1") if family == "upcycled" else ("D", "num_local_experts")
+            here = [row for row in of_family(rows, family, N=n) if row.get(column, 0) == level]
+            if not here:
+                continue
             x, loss, spread = mean_loss(here, tokens)
             axis.errorbar(x, loss, spread, fmt=FAMILIES[family][1], ms=4, color=color, label=label,
                           mfc=color if family == "upcycled" else "white")
@@ -207,27 +207,6 @@ def exponent_against_D1(rows, laws):
         axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
     axes[0].set_ylabel("local exponent  d ln L / d ln D2")
     legend_outside(figure, axes)
-    return figure
-
-
-def held_out_errors(laws):
-    """One line a law: its error in sample and on each kind of held-out rows."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.28 * max(len(laws), 5)))
-    kinds = {"in sample": ("|", [entry["rmse_log"] for entry in laws.values()])}
-    for kind, (name, mark) in HELD_OUT.items():
-        held = [entry["held_out"].get(kind) for entry in laws.values()]
-        kinds[f"{name} held out"] = mark, [found and found["rms"] for found in held]
-    for label, (mark, errors) in kinds.items():
-        points = [(100 * error, -place) for place, error in enumerate(errors) if error]
-        if points:
-            axis.plot(*zip(*points), mark, ms=7, mfc="none", mew=1.3, label=label)
-    axis.set_yticks(-np.arange(len(laws)), [law_name(law) for law in laws])
-    axis.set(xscale="log", xlabel="root mean square error of the loss (%)")
-    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(ticker.NullLocator())
-    axis.grid(axis="y", lw=0.4)
-    legend_outside(figure, [axis])
     return figure
 
 
@@ -280,7 +259,7 @@ def alpha3_along_E(profiles):
 
 
 def against_copy(differences):
-    """Loss against copying over D2, mean over seeds and interval: one panel a (N, D1), one colour a method.
+    """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
 
     differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
     """
@@ -294,7 +273,7 @@ def against_copy(differences):
         for key, cells in here.items():
             place = labels.index(names[key])
             x = np.array(list(cells)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
-            mean, half = 100 * np.array([t_interval(list(by_seed.values())) for by_seed in cells.values()]).T
+            mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
             axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
                           label=names[key])
         axis.axhline(0, color="black", lw=0.8, ls=":")
@@ -306,7 +285,7 @@ def against_copy(differences):
         axis.set(xlabel="D2 (tokens after upcycling)",
                  title=f"N = {short(n)}" + f", D1 = {short(d1)}" * (d1 > 0))
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
-    legend_outside(figure, axes, "mean over seeds\nand 95 % interval")
+    legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
     return figure
 
 

@@ -11,45 +11,13 @@ import numpy as np
 
 import figures
 from configurator import ConfigError
-from figures import FAMILIES, HELD_OUT, RIVALS, law_name, of_family, short, sorted_levels, t_interval
+from figures import FAMILIES, RIVALS, law_name, of_family, short, sorted_levels, t_interval
 from laws import SHARED_CURVE, head_start, predict, published_check
-from rows import method_label
+from rows import KNOBS, method_label, same_but
 
-TERMS = """
-- **Loss** L is the validation cross-entropy in nats per token. Errors of loss are given in per cent of it.
-- **Dense** is an ordinary language model. **MoE** is a mixture of experts that is trained from scratch.
-  **Upcycled** is a MoE that is made from a dense model and then trained.
-- **N** is the number of parameters of the dense model without embedding and head. All three families use
-  this N.
-- **D** is the number of tokens of a run from scratch. **D1** is the number of tokens that a dense model saw
-  before it was upcycled. **D2** is the number of tokens after that.
-- A **trunk** is one long run at a constant learning rate. Short runs branch off it and decay, and each gives
-  one row. The rows of one trunk share its luck. A **dense trunk** is one that upcycled runs started from.
-- **Held out** rows are left out of a fit, which then predicts them. Their error shows what a law is worth. An
-  error **in sample** is on the rows of the fit itself.
-- **Noise** is how much the loss varies from run to run. **Misfit** is what noise does not explain: there the
-  law is wrong.
-- **AICc** is Akaike's information criterion for few rows. A better fit lowers it, and each parameter raises
-  it. The lowest is the best, and differences below about 5 decide nothing.
-- The **head start** H of a dense checkpoint is the number of tokens of MoE training that it is worth.
-- The **handicap** kappa puts a factor e^kappa on the loss of upcycled runs. More training does not remove it.
-- **D2\\*** is the D2 beyond which a MoE from scratch, trained on D = D2 tokens, has a lower loss than the
-  upcycled one."""
-FORMULAS = {
-    "dense": "L = A D^-alpha + B N^-beta + E", "moe": "L = A D^-alpha + B N^-beta + E",
-    "upcycled": "L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E",
-    "upcycled.no_interaction": "the interaction law with alpha3 = 0",
-    "upcycled.additive": "L = A1 D1^-alpha1 + A2 D2^-alpha2 + B N^-beta + E",
-    "upcycled.effective_data": "L = A (D2 + H)^-alpha + B N^-beta + E with H = c D1^gamma",
-    "upcycled.effective_data_shared": "effective data with A, alpha, B, beta and E of the MoE from scratch",
-    "upcycled.saturating": "the shared law with H^-alpha = (c D1^gamma)^-alpha + H_max^-alpha",
-    "upcycled.handicap": "the shared law times e^kappa",
-    "upcycled.loss_matching": "L = L_moe(N, H + D2) with L_moe(N, H) = e^delta L_dense(N, D1)",
-    "upcycled.loss_matching_0": "loss matching with delta = 0, to which no upcycled run contributes"}
-RESULTS = {"loss", "loss_se", "trunk", "flops", "config", "git", "torch", "N_active", "N_total"}
-METHOD = {"method", "drop_ratio", "granularity", "noise_std", "noise_fraction"}
-PLACE = {"family", "N", "D", "D1", "D2", "seed", "dense_trunk"}
-EXPERTS = {"num_local_experts", "num_experts_per_tok"}
+TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
+HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
+            "experts": "most experts"}
 TOKENS = np.geomspace(1e9, 1e12, 61)  # D1 and D2 of published laws that do not say where they were fitted
 MATCHING_WORDS = """
 Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
@@ -64,56 +32,32 @@ WHY_NOT = """
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
 
-
-def same_but_method(row, other, but=()):
-    """Whether runs agree in all columns that both have, but for results, the method and columns `but`.
-
-    Virtual groups multiply the numbers of experts by their granularity, so these are compared without it.
-    """
-    def setting(run, column):
-        return run[column] / (run.get("granularity") or 1) if column in EXPERTS else run[column]
-
-    columns = (row.keys() & other.keys()) - RESULTS - METHOD - set(but)
-    return all(setting(row, column) == setting(other, column) for column in columns)
+def before_split(row):
+    """{column: value} of experts as they were before virtual groups split each of them into parts."""
+    parts = row.get("granularity") or 1
+    return {"num_local_experts": row.get("num_local_experts", 0) / parts,
+            "num_experts_per_tok": row.get("num_experts_per_tok", 0) / parts,
+            "intermediate_size": row.get("intermediate_size", 0) * parts}
 
 
 def method_differences(rows):
-    """{(label, N, D1): {D2: {seed: loss / loss of copying - 1}}} of runs that differ in the method alone.
+    """{(label, N, D1): {D2: [loss / loss of copying - 1]}}, a difference for each pair of runs.
 
-    A MoE from scratch on D = D2 tokens is compared with copying in the same way. Where other settings vary
-    from pair to pair of one label, the label names them.
+    The runs of a pair differ in the method and its knobs alone. A MoE from scratch on D = D2 tokens is paired
+    with copied runs in the same way.
     """
-    copies = [row for row in of_family(rows, "upcycled") if row.get("method") == "copy"]
-    others = [(method_label(row), row, ()) for row in of_family(rows, "upcycled")
-              if row.get("method") != "copy"]
-    others += [(FAMILIES["moe"][0], row, PLACE - {"N", "seed"}) for row in of_family(rows, "moe")]
-    pairs = [(label, copy, row["loss"] / copy["loss"] - 1) for label, row, but in others for copy in copies
-             if copy["D2"] == row.get("D2", row.get("D")) and same_but_method(row, copy, but)]
-    values, differences = {}, {}
-    for label, copy, _ in pairs:
-        for column in copy.keys() - RESULTS - METHOD - PLACE:
-            values.setdefault((label, column), set()).add(str(copy[column]))
-    for label, copy, difference in sorted(pairs, key=lambda pair: pair[1]["D2"]):
-        varied = [f"{column} = {copy[column]}" for column in sorted(copy)
-                  if len(values.get((label, column), ())) > 1]
-        key = ", ".join([label, *varied]), copy["N"], copy["D1"]
-        differences.setdefault(key, {}).setdefault(copy["D2"], {})[str(copy.get("seed"))] = difference
-    return dict(sorted(differences.items()))
-
-
-def crossings(differences):
-    """Sentences, [text]: where the mean difference of a method from copying changes sign as D2 grows."""
-    said = []
-    for (label, n, d1), cells in differences.items():
-        points = [(d2, *t_interval(list(by_seed.values()))) for d2, by_seed in cells.items()]
-        for (left, low, low_half), (right, high, high_half) in zip(points, points[1:]):
-            if low * high < 0:
-                place = short(left * (right / left) ** (low / (low - high)))
-                sure = abs(low) > low_half and abs(high) > high_half  # False where a half is nan
-                verb = "overtakes" if low > 0 else "falls behind"
-                said.append(f"At N = {short(n)} and D1 = {short(d1)}, {label} {verb} copying near "
-                            f"D2 = {place}." + " The seeds do not make this sure." * (not sure))
-    return said
+    copies = [row for row in of_family(rows, "upcycled") if method_label(row) == "copy"]
+    columns = ("trunk", "method", *KNOBS, *before_split({}))
+    differences = {}
+    for row in (row for row in rows if row["family"] != "dense" and method_label(row) != "copy"):
+        scratch = row["family"] == "moe"
+        label = FAMILIES["moe"][0] if scratch else method_label(row)
+        but = columns + ("family", "D", "D1", "D2", "dense_trunk") * scratch
+        for copy in (copy for copy in copies if row.get("D2", row.get("D")) == copy["D2"]):
+            if before_split(row) == before_split(copy) and same_but(row, copy, but):
+                cells = differences.setdefault((label, copy["N"], copy["D1"]), {})
+                cells.setdefault(copy["D2"], []).append(row["loss"] / copy["loss"] - 1)
+    return {key: dict(sorted(cells.items())) for key, cells in sorted(differences.items())}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -153,7 +97,7 @@ def comparison_table(laws):
         lines.append([law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
                       *(held_out_text(entry["held_out"].get(kind)) for kind in kinds),
                       f"{entry['aicc'] - min(rivals):.1f}" if compared else "-"])
-    titles = [f"{HELD_OUT[kind][0]} held out" for kind in kinds]
+    titles = [f"{HELD_OUT[kind]} held out" for kind in kinds]
     return aligned(["law", "rows", "in sample", *titles, "AICc above the best"], lines)
 
 
@@ -161,11 +105,10 @@ def noise_table(laws):
     """The noise of each family and the misfit of each law, as standard deviations of ln loss."""
     lines = []
     for law, entry in laws.items():
-        for family in entry["noise"]:
-            if entry["fitted_with"][family] == law:
-                noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
-                lines.append([law_name(law), FAMILIES[family][0],
-                              *map(percent, [*noise, entry["misfit"].get(family)])])
+        for family in (family for family in entry["noise"] if entry["fitted_with"][family] == law):
+            noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
+            lines.append([law_name(law), FAMILIES[family][0],
+                          *map(percent, [*noise, entry["misfit"].get(family)])])
     header = ["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"]
     return aligned(header, lines)
 
@@ -208,24 +151,21 @@ def single_size_table(sizes):
 
 
 def methods_table(differences):
-    """Mean loss against copying ± half of its 95 % t-interval, number of seeds: one line a method and D1."""
+    """Mean loss against copying ± half of its t-interval, number of pairs: one line a method, N and D1."""
     tokens, lines = sorted({d2 for cells in differences.values() for d2 in cells}), []
     for (label, n, d1), cells in differences.items():
         lines.append([label, short(n), short(d1)])
-        for by_seed in map(cells.get, tokens):
-            mean, half = t_interval(list(by_seed.values())) if by_seed else (math.nan, math.nan)
+        for pairs in map(cells.get, tokens):
+            mean, half = t_interval(pairs) if pairs else (math.nan, math.nan)
             half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
-            lines[-1].append(f"{100 * mean:+.2f}{half_text} % ({len(by_seed)})" if by_seed else "-")
-    return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (seeds)" for d2 in tokens)], lines)
+            lines[-1].append(f"{100 * mean:+.2f}{half_text} % ({len(pairs)})" if pairs else "-")
+    return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (pairs)" for d2 in tokens)], lines)
 
 
 def claims_table(claims):
     """Each claim and variation of the analysis: {claim: {variation: {"holds": bool, "value": text}}}."""
-    lines = []
-    for claim, variations in claims.items():
-        for variation, found in variations.items():
-            shown = claim if found is next(iter(variations.values())) else ""
-            lines.append([shown, variation, "yes" if found["holds"] else "no", found["value"]])
+    lines = [[claim, variation, "yes" if found["holds"] else "no", found["value"]]
+             for claim, variations in claims.items() for variation, found in variations.items()]
     return aligned(["claim", "variation", "holds", "value"], lines)
 
 
@@ -285,30 +225,28 @@ def head_start_words(laws, ranges):
     return said
 
 
-def interaction_words(rows, laws, ranges):
-    """Sentences, [text], on alpha3, and on how fast the loss itself falls with D2."""
-    said, ends = [], ranges.get("upcycled", {}).get("D1", ())
-    if "upcycled" in laws:
-        params, (low, high) = laws["upcycled"]["params"], laws["upcycled"]["ci95"]["alpha3"]
-        said.append(f"alpha3 of the interaction law is {params['alpha3']:.3g} (95 % interval {low:.3g} to "
-                    f"{high:.3g}, {alpha3_p(laws['upcycled'])}).")
-        said += [f"At D1 = {short(d1)} the exponent of D2 in the first term of that law is "
-                 f"{-params['alpha2'] + params['alpha3'] * math.log(d1):.3f}." for d1 in ends]
-    for d1 in ends:
-        here = of_family(rows, "upcycled", D1=d1)
-        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
-        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
-        if slopes:
-            said.append(f"At D1 = {short(d1)} the loss itself falls as D2^{np.mean(slopes):.3f}, on average "
-                        "over sizes.")
-    return said
+def main_method_rows(rows):
+    """copy or else the commonest method of the upcycled rows, and the rows without other methods."""
+    labels = [method_label(row) for row in of_family(rows, "upcycled")]
+    method = "copy" if "copy" in labels else max(labels, key=labels.count, default="none")
+    return method, [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
 
 
 def findings(rows, content):
     """What the rows and the laws say, [text]."""
-    laws, ranges = content["laws"], content["ranges"]
-    return [*interaction_words(rows, laws, ranges), *head_start_words(laws, ranges),
-            *crossings(method_differences(rows))]
+    said, laws, ranges = [], content["laws"], content["ranges"]
+    if "upcycled" in laws:
+        low, high = laws["upcycled"]["ci95"]["alpha3"]
+        said.append(f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % "
+                    f"interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
+    for d1 in ranges.get("upcycled", {}).get("D1", ()):
+        here = of_family(main_method_rows(rows)[1], "upcycled", D1=d1)
+        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
+        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
+        if slopes:
+            slope = f"D2^{np.mean(slopes):.3f}"
+            said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
+    return said + head_start_words(laws, ranges)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -316,9 +254,7 @@ def findings(rows, content):
 
 def draw_figures(rows, laws, profiles):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
-    labels = [method_label(row) for row in of_family(rows, "upcycled")]
-    method = "copy" if "copy" in labels else max(labels, key=labels.count, default="")
-    one_method = [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
+    method, one_method = main_method_rows(rows)
     rivals = [law for law in RIVALS if law in laws]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
     best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
@@ -326,18 +262,15 @@ def draw_figures(rows, laws, profiles):
              "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
              "dense": [law for law in ("dense",) if law in laws]}
     captions = {
-        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method or 'none'}. "
+        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method}. "
                                "Bars are the range over repeats.",
         "exponent_against_D1": "The interaction: how fast the loss falls with D2, against D1.",
-        "held_out_errors": "Errors of each law in sample and on held-out rows.",
         "alpha3_along_E": "alpha3 of the interaction law, with E held at each value and all else refitted.",
         "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
                                 "copying. Paired runs differ in the method alone."}
     found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
     if rivals:
         found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
-    if any(any(entry["held_out"].values()) for entry in laws.values()):
-        found["held_out_errors"] = figures.held_out_errors(laws)
     for law in dict.fromkeys([best, *(law for law in laws if law.startswith("moe."))]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
@@ -350,12 +283,13 @@ def draw_figures(rows, laws, profiles):
 
 
 def write_report(title, sections, found, directory):
-    """Write report.md of {heading: lines}, empty ones left out, and {file name: (figure, caption)}."""
-    text = [f"# {title}", ""]
+    """Write report.md: the terms, {heading: lines} where there are lines, {file name: (figure, caption)}."""
+    with open(TERMS, encoding="utf-8") as file:
+        text = [f"# {title}", "", file.read()]
     for heading, lines in sections.items():
         text += [f"## {heading}", "", *lines, ""] if lines else []
     for name, (_, caption) in found.items():
-        text += [f"![{caption}]({name}.png)", "", caption, ""]
+        text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
     try:
         for name, (figure, _) in found.items():
             figure.savefig(os.path.join(directory, f"{name}.png"))
@@ -378,15 +312,12 @@ def write(rows, content, profiles, notes, directory):
              for family, limits in content["ranges"].items()]
     draws = len(next(iter(first["draws"].values())))
     sections = {
-        "Terms": TERMS.strip().split("\n"),
-        "The laws": [f"- **{law_name(law)}** (`{law}` in laws.json): "
-                     f"{FORMULAS.get(law, 'its formula is in laws.py')}." for law in laws],
         "What was measured": [f"There are {len(rows)} rows, in these ranges:", "", *spans],
         "Warnings": [f"- {note}" for note in notes],
         "What was found": [f"- {text}" for text in findings(rows, content)],
-        "Claims": claims_table(content.get("claims", {})),
+        "Claims under variations of the analysis": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
-        "Noise and misfit": [*noise_table(laws), "", "Repeated seeds are needed to tell misfit from noise."],
+        "Noise and misfit": noise_table(laws),
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
                        f"Huber's delta is {first['huber_delta']:.2g}."],
@@ -435,7 +366,6 @@ def write_published(content, directory):
     caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
                "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
     write_report("Loss matching against a published law", {
-        "Terms": TERMS.strip().split("\n"),
         "What was compared": [f"Source: {content['source']}", "", *MATCHING_WORDS.strip().split("\n")],
         "Where it agrees": matching_table(planes),
         "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},

@@ -76,7 +76,6 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     figures = {
         "loss_against_tokens",
         "exponent_against_D1",
-        "held_out_errors",
         "residuals",
         "alpha3_along_E",
     }
