@@ -142,13 +142,14 @@ def legend_outside(figure, axes, title=None):
 def curves_of(rows):
     """{(family, D1 or number of experts): (label, colour)} of the curves that loss against tokens shows."""
     curves = {}
-    for family, (name, _, color) in FAMILIES.items():
-        column = "D1" if family == "upcycled" else "num_local_experts"
-        levels = sorted({row.get(column, 0) for row in of_family(rows, family)})
-        for level, shade in shades(levels).items():
-            detail = f", {level:g} experts" if level else ""
-            detail = f", D1 = {short(level)}" if family == "upcycled" else detail
-            curves[family, level] = name + detail, shade if len(levels) > 1 or family == "upcycled" else color
+    for d1, color in shades(sorted_levels(rows, "D1")).items():
+        curves["upcycled", d1] = f"upcycled, D1 = {short(d1)}", color
+    counts = sorted({row.get("num_local_experts", 0) for row in of_family(rows, "moe")})
+    for count, color in shades(counts).items():
+        label = FAMILIES["moe"][0] + f", {count:g} experts" * (count > 0)
+        curves["moe", count] = label, color if len(counts) > 1 else FAMILIES["moe"][2]
+    for count in {row.get("num_local_experts", 0) for row in of_family(rows, "dense")}:
+        curves["dense", count] = FAMILIES["dense"][0], FAMILIES["dense"][2]
     return curves
 
 
@@ -230,7 +231,7 @@ def residuals(rows, law, entry):
         log_axis(axis, levels[name], most=4)
         axis.set_xlabel(titles[name])
     axes[0, 0].set_ylabel("measured - fitted (%)")
-    legend_outside(figure, axes[0], law_name(law))
+    legend_outside(figure, axes[0], f"law: {law_name(law)}")
     return figure
 
 

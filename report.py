@@ -271,7 +271,8 @@ def draw_figures(rows, laws, profiles):
     found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
     if rivals:
         found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
-    for law in dict.fromkeys([best, *(law for law in laws if law.startswith("moe."))]):
+    alone = [law for law in laws if law.startswith("moe.") or not rivals]
+    for law in dict.fromkeys([best, *alone]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
         found[name] = figures.residuals(rows, law, laws[law])

@@ -356,7 +356,7 @@ def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
     assert headings == ["Terms", "The laws", "What was measured", "Warnings", "What was found",
                         "Claims under variations of the analysis", "How well the laws predict",
                         "Noise and misfit", "Parameters"]
-    assert all(f"`{law}`" in text for law in LAWS)  # each has its formula under The laws
+    assert all(f"`{law}`" in text and figures.law_name(law) in text for law in LAWS)  # under The laws
     assert "- something is odd" in text and f"There are {len(rows)} rows" in text
     for name in ("loss_against_tokens", "exponent_against_D1", "residuals"):
         for kind in ("png", "pdf"):
