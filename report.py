@@ -11,7 +11,7 @@ import numpy as np
 
 import figures
 from configurator import ConfigError
-from figures import FAMILIES, RIVALS, law_name, of_family, short, sorted_levels, t_interval
+from figures import FAMILY_STYLES, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
 from laws import SHARED_CURVE, head_start, predict, published_check
 from rows import KNOBS, method_label, same_but
 
@@ -51,7 +51,7 @@ def method_differences(rows):
     differences = {}
     for row in (row for row in rows if row["family"] != "dense" and method_label(row) != "copy"):
         scratch = row["family"] == "moe"
-        label = FAMILIES["moe"][0] if scratch else method_label(row)
+        label = FAMILY_STYLES["moe"][0] if scratch else method_label(row)
         but = columns + ("family", "D", "D1", "D2", "dense_trunk") * scratch
         for copy in (copy for copy in copies if row.get("D2", row.get("D")) == copy["D2"]):
             if before_split(row) == before_split(copy) and same_but(row, copy, but):
@@ -107,7 +107,7 @@ def noise_table(laws):
     for law, entry in laws.items():
         for family in (family for family in entry["noise"] if entry["fitted_with"][family] == law):
             noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
-            lines.append([law_name(law), FAMILIES[family][0],
+            lines.append([law_name(law), FAMILY_STYLES[family][0],
                           *map(percent, [*noise, entry["misfit"].get(family)])])
     header = ["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"]
     return aligned(header, lines)
@@ -255,7 +255,7 @@ def findings(rows, content):
 def draw_figures(rows, laws, profiles):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
-    rivals = [law for law in RIVALS if law in laws]
+    rivals = [law for law in RIVAL_STYLES if law in laws]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
     best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
@@ -308,7 +308,7 @@ def write(rows, content, profiles, notes, directory):
     profiles is {title: profile of E, as fit_laws.profile_E gives it}, notes are warnings, [text].
     """
     laws, first = content["laws"], next(iter(content["laws"].values()))
-    spans = [f"- {FAMILIES[family][0]}: "
+    spans = [f"- {FAMILY_STYLES[family][0]}: "
              + ", ".join(f"{name} {short(low)} to {short(high)}" for name, (low, high) in limits.items())
              for family, limits in content["ranges"].items()]
     draws = len(next(iter(first["draws"].values())))

@@ -369,3 +369,18 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "residuals.png").mkdir()
     with pytest.raises(ConfigError, match="the report cannot be written"):
         report.write(rows, content_of(rows, TABLE2, {"dense": "dense"}), {}, [], str(tmp_path))
+
+
+def test_a_random_design_makes_no_more_panels_and_curves_than_can_be_told_apart():
+    random = np.random.default_rng(0)
+    rows = []  # a random design: every D1, D2 and N of its own
+    for _ in range(60):
+        rows += simulate(TABLE2, {"upcycled": "upcycled"}, N=[float(random.uniform(1e7, 1e9))],
+                         D1=random.uniform(1e9, 1e11, 1), D2=random.uniform(1e9, 1e11, 1))
+    system = {"upcycled": "upcycled"}
+    found = report.draw_figures(rows, content_of(rows, TABLE2, system)["laws"], {})
+    for figure, _ in found.values():
+        figure.canvas.draw()
+        assert min(axis.get_window_extent().width / figure.dpi for axis in figure.axes) > 1.5  # inches
+        assert len(figure.axes) <= 9 and all(len(legend.get_texts()) <= 9 for legend in figure.legends)
+        plt.close(figure)
