@@ -11,6 +11,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import predict, variable
+from rows import method_label
 
 plt.rcParams.update({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -27,8 +28,6 @@ RIVALS = {  # name, colour and dashes of each upcycled law
     "upcycled.handicap": ("handicap", "#d35400", (0, (6, 1))),
     "upcycled.loss_matching": ("loss matching", "#2c3e90", (0, (2, 1))),
     "upcycled.loss_matching_0": ("loss matching, delta = 0", "#7fb3d5", (0, (1, 1)))}
-HELD_OUT = {"trunk": ("a trunk", "o"), "D": ("largest D", "<"), "D1": ("largest D1", "^"),
-            "D2": ("largest D2", "v"), "N": ("largest N", "P"), "experts": ("most experts", "X")}
 VARIABLES = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
 
 
@@ -68,12 +67,12 @@ def predicted_losses(rows, law, entry):
     """(n,) losses of rows by the laws of the fit that `entry` describes; nan where it has no law."""
     losses = np.full(len(rows), np.nan)
     for i, row in enumerate(rows):
-        row_law = entry["fitted_with"].get(row["family"])
+        own = row["family"] == law.partition(".")[0]
+        row_law = law if own else entry["fitted_with"].get(row["family"])
         fitted = entry if row_law == law else entry.get("beside", {}).get(row_law)
-        if fitted:
+        if fitted and all(row.get(name) == value for name, value in entry.get("at", {}).items()):
+            fitted = entry.get("methods", {}).get(method_label(row), entry) if own else fitted
             values = {name: variable(row, name) for name in VARIABLES}
-            if row["family"] == "moe" and row_law.startswith("upcycled"):  # from scratch is D1 = 0
-                values |= {"D1": 0.0, "D2": row["D"]}
             values = {name: value for name, value in values.items() if not np.isnan(value)}
             losses[i] = predict(row_law, fitted["params"], **values)
     return losses
@@ -140,17 +139,17 @@ def legend_outside(figure, axes, title=None):
 # ---------------------------------------------------------------------------------------------------------
 # The figures
 
-def curves_of(rows, n):
-    """[(label, rows, colour)] of one size: upcycled by D1, MoE by number of experts, dense."""
-    curves = [(f"upcycled at D1 = {short(d1)}", of_family(rows, "upcycled", N=n, D1=d1), color)
-              for d1, color in shades(sorted_levels(rows, "D1")).items()]
-    counts = sorted_levels(of_family(rows, "moe"), "num_local_experts")
-    for experts, color in shades(counts).items() if len(counts) > 1 else ():
-        here = [row for row in of_family(rows, "moe", N=n) if row.get("num_local_experts") == experts]
-        curves.append((f"MoE from scratch, {experts:g} experts", here, color))
-    for family in ("moe", "dense") if len(counts) < 2 else ("dense",):
-        curves.append((FAMILIES[family][0], of_family(rows, family, N=n), FAMILIES[family][2]))
-    return [curve for curve in curves if curve[1]]
+def curves_of(rows):
+    """{(family, D1 or number of experts): (label, colour)} of the curves that loss against tokens shows."""
+    curves = {}
+    for family, (name, _, color) in FAMILIES.items():
+        column = "D1" if family == "upcycled" else "num_local_experts"
+        levels = sorted({row.get(column, 0) for row in of_family(rows, family)})
+        for level, shade in shades(levels).items():
+            detail = f", {level:g} experts" if level else ""
+            detail = f", D1 = {short(level)}" if family == "upcycled" else detail
+            curves[family, level] = name + detail, shade if len(levels) > 1 or family == "upcycled" else color
+    return curves
 
 
 def loss_against_tokens(rows, laws, shown):
@@ -163,9 +162,11 @@ def loss_against_tokens(rows, laws, shown):
     sizes = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, 9).round().astype(int))]
     figure, axes = panels(len(sizes))
     for axis, n in zip(axes, sizes):
-        for label, here, color in curves_of(rows, n):
-            family = here[0]["family"]
-            tokens = "D2" if family == "upcycled" else "D"
+        for (family, level), (label, color) in curves_of(rows).items():
+            tokens, column = ("D2", "D1") if family == "upcycled" else ("D", "num_local_experts")
+            here = [row for row in of_family(rows, family, N=n) if row.get(column, 0) == level]
+            if not here:
+                continue
             x, loss, spread = mean_loss(here, tokens)
             axis.errorbar(x, loss, spread, fmt=FAMILIES[family][1], ms=4, color=color, label=label,
                           mfc=color if family == "upcycled" else "white")
@@ -206,27 +207,6 @@ def exponent_against_D1(rows, laws):
         axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
     axes[0].set_ylabel("local exponent  d ln L / d ln D2")
     legend_outside(figure, axes)
-    return figure
-
-
-def held_out_errors(laws):
-    """One line a law: its error in sample and on each kind of held-out rows."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.28 * max(len(laws), 5)))
-    kinds = {"in sample": ("|", [entry["rmse_log"] for entry in laws.values()])}
-    for kind, (name, mark) in HELD_OUT.items():
-        held = [entry["held_out"].get(kind) for entry in laws.values()]
-        kinds[f"{name} held out"] = mark, [found and found["rms"] for found in held]
-    for label, (mark, errors) in kinds.items():
-        points = [(100 * error, -place) for place, error in enumerate(errors) if error]
-        if points:
-            axis.plot(*zip(*points), mark, ms=7, mfc="none", mew=1.3, label=label)
-    axis.set_yticks(-np.arange(len(laws)), [law_name(law) for law in laws])
-    axis.set(xscale="log", xlabel="root mean square error of the loss (%)")
-    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(ticker.NullLocator())
-    axis.grid(axis="y", lw=0.4)
-    legend_outside(figure, [axis])
     return figure
 
 
@@ -279,34 +259,50 @@ def alpha3_along_E(profiles):
 
 
 def against_copy(differences):
-    """Loss against copying over D2, mean over seeds and interval: one panel a (N, D1), one colour a method.
+    """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
 
-    differences is {label: {(N, D1, D2): {seed: difference}}}. For one label: a panel a N, a colour a D1.
+    differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
     """
-    lines = {}  # {(N, D1 or 0): {label: {D2: (mean, half of the interval)}}}
-    for label, cells in differences.items():
-        for (n, d1, d2), by_seed in sorted(cells.items()):
-            alone = len(differences) == 1
-            panel, line = ((n, 0), f"{label},\nD1 = {short(d1)}") if alone else ((n, d1), label)
-            points = lines.setdefault(panel, {}).setdefault(line, {})
-            points[d2] = t_interval(list(by_seed.values()))
-    labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
-    figure, axes = panels(len(lines), sharey=True)
-    for axis, (n, d1) in zip(axes, sorted(lines)):
-        for label, points in lines[n, d1].items():
-            place = labels.index(label)
-            x = np.array(list(points)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
-            mean, half = 100 * np.array(list(points.values())).T
-            color = plt.cm.tab10(place % 10)
-            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=color, label=label)
+    alone = len({label for label, _, _ in differences}) == 1
+    names = {key: f"{key[0]},\nD1 = {short(key[2])}" if alone else key[0] for key in differences}
+    labels = list(dict.fromkeys(names.values()))
+    places = sorted({(n, 0 if alone else d1) for _, n, d1 in differences})
+    figure, axes = panels(len(places), sharey=True)
+    for axis, (n, d1) in zip(axes, places):
+        here = {key: cells for key, cells in differences.items() if key[1] == n and (alone or key[2] == d1)}
+        for key, cells in here.items():
+            place = labels.index(names[key])
+            x = np.array(list(cells)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
+            mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
+            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
+                          label=names[key])
         axis.axhline(0, color="black", lw=0.8, ls=":")
-        log_axis(axis, sorted({d2 for points in lines[n, d1].values() for d2 in points}))
+        log_axis(axis, sorted({d2 for cells in here.values() for d2 in cells}))
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.set(xlabel="D2 (tokens after upcycling)",
-                 title=f"N = {short(n)}" + (f", D1 = {short(d1)}" if d1 else ""))
+                 title=f"N = {short(n)}" + f", D1 = {short(d1)}" * (d1 > 0))
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
-    legend_outside(figure, axes, "mean over seeds\nand 95 % interval")
+    legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
+    return figure
+
+
+def loss_matching(planes, tokens):
+    """Loss matching against a published law over (D1, D2): one panel a plane of report.matching_planes."""
+    figure, axes = panels(len(planes), sharey=True)
+    for axis, (n, difference, above_start, above_scratch) in zip(axes, planes):
+        image = axis.pcolormesh(tokens, tokens, 100 * difference, cmap="RdBu_r", vmin=-6, vmax=6,
+                                rasterized=True)
+        axis.contour(tokens, tokens, difference, levels=[-0.02, 0.02], colors="black", linewidths=0.8)
+        for region, hatch in ((above_start, "///"), (above_scratch, "..")):
+            axis.contourf(tokens, tokens, region, levels=[0.5, 1.5], hatches=[hatch], colors="none")
+        log_axis(axis, list(tokens[::20]))
+        axis.set(yscale="log", xlabel="D1 (tokens)", title=f"N = {short(n)}")
+        axis.set_yticks(tokens[::20], [short(tick) for tick in tokens[::20]])
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.margins(0)
+    axes[0].set_ylabel("D2 (tokens)")
+    figure.colorbar(image, ax=list(axes), label="loss matching - published law (%)", extend="both")
     return figure

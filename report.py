@@ -11,111 +11,53 @@ import numpy as np
 
 import figures
 from configurator import ConfigError
-from figures import FAMILIES, HELD_OUT, RIVALS, law_name, of_family, short, sorted_levels, t_interval
-from laws import head_start, predict
+from figures import FAMILIES, RIVALS, law_name, of_family, short, sorted_levels, t_interval
+from laws import SHARED_CURVE, head_start, predict, published_check
+from rows import KNOBS, method_label, same_but
 
-TERMS = """
-- **Loss** L is the validation cross-entropy in nats per token. Errors of loss are given in per cent of it.
-- **Dense** is an ordinary language model. **MoE** is a mixture of experts that is trained from scratch.
-  **Upcycled** is a MoE that is made from a dense model and then trained.
-- **N** is the number of parameters of the dense model without embedding and head. All three families use
-  this N.
-- **D** is the number of tokens of a run from scratch. **D1** is the number of tokens that a dense model saw
-  before it was upcycled. **D2** is the number of tokens after that.
-- A **trunk** is one long run at a constant learning rate. Short runs branch off it and decay, and each gives
-  one row. The rows of one trunk share its luck. A **dense trunk** is one that upcycled runs started from.
-- **Held out** rows are left out of a fit, which then predicts them. Their error shows what a law is worth. An
-  error **in sample** is on the rows of the fit itself.
-- **Noise** is how much the loss varies from run to run. **Misfit** is what noise does not explain: there the
-  law is wrong.
-- **AICc** is Akaike's information criterion for few rows. A better fit lowers it, and each parameter raises
-  it. The lowest is the best, and differences below about 5 decide nothing.
-- The **head start** H of a dense checkpoint is the number of tokens of MoE training that it is worth.
-- The **handicap** kappa puts a factor e^kappa on the loss of upcycled runs. More training does not remove it.
-- **D2\\*** is the D2 beyond which a MoE from scratch, trained on D = D2 tokens, has a lower loss than the
-  upcycled one."""
-FORMULAS = {
-    "dense": "L = A D^-alpha + B N^-beta + E", "moe": "L = A D^-alpha + B N^-beta + E",
-    "upcycled": "L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E",
-    "upcycled.no_interaction": "the interaction law with alpha3 = 0",
-    "upcycled.additive": "L = A1 D1^-alpha1 + A2 D2^-alpha2 + B N^-beta + E",
-    "upcycled.effective_data": "L = A (D2 + H)^-alpha + B N^-beta + E with H = c D1^gamma",
-    "upcycled.effective_data_shared": "effective data with A, alpha, B, beta and E of the MoE from scratch",
-    "upcycled.saturating": "the shared law with H^-alpha = (c D1^gamma)^-alpha + H_max^-alpha",
-    "upcycled.handicap": "the shared law times e^kappa",
-    "upcycled.loss_matching": "L = L_moe(N, H + D2) with L_moe(N, H) = e^delta L_dense(N, D1)",
-    "upcycled.loss_matching_0": "loss matching with delta = 0, to which no upcycled run contributes"}
-RESULTS = {"loss", "loss_se", "trunk", "flops", "config", "git", "torch", "N_active", "N_total"}
-METHOD = {"method", "drop_ratio", "granularity", "noise_std", "noise_fraction"}
+TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
+HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
+            "experts": "most experts"}
+TOKENS = np.geomspace(1e9, 1e12, 61)  # D1 and D2 of published laws that do not say where they were fitted
+MATCHING_WORDS = """
+Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
+on along the MoE's own curve, from where that curve has the loss of the dense model. The difference is this
+prediction less that of the published upcycled law, for D1 and D2 from 1B to 1T tokens."""
+WHY_NOT = """
+- A copied model starts with the loss of its dense checkpoint. A law that lies above this start is not valid
+  there. Loss matching never does.
+- An upcycled model has seen more tokens than a MoE from scratch on D = D2 tokens. Loss matching always puts
+  the upcycled model below. The published law lets the MoE from scratch overtake it."""
 
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
 
-
-def method_label(row):
-    """What tells a row's method apart: drop 0.5, virtual groups G = 2, copy."""
-    forms = {"drop_ratio": "{:g}", "granularity": "G = {:g}", "noise_std": "{:g} σ",
-             "noise_fraction": "on {:g}"}
-    knobs = [form.format(row[key]) for key, form in forms.items()
-             if row.get(key) is not None and (key, row[key]) != ("noise_fraction", 1)]
-    return " ".join([str(row.get("method")).replace("_", " "), *knobs])
-
-
-def setting(row, column):
-    """The value of a column; numbers of experts without the granularity that virtual groups give them."""
-    multiplied = column in ("num_local_experts", "num_experts_per_tok")
-    return row[column] / (row.get("granularity") or 1) if multiplied else row[column]
-
-
-def same_but_method(row, other, but=()):
-    """Whether runs agree in all columns that both have, but for results, the method and columns `but`."""
-    columns = (row.keys() & other.keys()) - RESULTS - METHOD - set(but)
-    return all(setting(row, column) == setting(other, column) for column in columns)
-
-
-def pairs_with_copy(rows):
-    """[(label, copied row, loss / its loss - 1)] of runs that differ from a copied one in the method alone.
-
-    A MoE from scratch on D = D2 tokens is compared with copying in the same way.
-    """
-    copies = [row for row in of_family(rows, "upcycled") if row.get("method") == "copy"]
-    others = [(method_label(row), row, row["D2"], ()) for row in of_family(rows, "upcycled")
-              if row.get("method") != "copy"]
-    others += [("MoE from scratch", row, row["D"], ("family", "D", "D1", "D2", "dense_trunk"))
-               for row in of_family(rows, "moe")]
-    return [(label, copy, row["loss"] / copy["loss"] - 1) for label, row, tokens, but in others
-            for copy in copies if copy["D2"] == tokens and same_but_method(row, copy, but)]
+def before_split(row):
+    """{column: value} of experts as they were before virtual groups split each of them into parts."""
+    parts = row.get("granularity") or 1
+    return {"num_local_experts": row.get("num_local_experts", 0) / parts,
+            "num_experts_per_tok": row.get("num_experts_per_tok", 0) / parts,
+            "intermediate_size": row.get("intermediate_size", 0) * parts}
 
 
 def method_differences(rows):
-    """{label: {(N, D1, D2): {seed: loss / loss of copying - 1}}}; labels name other settings that vary."""
-    pairs, values, differences = pairs_with_copy(rows), {}, {}
-    for label, copy, _ in pairs:
-        for column in copy.keys() - RESULTS - METHOD - {"family", "N", "D1", "D2", "seed", "dense_trunk"}:
-            values.setdefault((label, column), set()).add(str(copy[column]))
-    for label, copy, difference in pairs:
-        varied = [column for column in sorted(copy) if len(values.get((label, column), ())) > 1]
-        full_label = ", ".join([label, *(f"{column} = {copy[column]}" for column in varied)])
-        cell = copy["N"], copy["D1"], copy["D2"]
-        differences.setdefault(full_label, {}).setdefault(cell, {})[str(copy.get("seed"))] = difference
-    return differences
+    """{(label, N, D1): {D2: [loss / loss of copying - 1]}}, a difference for each pair of runs.
 
-
-def crossings(differences):
-    """Sentences, [text]: where the mean difference of a method from copying changes sign as D2 grows."""
-    said = []
-    for label, cells in differences.items():
-        for n, d1 in sorted({cell[:2] for cell in cells}):
-            points = [(cell[2], *t_interval(list(cells[cell].values())))
-                      for cell in sorted(cells) if cell[:2] == (n, d1)]
-            for (left, low, low_half), (right, high, high_half) in zip(points, points[1:]):
-                if low * high < 0:
-                    place = short(left * (right / left) ** (low / (low - high)))
-                    sure = abs(low) > low_half and abs(high) > high_half  # False where a half is nan
-                    verb = "overtakes" if low > 0 else "falls behind"
-                    said.append(f"At N = {short(n)} and D1 = {short(d1)}, {label} {verb} copying near "
-                                f"D2 = {place}." + " The seeds do not make this sure." * (not sure))
-    return said
+    The runs of a pair differ in the method and its knobs alone. A MoE from scratch on D = D2 tokens is paired
+    with copied runs in the same way.
+    """
+    copies = [row for row in of_family(rows, "upcycled") if method_label(row) == "copy"]
+    columns = ("trunk", "method", *KNOBS, *before_split({}))
+    differences = {}
+    for row in (row for row in rows if row["family"] != "dense" and method_label(row) != "copy"):
+        scratch = row["family"] == "moe"
+        label = FAMILIES["moe"][0] if scratch else method_label(row)
+        but = columns + ("family", "D", "D1", "D2", "dense_trunk") * scratch
+        for copy in (copy for copy in copies if row.get("D2", row.get("D")) == copy["D2"]):
+            if before_split(row) == before_split(copy) and same_but(row, copy, but):
+                cells = differences.setdefault((label, copy["N"], copy["D1"]), {})
+                cells.setdefault(copy["D2"], []).append(row["loss"] / copy["loss"] - 1)
+    return {key: dict(sorted(cells.items())) for key, cells in sorted(differences.items())}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -144,18 +86,18 @@ def held_out_text(held):
 
 def comparison_table(laws):
     """Errors in sample and on held-out rows, and AICc, of each law."""
-    lowest = {}
-    for entry in laws.values():  # laws that explain the same rows are compared
-        group = *entry["fitted_with"], entry["n_with"]
-        lowest[group] = min(lowest.get(group, math.inf), entry["aicc"])
+    same_rows = {}  # {(families, number of rows): [AICc]}; laws that explain the same rows are compared
+    for entry in (entry for law, entry in laws.items() if law not in ("dense", "moe")):
+        same_rows.setdefault((*entry["fitted_with"], entry["n_with"]), []).append(entry["aicc"])
     kinds = [kind for kind in HELD_OUT if any(entry["held_out"].get(kind) for entry in laws.values())]
     lines = []
     for law, entry in laws.items():
-        above = entry["aicc"] - lowest[*entry["fitted_with"], entry["n_with"]]
+        rivals = same_rows.get((*entry["fitted_with"], entry["n_with"]), [])
+        compared = len(rivals) > 1 and law not in ("dense", "moe")  # these two are part of each rival's fit
         lines.append([law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
                       *(held_out_text(entry["held_out"].get(kind)) for kind in kinds),
-                      "-" if law in ("dense", "moe") else f"{above:.1f}"])  # fitted with the upcycled laws
-    titles = [f"{HELD_OUT[kind][0]} held out" for kind in kinds]
+                      f"{entry['aicc'] - min(rivals):.1f}" if compared else "-"])
+    titles = [f"{HELD_OUT[kind]} held out" for kind in kinds]
     return aligned(["law", "rows", "in sample", *titles, "AICc above the best"], lines)
 
 
@@ -163,11 +105,10 @@ def noise_table(laws):
     """The noise of each family and the misfit of each law, as standard deviations of ln loss."""
     lines = []
     for law, entry in laws.items():
-        for family in entry["noise"]:
-            if entry["fitted_with"][family] == law:
-                noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
-                lines.append([law_name(law), FAMILIES[family][0],
-                              *map(percent, [*noise, entry["misfit"].get(family)])])
+        for family in (family for family in entry["noise"] if entry["fitted_with"][family] == law):
+            noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
+            lines.append([law_name(law), FAMILIES[family][0],
+                          *map(percent, [*noise, entry["misfit"].get(family)])])
     header = ["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"]
     return aligned(header, lines)
 
@@ -210,18 +151,15 @@ def single_size_table(sizes):
 
 
 def methods_table(differences):
-    """Mean loss against copying, half of its 95 % t-interval over seeds, seeds: one line a method and D1."""
-    tokens = sorted({cell[2] for cells in differences.values() for cell in cells})
-    lines = []
-    for label, cells in differences.items():
-        for n, d1 in sorted({cell[:2] for cell in cells}):
-            line = [label, short(n), short(d1)]
-            for by_seed in (cells.get((n, d1, d2)) for d2 in tokens):
-                mean, half = t_interval(list(by_seed.values())) if by_seed else (math.nan, math.nan)
-                half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
-                line.append(f"{100 * mean:+.2f}{half_text} % ({len(by_seed)})" if by_seed else "-")
-            lines.append(line)
-    return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (seeds)" for d2 in tokens)], lines)
+    """Mean loss against copying ± half of its t-interval, number of pairs: one line a method, N and D1."""
+    tokens, lines = sorted({d2 for cells in differences.values() for d2 in cells}), []
+    for (label, n, d1), cells in differences.items():
+        lines.append([label, short(n), short(d1)])
+        for pairs in map(cells.get, tokens):
+            mean, half = t_interval(pairs) if pairs else (math.nan, math.nan)
+            half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
+            lines[-1].append(f"{100 * mean:+.2f}{half_text} % ({len(pairs)})" if pairs else "-")
+    return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (pairs)" for d2 in tokens)], lines)
 
 
 def claims_table(claims):
@@ -259,6 +197,8 @@ def handicap_words(law, params, draws, n, d1, largest):
     overtakes = f"overtakes at D2* = {short(star)}" if np.isfinite(star) else "does not overtake"
     said = (f" Upcycling costs {100 * params['kappa']:.2f} % of the loss for ever ({cost} %). A MoE from "
             f"scratch {overtakes} ({interval_text(stars)}).")
+    if np.quantile(draws["kappa"], 0.025) < 0 < np.quantile(draws["kappa"], 0.975):
+        said += " These rows do not tell this cost from none."
     if max(star, np.quantile(stars, 0.975, method="nearest")) > largest:
         said += f" The largest measured D2 is {short(largest)}, so part of this lies outside the data."
     return said
@@ -268,12 +208,11 @@ def head_start_words(laws, ranges):
     """Sentences, [text]: what the longest dense training is worth, by each law and method."""
     said = []
     n, d1, largest = (ranges.get("upcycled", {}).get(name, (0, 0))[1] for name in ("N", "D1", "D2"))
-    for law in ("effective_data_shared", "saturating", "handicap", "loss_matching"):
-        entry = laws.get(f"upcycled.{law}")
-        for method, fitted in (entry.get("methods") or {"": entry}).items() if entry else ():
-            law, params = f"upcycled.{law}", fitted["params"]
+    for law in (law for law in SHARED_CURVE if law in laws):
+        for method, fitted in laws[law].get("methods", {"": laws[law]}).items():
+            params = fitted["params"]
             draws = {name: np.array(values) for name, values in fitted["draws"].items()}
-            worth, interval = head_start(law, params, D1=d1), interval_text(head_start(law, draws, D1=d1))
+            worth, interval = head_start(law, params, n, d1), interval_text(head_start(law, draws, n, d1))
             text = (f"By the law '{law_name(law)}', N = {short(n)}{', ' * bool(method)}{method}: a dense "
                     f"checkpoint of {short(d1)} tokens is worth {short(worth)} tokens of MoE training, once "
                     f"({interval}).")
@@ -286,30 +225,28 @@ def head_start_words(laws, ranges):
     return said
 
 
-def interaction_words(rows, laws, ranges):
-    """Sentences, [text], on alpha3, and on how fast the loss itself falls with D2."""
-    said, ends = [], ranges.get("upcycled", {}).get("D1", ())
-    if "upcycled" in laws:
-        params, (low, high) = laws["upcycled"]["params"], laws["upcycled"]["ci95"]["alpha3"]
-        said.append(f"alpha3 of the interaction law is {params['alpha3']:.3g} (95 % interval {low:.3g} to "
-                    f"{high:.3g}, {alpha3_p(laws['upcycled'])}).")
-        said += [f"At D1 = {short(d1)} the exponent of D2 in the first term of that law is "
-                 f"{-params['alpha2'] + params['alpha3'] * math.log(d1):.3f}." for d1 in ends]
-    for d1 in ends:
-        here = of_family(rows, "upcycled", D1=d1)
-        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
-        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
-        if slopes:
-            said.append(f"At D1 = {short(d1)} the loss itself falls as D2^{np.mean(slopes):.3f}, on average "
-                        "over sizes.")
-    return said
+def main_method_rows(rows):
+    """copy or else the commonest method of the upcycled rows, and the rows without other methods."""
+    labels = [method_label(row) for row in of_family(rows, "upcycled")]
+    method = "copy" if "copy" in labels else max(labels, key=labels.count, default="none")
+    return method, [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
 
 
 def findings(rows, content):
     """What the rows and the laws say, [text]."""
-    laws, ranges = content["laws"], content["ranges"]
-    return [*interaction_words(rows, laws, ranges), *head_start_words(laws, ranges),
-            *crossings(method_differences(rows))]
+    said, laws, ranges = [], content["laws"], content["ranges"]
+    if "upcycled" in laws:
+        low, high = laws["upcycled"]["ci95"]["alpha3"]
+        said.append(f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % "
+                    f"interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
+    for d1 in ranges.get("upcycled", {}).get("D1", ()):
+        here = of_family(main_method_rows(rows)[1], "upcycled", D1=d1)
+        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
+        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
+        if slopes:
+            slope = f"D2^{np.mean(slopes):.3f}"
+            said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
+    return said + head_start_words(laws, ranges)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -317,27 +254,23 @@ def findings(rows, content):
 
 def draw_figures(rows, laws, profiles):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
-    labels = [method_label(row) for row in of_family(rows, "upcycled")]
-    method = "copy" if "copy" in labels else max(labels, key=labels.count, default="")
-    one_method = [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
+    method, one_method = main_method_rows(rows)
     rivals = [law for law in RIVALS if law in laws]
-    best = min(rivals, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
+    comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
+    best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
              "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
              "dense": [law for law in ("dense",) if law in laws]}
     captions = {
-        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method or 'none'}. "
+        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method}. "
                                "Bars are the range over repeats.",
         "exponent_against_D1": "The interaction: how fast the loss falls with D2, against D1.",
-        "held_out_errors": "Errors of each law in sample and on held-out rows.",
         "alpha3_along_E": "alpha3 of the interaction law, with E held at each value and all else refitted.",
         "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
                                 "copying. Paired runs differ in the method alone."}
     found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
     if rivals:
         found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
-    if any(any(entry["held_out"].values()) for entry in laws.values()):
-        found["held_out_errors"] = figures.held_out_errors(laws)
     for law in dict.fromkeys([best, *(law for law in laws if law.startswith("moe."))]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
@@ -350,12 +283,13 @@ def draw_figures(rows, laws, profiles):
 
 
 def write_report(title, sections, found, directory):
-    """Write report.md of {heading: lines}, empty ones left out, and {file name: (figure, caption)}."""
-    text = [f"# {title}", ""]
+    """Write report.md: the terms, {heading: lines} where there are lines, {file name: (figure, caption)}."""
+    with open(TERMS, encoding="utf-8") as file:
+        text = [f"# {title}", "", file.read()]
     for heading, lines in sections.items():
         text += [f"## {heading}", "", *lines, ""] if lines else []
     for name, (_, caption) in found.items():
-        text += [f"![{caption}]({name}.png)", "", caption, ""]
+        text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
     try:
         for name, (figure, _) in found.items():
             figure.savefig(os.path.join(directory, f"{name}.png"))
@@ -378,13 +312,10 @@ def write(rows, content, profiles, notes, directory):
              for family, limits in content["ranges"].items()]
     draws = len(next(iter(first["draws"].values())))
     sections = {
-        "Terms": TERMS.strip().split("\n"),
-        "The laws": [f"- **{law_name(law).capitalize()}** (`{law}` in laws.json): "
-                     f"{FORMULAS.get(law, 'its formula is in laws.py')}." for law in laws],
         "What was measured": [f"There are {len(rows)} rows, in these ranges:", "", *spans],
         "Warnings": [f"- {note}" for note in notes],
         "What was found": [f"- {text}" for text in findings(rows, content)],
-        "Claims": claims_table(content.get("claims", {})),
+        "Claims under variations of the analysis": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
         "Noise and misfit": noise_table(laws),
         "Parameters": [*parameter_table(laws), "",
@@ -393,3 +324,49 @@ def write(rows, content, profiles, notes, directory):
         "Each size alone": single_size_table(content["at_each_N"]),
         "Methods against copying": methods_table(method_differences(rows))}
     write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profiles), directory)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Published laws
+
+def matching_planes(params, sizes):
+    """[(N, difference, above_start, above_scratch)] over TOKENS (D2, D1), one for each size.
+
+    params is {"dense", "moe", "upcycled": {parameter: value}}. The difference is loss matching / published
+    upcycled law - 1. The others are True where that law lies above the dense one at D1, and above the MoE
+    from scratch on D = D2 tokens.
+    """
+    D1, D2, planes = TOKENS[None, :], TOKENS[:, None], []
+    for n in sizes:
+        upcycled = predict("upcycled", params["upcycled"], N=n, D1=D1, D2=D2)
+        above_start = upcycled > predict("dense", params["dense"], N=n, D=D1)
+        above_scratch = upcycled > predict("moe", params["moe"], N=n, D=D2)
+        planes.append((n, published_check(params, n, D1, D2), above_start, above_scratch))
+    return planes
+
+
+def matching_table(planes):
+    """Where loss matching agrees with a published law: one line a size and region of (D1, D2)."""
+    lines = []
+    for n, difference, start, scratch in planes:
+        for title, region in (("below both", ~start & ~scratch), ("above from scratch", scratch & ~start),
+                              ("above its dense start", start)):
+            found = 100 * difference[region]
+            if len(found):
+                shares = [f"{100 * share:.0f} %" for share in (region.mean(), (np.abs(found) < 2).mean())]
+                difference_text = f"{found.min():+.1f} .. {found.max():+.1f} %"
+                lines.append([short(n), title, shares[0], difference_text, shares[1]])
+    return aligned(["N", "the published law is", "share of the plane", "difference", "within ± 2 %"], lines)
+
+
+def write_published(content, directory):
+    """Write report.md on a file of published laws: what loss matching makes of its dense and MoE laws."""
+    params = {law: entry["params"] for law, entry in content["laws"].items()}
+    planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+    caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
+               "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
+    write_report("Loss matching against a published law", {
+        "What was compared": [f"Source: {content['source']}", "", *MATCHING_WORDS.strip().split("\n")],
+        "Where it agrees": matching_table(planes),
+        "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},
+        {"loss_matching": (figures.loss_matching(planes, TOKENS), caption)}, directory)
