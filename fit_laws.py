@@ -14,12 +14,12 @@ import numpy as np
 
 import report
 from configurator import REQUIRED, ConfigError, code_version, progress, run, setting
-from engine import fit, missing
-from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, parameter_names, predict,
-                  variable, variables_of)
+from engine import fit
+from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
+                  predict, variable, variables_of)
 from rows import FAMILIES, method_label, read_rows, run_key
-from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E, standard_errors,
-                         unidentified)
+from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
+                         standard_errors, unidentified)
 
 
 @dataclass
@@ -33,10 +33,10 @@ class Options:
     share: str = setting(
         "E", "parameters that the laws of the families share, comma-separated; none: nothing")
     delta: Literal["auto"] | float = setting(
-        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise, which nests in trunks")
+        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise")
     A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
     repeats: Literal["refuse", "lowest", "mean"] = setting(
-        "refuse", "of repeated runs take the lowest loss (a search over what the rows do not say) or the mean")
+        "refuse", "of repeated runs take the lowest loss (of a search) or the mean loss (of seeds)")
     draws: int = setting(1000, "bootstrap draws", least=20)
     seed: int = setting(0, "seed of the bootstrap", least=0)
     skip_bad: bool = setting(False, "drop bad rows and count them, instead of stopping at the first")
@@ -56,15 +56,17 @@ def resolve_repeats(rows, how):
     if not repeated:
         return rows, []
     first = repeated[0]
-    said = (f"{len(repeated)} runs are there more than once, such as {first[0]['family']} N={first[0]['N']:g} with "
-            f"losses {', '.join(format(row['loss'], '.4g') for row in first[:4])}")
+    losses = ", ".join(format(row["loss"], ".4g") for row in first[:4])
+    said = (f"{len(repeated)} runs are there more than once, such as {first[0]['family']} "
+            f"N={first[0]['N']:g} with losses {losses}")
     if how == "refuse":
-        raise ConfigError(f"{said}; --repeats=mean takes their mean, --repeats=lowest the best of a search, or add "
-                          "the columns that tell them apart (seed, trunk, learning_rate)")
+        raise ConfigError(f"{said}; --repeats=mean takes their mean, --repeats=lowest the best of a search, "
+                          "or add the columns that tell them apart (seed, trunk, learning_rate)")
     kept = []
     for group in groups.values():
         best = min(group, key=lambda row: row["loss"])
-        kept.append(best if how == "lowest" else group[0] | {"loss": float(np.mean([row["loss"] for row in group]))})
+        mean = float(np.mean([row["loss"] for row in group]))
+        kept.append(best if how == "lowest" else group[0] | {"loss": mean})
     return kept, [f"{said}; the {how} loss of each is taken"]
 
 
@@ -100,7 +102,8 @@ def plan_fits(rows, wanted=()):
         chosen = [row for row in rows if row["family"] in system]
         if law.endswith(("sparsity", "sparsity_additive")) and law != "moe.optimal_sparsity":  # at fixed data
             chosen = rows_at_one_data(chosen)
-        own = {family: name for family, name in system.items() if name == law or law in MATCHING and family == "dense"}
+        own = {family: name for family, name in system.items()
+               if name == law or law in MATCHING and family == "dense"}
         lack = missing(chosen, own)
         if lack:
             lacks[law] = "; ".join(lack)
@@ -138,7 +141,8 @@ def analysed(rows, system, options, tick):
     settings = {"share": shared_names(options), "A_of_N": options.A_of_N}
     fitted = fit_with_noise(rows, system, delta=options.delta, **settings)
     theta = bootstrap(fitted, options.draws, options.seed, tick)
-    return Analysis(fitted, fit(rows, system, delta=1e-3, **settings), theta, leave_trunk_out(fitted), aicc(fitted))
+    narrow = fit(rows, system, delta=1e-3, **settings)
+    return Analysis(fitted, narrow, theta, leave_trunk_out(fitted), aicc(fitted))
 
 
 def explained_rows(law, rows):
@@ -167,8 +171,9 @@ def law_entry(law, rows, analysis, held_out):
     if "sparsity" in law and law != "moe.optimal_sparsity":
         entry["at"] = {name: own[0][name] for name in ("D", "D1", "D2") if name in own[0]}
     if problem.methods and law == system.get("upcycled"):
-        entry["methods"] = {label: {"params": rounded(fitted.params(law, method=label)),
-                                    "draws": rounded(fitted.params(law, theta, label))} for label in problem.methods}
+        entry["methods"] = {
+            label: {"params": rounded(fitted.params(law, method=label)),
+                    "draws": rounded(fitted.params(law, theta, label))} for label in problem.methods}
     if law in RIVALS:  # the laws to compare it with are those of the same fit, draw by draw
         others = [other for other in dict.fromkeys(system.values()) if other != law]
         entry["beside"] = {other: {"params": rounded(fitted.params(other)),
@@ -188,7 +193,7 @@ def held_out_errors(law, rows, analysis, options):
     left = left[np.isfinite(left)]
     if law == "upcycled.loss_matching_0":  # no upcycled trunk was seen
         left = errors(fitted, law, explained_rows(law, rows))
-    found["trunk"] = {"rms": rms(left), "rows": len(left), "beyond": None} if len(left) else None
+    found["trunk"] = counted(left)
     return found
 
 
@@ -220,7 +225,7 @@ def at_each_N(rows, options):
             found.setdefault(f"{n:.6g}", {})[law] = {
                 "params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
                 "n": len(own), "rmse_log": rms(errors(fitted, law, own)),
-                "held_out": {"trunk": {"rms": rms(left), "rows": len(left), "beyond": None} if len(left) else None}}
+                "held_out": {"trunk": counted(left)}}
             if law == "upcycled":
                 profiles[f"N = {report.short(n)} alone"] = profile_E(fitted, law)
     return found, profiles
@@ -235,13 +240,20 @@ def rms(values):
     return float(np.sqrt((values ** 2).mean())) if len(values) else None
 
 
+def counted(values, beyond=None):
+    """An entry of held_out: {"rms" of errors of ln loss, "rows", "beyond"}; None of no errors."""
+    return {"rms": rms(values), "rows": len(values), "beyond": beyond} if len(values) else None
+
+
 def errors(fitted, law, rows):
     """(len(rows),) ln measured - ln predicted by a law of the fit for rows of the law's family, each by
     its own method, whether the fit saw them or not."""
     params = {label: fitted.params(law, method=label) for label in {method_label(row) for row in rows}}
-    predicted = [predict(law, params[method_label(row)], **{name: variable(row, name) for name in variables_of(law)})
-                 for row in rows]
-    return np.log([row["loss"] for row in rows]) - np.log(np.array(predicted, float))
+    names, predicted = variables_of(law), []
+    for row in rows:
+        point = {name: variable(row, name) for name in names}
+        predicted.append(float(predict(law, params[method_label(row)], **point)))
+    return np.log([row["loss"] for row in rows]) - np.log(predicted)
 
 
 def held_out_from(rows, family, name):
@@ -280,8 +292,8 @@ def extrapolate(rows, system, law, name, **options):
         return None
     fitted = fit_with_noise(kept, system, **options)
     rest = [variable(row, name) for row in kept if row["family"] == family]
-    return {"rms": rms(errors(fitted, law, held)), "rows": len(held),
-            "beyond": float(max(variable(row, name) for row in held) / max(rest))}
+    largest = max(variable(row, name) for row in held)
+    return counted(errors(fitted, law, held), float(largest / max(rest)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,8 +369,8 @@ def unidentified_note(entries):
 def folded_note(entries):
     """[a warning] that names the laws fitted at one horizon D."""
     laws = [law for law, entry in entries.items() if "one level of D" in entry["not_identified"].get("A", "")]
-    return [f"{', '.join(laws)}: the rows have one horizon D, whose term is part of E; the law says nothing of other "
-            "horizons"] if laws else []
+    return [f"{', '.join(laws)}: the rows have one horizon D, whose term is part of E; the law says nothing "
+            "of other horizons"] if laws else []
 
 
 def write_json(path, content):
@@ -377,8 +389,11 @@ def write_json(path, content):
 def origin(rows):
     """{family: {column: its values}} of what must agree among laws that are compared."""
     columns = ("data_sha256", "tokenizer", "num_local_experts", "num_experts_per_tok", "max_seq_len")
-    return {family: {name: sorted({row[name] for row in rows if row["family"] == family and name in row}, key=str)
-                     for name in columns} for family in FAMILIES if any(row["family"] == family for row in rows)}
+    found = {}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        found[family] = {name: sorted({row[name] for row in own if name in row}, key=str) for name in columns}
+    return found
 
 
 def models(rows):
@@ -394,40 +409,46 @@ def models(rows):
     return list(found.values())
 
 
+def compared(rows, options, settings):
+    """[(claim, whether it holds, text)] on the interaction law and the handicap law; [] where one cannot
+    be fitted."""
+    fits, _ = plan_fits(rows, ["upcycled", "upcycled.handicap"])
+    if len(fits) < 2:
+        return []
+    settings = {"delta": options.delta, **settings}
+    fitted = {law: fit_with_noise(own, system, **settings) for law, (system, own) in fits.items()}
+    found = []
+    for claim, (law, name) in {"alpha3 of the interaction law is positive": ("upcycled", "alpha3"),
+                               "upcycling has a lasting cost kappa": ("upcycled.handicap", "kappa")}.items():
+        value, error = fitted[law].params(law)[name], standard_errors(fitted[law], law)[name]
+        found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
+    gain = aicc(fitted["upcycled"]) - aicc(fitted["upcycled.handicap"])
+    better = "the handicap law is better than the interaction law"
+    found.append((f"{better} by AICc", gain > 6, f"lower by {gain:.1f}"))
+    for name in ("D1", "D2"):
+        held = [extrapolate(own, system, law, name, **settings) for law, (system, own) in fits.items()]
+        if all(held):
+            errors_of = " against ".join(f"{100 * one['rms']:.2f} %" for one in held[::-1])
+            text = f"{errors_of} on {held[0]['rows']} rows"
+            found.append((f"{better} at the held-out largest {name}", held[1]["rms"] < held[0]["rms"], text))
+    return found
+
+
 def claims(rows, options):
     """{claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows.
 
     The variations drop the smallest D2, share B and beta among the families, and let A depend on N.
     """
-    smallest = levels(row["D2"] for row in rows if row["family"] == "upcycled")[:1]
-    without = [row for row in rows if not (smallest and row.get("D2", math.inf) <= 1.05 * smallest[0])]
-    share = {"share": shared_names(options), "A_of_N": options.A_of_N}
-    variations = {"as fitted": (rows, share), "without the smallest D2": (without, share),
-                  "B and beta shared": (rows, share | {"share": ("E", "B", "beta")}),
-                  "A depends on N": (rows, share | {"A_of_N": True})}
+    smallest = min((row["D2"] for row in rows if row["family"] == "upcycled"), default=0.0)
+    without = [row for row in rows if row.get("D2", math.inf) > 1.05 * smallest]
+    usual = {"share": shared_names(options), "A_of_N": options.A_of_N}
+    variations = {"as fitted": (rows, usual), "without the smallest D2": (without, usual),
+                  "B and beta shared": (rows, usual | {"share": ("E", "B", "beta")}),
+                  "A depends on N": (rows, usual | {"A_of_N": True})}
     found = {}
     for variation, (chosen, settings) in variations.items():
-        fits, _ = plan_fits(chosen, ["upcycled", "upcycled.handicap"])
-        if len(fits) < 2:
-            continue
-        interaction, handicap = (fit_with_noise(own, system, delta=options.delta, **settings)
-                                 for system, own in fits.values())
-        for claim, fitted, name in (("alpha3 is positive", interaction, "alpha3"),
-                                    ("upcycling has a lasting cost kappa", handicap, "kappa")):
-            law = fitted.problem.system["upcycled"]
-            value, error = fitted.params(law)[name], standard_errors(fitted, law)[name]
-            found.setdefault(claim, {})[variation] = {
-                "holds": bool(value > 1.96 * error), "value": f"{value:.3g}, standard error {error:.2g}"}
-        gain = aicc(interaction) - aicc(handicap)
-        found.setdefault("a head start with a handicap describes the rows better than the interaction", {})[
-            variation] = {"holds": bool(gain > 6), "value": f"AICc lower by {gain:.1f}"}
-        for name in ("D1", "D2"):
-            held = [extrapolate(own, system, law, name, delta=options.delta, **settings)
-                    for law, (system, own) in fits.items()]
-            if all(held):
-                found.setdefault(f"it predicts the held-out largest {name} better", {})[variation] = {
-                    "holds": held[1]["rms"] < held[0]["rms"],
-                    "value": f"{100 * held[1]['rms']:.2f} % against {100 * held[0]['rms']:.2f} % on {held[0]['rows']} rows"}
+        for claim, holds, text in compared(chosen, options, settings):
+            found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     return found
 
 
@@ -462,9 +483,9 @@ def main(options):
     write_json(path, out)
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
     shown = {law: entry for law, entry in entries.items() if wanted or law in (*FAMILIES, best)}
-    for block in (report.comparison_table(entries), report.single_size_table(sizes), report.parameter_table(shown),
-                  report.methods_table(report.method_differences(rows)), report.findings(rows, out),
-                  [f"warning: {note}" for note in notes]):
+    for block in (report.comparison_table(entries), report.single_size_table(sizes),
+                  report.parameter_table(shown), report.methods_table(report.method_differences(rows)),
+                  report.findings(rows, out), [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))
     print(f"{path}, report.md and figures written")
 

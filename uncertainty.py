@@ -11,18 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from engine import Fit, descend, evaluate, fit, missing, starts
-from laws import levels_of_N
+from engine import Fit, descend, evaluate, fit, starts
+from laws import levels_of_N, missing
 from rows import method_label
 
 INTERVALS = (
-    "parametric bootstrap of generalised least squares: fitted losses with redrawn row noise, one random effect a "
-    "trunk and one a dense trunk that all its D1 share, variances by REML for each family and drawn from their "
-    "posterior; its prior says 0.5 % for a trunk within a factor of e (one sd), as measured on small models, and "
-    "decides where the rows repeat no seed")
+    "parametric bootstrap of generalised least squares: fitted losses are redrawn with row noise, one random "
+    "effect a trunk and one a dense trunk that all its D1 share; variances are REML estimates of each family, "
+    "drawn from their posterior; its prior says 0.5 % for a trunk (MoE: 0.8 %) within a factor of e (one sd), as "
+    "measured on small models, and decides where the rows repeat no seed; Huber's delta is in standard "
+    "deviations of the noise")
 
-# The prior of each standard deviation of ln loss: its median, and the sd of its logarithm.
+# The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
+# seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
 PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 1.0), "dense_trunk": (0.005, 1.0), "cell": (0.005, 1.5)}
+MOE_TRUNK = (0.008, 1.0)
+
+
+def prior(kinds):
+    """(c, 2) the median and the width of the prior of each (kind, family)."""
+    return np.array([MOE_TRUNK if kind == ("trunk", "moe") else PRIOR[kind[0]] for kind in kinds])
+
+
 LEAST_SD = 1e-6
 
 # ---------------------------------------------------------------------------------------------------------
@@ -108,7 +118,8 @@ def effects_of(rows):
         if family != "dense":
             add("trunk", family, trunks, members & np.array(["trunk" in row for row in rows]))
         add("cell", family, cells, members)
-    return Effects(kinds, row_kind, np.array(columns, float).reshape(-1, len(rows)).T, np.array(column_kind, int))
+    columns = np.array(columns, float).reshape(-1, len(rows)).T
+    return Effects(kinds, row_kind, columns, np.array(column_kind, int))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -139,7 +150,7 @@ class Noise:
 
     def penalty(self, log_sd):
         """(S,) -2 ln prior."""
-        median, width = np.array([PRIOR[kind] for kind, _ in self.effects.kinds]).T
+        median, width = prior(self.effects.kinds).T
         return (((log_sd - np.log(median)) / width) ** 2).sum(axis=1)
 
     def minimised(self, deviance):
@@ -164,8 +175,8 @@ class Noise:
         for step in range(steps):
             first, second = random.integers(0, chains, (2, chains))
             reach = 1.0 if step % 10 == 9 else 2.38 / math.sqrt(2 * c)
-            trial = state + reach * (state[first] - state[second]) + 1e-3 * random.standard_normal((chains, c))
-            trial = np.clip(trial, math.log(LEAST_SD), 0.0)
+            trial = state + reach * (state[first] - state[second])
+            trial = np.clip(trial + 1e-3 * random.standard_normal((chains, c)), math.log(LEAST_SD), 0.0)
             trial_height = self.deviance(trial) + self.penalty(trial)
             taken = np.log(random.random(chains)) < (height - trial_height) / 2
             state, height = np.where(taken[:, None], trial, state), np.where(taken, trial_height, height)
@@ -195,10 +206,11 @@ def noise_of(problem, theta):
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300),
                                    full_matrices=False)
     columns = np.hstack([effects.columns, basis[size > 1e-7 * size[0]].T, residual[:, None]])
-    products = np.array([columns[families == k].T @ columns[families == k] for k in range(families.max() + 1)])
     counts = np.bincount(families)
+    parts = [columns[families == k] for k in range(len(counts))]
+    products = np.array([part.T @ part for part in parts])
     products[:, -1, -1] += 1e-13 * counts
-    noise = Noise(effects, products, counts.astype(float), np.log([PRIOR[kind][0] for kind, _ in effects.kinds]))
+    noise = Noise(effects, products, counts.astype(float), np.log(prior(effects.kinds)[:, 0]))
     spread = [math.log(max(residual[families == k].std(), LEAST_SD)) for k in range(len(counts))]
     noise.log_sd[:len(counts)] = spread
     noise.log_sd = noise.minimised(lambda log_sd: noise.deviance(log_sd) + noise.penalty(log_sd))[0]
@@ -228,7 +240,8 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False):
         theta, cost = descend(problem, theta, 1.345, whiten=whiten)
         theta = theta[[np.argmin(cost)]]
         residual = problem.y - evaluate(problem, theta)[0][0]
-        fitted = Fit(problem, theta[0], 1.345, float(cost.min()), residual, whiten, noise_of(problem, theta[0]))
+        fitted = Fit(problem, theta[0], 1.345, float(cost.min()), residual, whiten)
+        fitted.noise = noise_of(problem, theta[0])
     return fitted
 
 
@@ -244,7 +257,8 @@ def refits(fitted, count, **changes):
         return theta
     first, height = descend(problem, starts(problem), fitted.delta, whiten=fitted.whiten, max_steps=20,
                             tolerance=1e-5)
-    other, other_cost = descend(problem, np.tile(first[np.argmin(height)], (count, 1)), fitted.delta, **arguments)
+    start = np.tile(first[np.argmin(height)], (count, 1))
+    other, other_cost = descend(problem, start, fitted.delta, **arguments)
     return np.where((other_cost < cost)[:, None], other, theta)
 
 
@@ -326,7 +340,8 @@ def profile(fitted, law, parameter, values):
         return None
     j, theta = place[0], np.tile(fitted.theta, (len(values), 1))
     theta[:, j] = ((np.log(values) if problem.is_log[j] else values) - problem.to_raw0[j])
-    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=np.arange(theta.shape[1]) != j)
+    free = np.arange(theta.shape[1]) != j
+    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=free)
     params = {name: np.asarray(value).tolist() for name, value in fitted.params(law, theta).items()}
     return params, (cost / max(fitted.cost, 1e-300) - 1).tolist()
 

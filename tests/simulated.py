@@ -83,7 +83,7 @@ def simulate(truth, system=THREE, N=SIZES, D=DATA, D1=DATA[::2], D2=DATA, noise=
                     loss = loss_of(system[family], truth[system[family]], truth, n, point)
                     loss *= math.exp(luck[level] + noise * random.standard_normal())
                     rows.append({"family": family, "N": n, **point, "trunk": f"{family}-{n}-{level}-{copy}",
-                                 "seed": copy, "loss": loss})
+                                 "seed": copy, "loss": float(loss)})
     return rows
 
 

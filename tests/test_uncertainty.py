@@ -145,7 +145,7 @@ def test_true_law_has_the_lowest_aicc():
         fits, _ = F.plan_fits(rows, [law for law in laws.RIVALS if law != "upcycled.loss_matching_0"])
         aicc = {law: uncertainty.aicc(uncertainty.fit_with_noise(chosen, found))
                 for law, (found, chosen) in fits.items()}
-        assert aicc[system["upcycled"]] < min(aicc.values()) + 4  # a law that contains the true one comes close
+        assert aicc[system["upcycled"]] < min(aicc.values()) + 4  # one that contains it comes close
 
 
 def test_an_outlier_hardly_moves_generalised_least_squares():
