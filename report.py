@@ -170,7 +170,7 @@ def claims_table(claims):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Words
+# Head starts, and words
 
 def overtaking(law, params, n, d1, largest):
     """D2* (S,) of S draws of a law's parameters: where a MoE from scratch gets better, on a grid of 1 %.
@@ -184,45 +184,51 @@ def overtaking(law, params, n, d1, largest):
     return np.append(D2, np.inf)[(upcycled < scratch).sum(axis=1)]
 
 
-def interval_text(values, form=short):
-    """'1.7M to 2.4M': the middle 95 % of (S,) draws; 'never' stands for infinity."""
-    ends = np.quantile(values, [0.025, 0.975], method="nearest")
-    return " to ".join(form(end) if np.isfinite(end) else "never" for end in ends)
+def with_interval(value, draws, form=short):
+    """'2M (1.7M to 2.4M)': a value and the middle 95 % of its (S,) draws; 'never' stands for infinity."""
+    ends = np.quantile(draws, [0.025, 0.975], method="nearest")
+    value, low, high = (form(end) if np.isfinite(end) else "never" for end in (np.squeeze(value), *ends))
+    return f"{value} ({low} to {high})"
 
 
-def handicap_words(law, params, draws, n, d1, largest):
-    """Text: what upcycling costs for ever and where from scratch overtakes, with intervals of the draws."""
-    star, stars = overtaking(law, params, n, d1, largest)[0], overtaking(law, draws, n, d1, largest)
-    cost = interval_text(draws["kappa"], lambda value: f"{100 * value:.2f}")
-    overtakes = f"overtakes at D2* = {short(star)}" if np.isfinite(star) else "does not overtake"
-    said = (f" Upcycling costs {100 * params['kappa']:.2f} % of the loss for ever ({cost} %). A MoE from "
-            f"scratch {overtakes} ({interval_text(stars)}).")
-    if np.quantile(draws["kappa"], 0.025) < 0 < np.quantile(draws["kappa"], 0.975):
-        said += " These rows do not tell this cost from none."
-    if max(star, np.quantile(stars, 0.975, method="nearest")) > largest:
-        said += f" The largest measured D2 is {short(largest)}, so part of this lies outside the data."
-    return said
+def head_starts(laws, ranges):
+    """[[law, method, D1, head start, handicap, D2*]], texts with intervals, at the largest N.
 
-
-def head_start_words(laws, ranges):
-    """Sentences, [text]: what the longest dense training is worth, by each law and method."""
-    said = []
-    n, d1, largest = (ranges.get("upcycled", {}).get(name, (0, 0))[1] for name in ("N", "D1", "D2"))
-    for law in (law for law in SHARED_CURVE if law in laws):
-        for method, fitted in laws[law].get("methods", {"": laws[law]}).items():
-            params = fitted["params"]
-            draws = {name: np.array(values) for name, values in fitted["draws"].items()}
-            worth, interval = head_start(law, params, n, d1), interval_text(head_start(law, draws, n, d1))
-            text = (f"By the law '{law_name(law)}', N = {short(n)}{', ' * bool(method)}{method}: a dense "
-                    f"checkpoint of {short(d1)} tokens is worth {short(worth)} tokens of MoE training, once "
-                    f"({interval}).")
-            if "H_max" in params:
-                most = interval_text(draws["H_max"])
-                text += f" No checkpoint is worth more than {short(params['H_max'])} tokens ({most})."
+    One line for each law with a head start, method of upcycling, and end of the range of D1.
+    """
+    n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
+    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws
+            for method, fitted in laws[law].get("methods", {"all": laws[law]}).items()]
+    lines = []
+    for law, method, fitted in fits:
+        params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
+        for d1 in ranges["upcycled"]["D1"]:
+            cost = star = "-"
             if "kappa" in params:
-                text += handicap_words(law, params, draws, n, d1, largest)
-            said.append(text)
-    return said
+                cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
+                star = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
+            worth = with_interval(*(head_start(law, p, n, d1) for p in (params, draws)))
+            lines.append([law, method, d1, worth, cost, star])
+    return lines
+
+
+def head_start_table(laws, ranges):
+    """What a dense checkpoint is worth, and what upcycling costs, by each law with a head start."""
+    header = ["law", "method", "D1", "head start H (tokens)", "handicap kappa", "D2* (tokens)"]
+    lines = head_starts(laws, ranges) if "upcycled" in ranges else []
+    return aligned(header, [[law_name(law), method, short(d1), *texts] for law, method, d1, *texts in lines])
+
+
+def handicap_words(laws, ranges):
+    """Sentences, [text]: the handicap law at the largest D1, for each method."""
+    if "upcycled.handicap" not in laws:
+        return []
+    n, d1, d2 = (ranges["upcycled"][name][1] for name in ("N", "D1", "D2"))
+    return [f"By the handicap law, N = {short(n)}, method {method}: a dense checkpoint of {short(d1)} tokens "
+            f"is worth {worth} tokens of MoE training, once. Upcycling costs {cost} of the loss for ever. "
+            f"A MoE from scratch overtakes at D2*: {star}. The largest measured D2 is {short(d2)}."
+            for law, method, tokens, worth, cost, star in head_starts(laws, ranges)
+            if law == "upcycled.handicap" and tokens == d1]
 
 
 def main_method_rows(rows):
@@ -246,7 +252,7 @@ def findings(rows, content):
         if slopes:
             slope = f"D2^{np.mean(slopes):.3f}"
             said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
-    return said + head_start_words(laws, ranges)
+    return said + handicap_words(laws, ranges)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -318,6 +324,7 @@ def write(rows, content, profiles, notes, directory):
         "What was found": [f"- {text}" for text in findings(rows, content)],
         "Claims under variations of the analysis": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
+        "Head starts at the largest N": head_start_table(laws, content["ranges"]),
         "Noise and misfit": noise_table(laws),
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
