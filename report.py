@@ -208,7 +208,7 @@ def head_start_words(laws, ranges):
     """Sentences, [text]: what the longest dense training is worth, by each law and method."""
     said = []
     n, d1, largest = (ranges.get("upcycled", {}).get(name, (0, 0))[1] for name in ("N", "D1", "D2"))
-    for law in (law for law in SHARED_CURVE if law in laws):
+    for law in (law for law in SHARED_CURVE if law in laws and "upcycled" in ranges):
         for method, fitted in laws[law].get("methods", {"": laws[law]}).items():
             params = fitted["params"]
             draws = {name: np.array(values) for name, values in fitted["draws"].items()}
@@ -269,7 +269,7 @@ def draw_figures(rows, laws, profiles):
         "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
                                 "copying. Paired runs differ in the method alone."}
     found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
-    if rivals:
+    if rivals and of_family(rows, "upcycled"):
         found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
     for law in dict.fromkeys([best, *(law for law in laws if law.startswith("moe."))]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
