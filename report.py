@@ -261,7 +261,7 @@ def findings(rows, content):
 def draw_figures(rows, laws, profiles):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
-    rivals = [law for law in RIVAL_STYLES if law in laws]
+    rivals = [law for law in RIVAL_STYLES if law in laws and of_family(rows, "upcycled")]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
     best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],

@@ -17,10 +17,10 @@ from rows import method_label
 
 INTERVALS = (
     "parametric bootstrap of generalised least squares: fitted losses are redrawn with row noise, one random "
-    "effect a trunk and one a dense trunk that all its D1 share; variances are REML estimates of each family, "
-    "drawn from their posterior; its prior says 0.5 % for a trunk (MoE: 0.8 %) within a factor of e (one sd), as "
-    "measured on small models, and decides where the rows repeat no seed; Huber's delta is in standard "
-    "deviations of the noise")
+    "effect a trunk and one a dense trunk that all its D1 share; variances are REML estimates of each "
+    "family, drawn from their posterior; its prior says 0.5 % for a trunk (MoE: 0.8 %) within a factor of e "
+    "(one sd), as measured on small models, and decides where the rows repeat no seed; Huber's delta is in "
+    "standard deviations of the noise")
 
 # The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.

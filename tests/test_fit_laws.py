@@ -93,7 +93,7 @@ def test_few_and_odd_rows_that_are_accepted_can_be_fitted(seed, D, spread):
                                  "upcycled.loss_matching"])
 def test_a_true_law_extrapolates_and_a_wrong_one_does_not(law):
     truth, system = (TABLE2, THREE) if law == "upcycled" else (HEAD_START, shared_system(law))
-    design = dict(D1=np.geomspace(1e9, 1e11, 4)) if law == "upcycled" else SMALL | dict(N=[2e4, 5e4, 1e5, 3e5])
+    design = {"D1": np.geomspace(1e9, 1e11, 4)} if law == "upcycled" else SMALL | {"N": [2e4, 5e4, 1e5, 3e5]}
     rows = simulate(truth, system, **design)
     for name in ("D1", "D2", "N"):
         found = F.extrapolate(rows, system, law, name)
@@ -184,7 +184,8 @@ def test_routed_models_of_many_expert_counts_do_not_spoil_the_dense_law_at_one_h
     together = uncertainty.fit_with_noise(fits["dense"][1], fits["dense"][0])
     dense = [row for row in rows if row["family"] == "dense"]
     alone = uncertainty.fit_with_noise(dense, {"dense": "dense"})
-    assert together.problem.system == {"dense": "dense", "moe": "moe"} and together.params("dense")["A"] == 0.0
+    assert together.problem.system == {"dense": "dense", "moe": "moe"}
+    assert together.params("dense")["A"] == 0.0
     losses = [laws.predict("dense", fitted.params("dense"), N=1e9, D=1e11) for fitted in (together, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert 100 * F.rms(F.errors(together, "dense", dense)) < 0.5
@@ -215,8 +216,8 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     content = json.loads((out / "laws.json").read_text())
     assert content["version"] == 2 and set(content["laws"]) == {"dense", "moe", *laws.RIVALS}
     assert content["ranges"]["upcycled"]["D1"] == pytest.approx([5e5, 8e6])
-    assert {(model["family"], model["flops_per_token"]) for model in content["models"]} == {
-        (family, pytest.approx(6e3)) for family in FAMILIES}
+    assert {model["family"] for model in content["models"]} == set(FAMILIES)
+    assert all(model["flops_per_token"] == pytest.approx(6e3) for model in content["models"])
     assert content["claims"]["upcycling has a lasting cost kappa"]["as fitted"]["value"]
     for law, entry in content["laws"].items():
         names = laws.parameter_names(law)
@@ -258,8 +259,9 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("family,N,D,loss\ndense,1e6,1e9,3\ndense,1e6,2e9,2.9\n")
     for words, said in (
-            (["--laws=dense"], "--laws: dense needs 3 levels of D, has 2"), (["--laws=dens"], "no law 'dens'"),
-            (["--draws=3"], "draws: 3 is not at least 20"), ([], "no law can be fitted"),
+            (["--laws=dense"], "--laws: dense needs 3 levels of D, has 2"),
+            (["--laws=dens"], "no law 'dens'"), (["--draws=3"], "draws: 3 is not at least 20"),
+            ([], "no law can be fitted"),
             ([str(tmp_path / "none.csv")], "No such file"), (["--delta=0"], "--delta=0 is not positive"),
             (["--seed=-1"], "seed: -1"), (["--share=E,alpha9"], "'alpha9' is none of A, alpha, B, beta, E")):
         with pytest.raises(ConfigError, match=said):
