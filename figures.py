@@ -130,6 +130,11 @@ def log_axis(axis, levels, most=5):
     axis.margins(x=0.09)
 
 
+def aside(levels, place, count):
+    """The factor that moves curve `place` of `count` aside on a log axis over the sorted levels."""
+    return max(levels[-1] / levels[0], 2.0) ** (0.02 * (place - (count - 1) / 2))
+
+
 def shades(levels):
     """{level: colour}, dark to bright."""
     return dict(zip(levels, plt.cm.viridis(np.linspace(0.0, 0.85, len(levels)))))
@@ -227,11 +232,12 @@ def residuals(rows, law, entry):
     figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.8, 2.8), sharey=True,
                                 squeeze=False)
     for axis, name in zip(axes[0], names):
-        for side, (family, (label, mark, color)) in enumerate(FAMILY_STYLES.items(), -1):
-            points = [(row[name] * 1.06 ** side, value) for row, value in fitted
+        families = sorted({row["family"] for row, _ in fitted if row.get(name)})
+        for place, family in enumerate(families):
+            label, mark, color = FAMILY_STYLES[family]
+            points = [(row[name] * aside(levels[name], place, len(families)), value) for row, value in fitted
                       if row["family"] == family and row.get(name)]
-            if points:
-                axis.plot(*zip(*points), mark, ms=3.5, color=color, alpha=0.8, label=label)
+            axis.plot(*zip(*points), mark, ms=3.5, color=color, alpha=0.8, label=label)
         axis.axhline(0, color="black", lw=0.8)
         log_axis(axis, levels[name], most=4)
         axis.set_xlabel(titles[name])
@@ -276,14 +282,15 @@ def against_copy(differences):
     figure, axes = panels(len(places), sharey=True)
     for axis, (n, d1) in zip(axes, places):
         here = {key: cells for key, cells in differences.items() if key[1] == n and (alone or key[2] == d1)}
+        tokens = sorted({d2 for cells in here.values() for d2 in cells})
         for key, cells in here.items():
             place = labels.index(names[key])
-            x = np.array(list(cells)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
+            x = np.array(list(cells)) * aside(tokens, place, len(labels))
             mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
             axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
                           label=names[key])
         axis.axhline(0, color="black", lw=0.8, ls=":")
-        log_axis(axis, sorted({d2 for cells in here.values() for d2 in cells}))
+        log_axis(axis, tokens)
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")

@@ -188,7 +188,7 @@ def with_interval(value, draws, form=short):
     """'2M (1.7M to 2.4M)': a value and the middle 95 % of its (S,) draws; 'never' stands for infinity."""
     ends = np.quantile(draws, [0.025, 0.975], method="nearest")
     value, low, high = (form(end) if np.isfinite(end) else "never" for end in (np.squeeze(value), *ends))
-    return f"{value} ({low} to {high})"
+    return value if value == low == high else f"{value} ({low} to {high})"
 
 
 def head_starts(laws, ranges):
