@@ -34,10 +34,13 @@ WHY_NOT = """
 
 def before_split(row):
     """{column: value} of experts as they were before virtual groups split each of them into parts."""
-    parts = row.get("granularity") or 1
-    return {"num_local_experts": row.get("num_local_experts", 0) / parts,
-            "num_experts_per_tok": row.get("num_experts_per_tok", 0) / parts,
-            "intermediate_size": row.get("intermediate_size", 0) * parts}
+    def number(column):
+        return row[column] if isinstance(row.get(column), (int, float)) else 0
+
+    parts = number("granularity") or 1
+    return {"num_local_experts": number("num_local_experts") / parts,
+            "num_experts_per_tok": number("num_experts_per_tok") / parts,
+            "intermediate_size": number("intermediate_size") * parts}
 
 
 def method_differences(rows):

@@ -7,14 +7,14 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.optimize import brentq
 
 import figures
 import report
 from configurator import ConfigError
 from laws import LAWS
-from rows import FAMILIES
+from rows import FAMILIES, RUN, clean
 from simulated import DATA, HEAD_START, ROOT, SHARED, SIZES, TABLE2, THREE, simulate
 
 
@@ -76,6 +76,19 @@ def test_copying_with_another_knob_is_not_taken_for_copying(column, usual, other
         assert differences.pop(("drop 0.5", 1e6, 1e7)) == {1e6: [pytest.approx(0.1)]}
         (label, _, _), = differences
         assert label.startswith("copy ") and differences == {(label, 1e6, 1e7): {1e6: [pytest.approx(0.5)]}}
+
+
+ODD = st.sampled_from([0, -1, 2.0, "copy", "2", "x", True, None, "nan", [1], {}])
+
+
+@settings(max_examples=200)
+@given(st.lists(st.dictionaries(st.sampled_from(["method", *RUN]), ODD), max_size=6))
+def test_whatever_rows_can_be_read_can_be_paired(columns):
+    rows = [clean({**odd, "family": family, "N": 1e6, "D": 1e6, "D1": 1e6, "D2": 1e6, "loss": 2.0})
+            for odd in columns for family in FAMILIES]
+    for cells in report.method_differences(rows).values():
+        assert set(cells) == {1e6} and set(cells[1e6]) == {0.0}  # all losses are equal
+    report.methods_table(report.method_differences(rows))
 
 
 def test_virtual_groups_are_paired_at_equal_experts_before_the_split():
