@@ -17,7 +17,7 @@ from configurator import REQUIRED, ConfigError, code_version, progress, run, set
 from engine import fit
 from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
                   predict, variable, variables_of)
-from rows import FAMILIES, method_label, read_rows, run_key
+from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
                          standard_errors, unidentified)
 
@@ -311,7 +311,9 @@ def ranges(rows):
 
 
 def mixtures(rows):
-    """Warnings, [text], where rows of one family come from different data, methods or numbers of experts."""
+    """Warnings, [text], where rows of one family come from different data or numbers of experts, where
+    methods are mixed (only laws with a head start tell them apart), and where rows were made under
+    different settings."""
     found = []
     for family in FAMILIES:
         for key in ("data_sha256", "method", "num_local_experts", "num_experts_per_tok"):
@@ -322,6 +324,9 @@ def mixtures(rows):
                 shown = ", ".join(sorted(name[:12] for name in names))
                 found.append(f"{family} rows mix {len(names)} values of {key} ({shown}); "
                              "the laws take them as one")
+    for key, values in mixed_conditions(rows).items():
+        shown = ", ".join(map(str, values[:5]))
+        found.append(f"rows mix {len(values)} values of {key} ({shown}); the laws take them as one")
     return found
 
 
@@ -366,11 +371,17 @@ def unidentified_note(entries):
     return [f"these rows do not identify {said}; outside the data those laws say little"] if said else []
 
 
-def folded_note(entries):
-    """[a warning] that names the laws fitted at one horizon D."""
-    laws = [law for law, entry in entries.items() if "one level of D" in entry["not_identified"].get("A", "")]
-    return [f"{', '.join(laws)}: the rows have one horizon D, whose term is part of E; the law says nothing "
-            "of other horizons"] if laws else []
+def scope_notes(entries):
+    """[warning] on laws that hold at one horizon D, and at one D, D1 and D2 by their definition."""
+    folded = [law for law, entry in entries.items()
+              if "one level of D" in entry["not_identified"].get("A", "")]
+    notes = [f"{', '.join(folded)}: the rows have one horizon D, whose term is part of E; "
+             "the law says nothing of other horizons"] if folded else []
+    for law, entry in entries.items():
+        if "at" in entry:
+            tokens = ", ".join(f"{name} = {report.short(value)}" for name, value in entry["at"].items())
+            notes.append(f"{law} is fitted at {tokens} alone")
+    return notes
 
 
 def write_json(path, content):
@@ -468,7 +479,7 @@ def main(options):
     systems = {tuple(system.items()) for system, _ in fits.values()}
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
         entries, main_fit = analyse(rows, options, fits, bar)
-    notes += unidentified_note(entries) + folded_note(entries)
+    notes += unidentified_note(entries) + scope_notes(entries)
     sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
     if main_fit:
         profiles = {"all N": profile_E(main_fit, "upcycled")} | profiles

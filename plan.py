@@ -18,7 +18,8 @@ from scipy.stats import norm
 
 from configurator import ConfigError, parse, run, setting
 from uncertainty import covariance, trunk_of
-from laws import RIVALS, evaluate, fit, parameter_names, predict
+from engine import evaluate, fit
+from laws import RIVALS, parameter_names, predict
 from rows import FAMILIES
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"

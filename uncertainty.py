@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 from engine import Fit, descend, evaluate, fit, starts
 from laws import levels_of_N, missing
-from rows import method_label
+from rows import run_key
 
 INTERVALS = (
     "parametric bootstrap of generalised least squares: fitted losses are redrawn with row noise, one random "
@@ -69,8 +69,7 @@ def dense_trunks(rows):
 
 def cell_of(row):
     """The design cell of a row: what repeated seeds have in common."""
-    return tuple(str(row.get(name)) for name in ("family", "N", "D", "D1", "D2", "num_local_experts",
-                                                 "num_experts_per_tok")) + (method_label(row),)
+    return run_key(row, but=("seed", "trunk", "dense_trunk"))
 
 
 @dataclass
@@ -80,6 +79,11 @@ class Effects:
     row_kind: np.ndarray     # (n,) the component of a row's own noise
     columns: np.ndarray      # (n, q) whether a row has an effect
     column_kind: np.ndarray  # (q,) the component of an effect
+
+    @property
+    def is_cell(self):
+        """(q,) whether an effect is the misfit of a design cell."""
+        return np.array([self.kinds[k][0] == "cell" for k in self.column_kind], bool)
 
     def covariance(self, sd):
         """(n, n) of ln loss, for standard deviations (c,)."""
@@ -127,9 +131,11 @@ def effects_of(rows):
 
 @dataclass
 class Noise:
-    """The noise of a fit: standard deviations of ln loss, with what their likelihood needs."""
+    """The noise of a fit: standard deviations of ln loss, with what their likelihood needs. The m columns
+    are the effects of trunks, directions of the parameters, and the residual."""
     effects: Effects
-    products: np.ndarray   # (families, m, m) of effects, directions of the parameters, and the residual
+    products: np.ndarray   # (families, m, m) of the columns over each family's rows
+    cells: list            # (family, component, rows of a cell, number of such cells, (m, m) of column sums)
     counts: np.ndarray     # (families,) rows
     log_sd: np.ndarray     # (c,) the estimate
 
@@ -138,14 +144,21 @@ class Noise:
         order; restricted (REML): the parameters integrated out.
 
         One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it.
+        Cells do not overlap within a family, so they are eliminated beforehand.
         """
-        families, q = len(self.counts), self.effects.columns.shape[1]
-        matrix = np.tensordot(np.exp(-2 * log_sd[:, :families]), self.products, 1)
-        effect = log_sd[:, self.effects.column_kind]
-        matrix[:, np.arange(q), np.arange(q)] += np.exp(-2 * effect)
+        families = len(self.counts)
+        precision = np.exp(-2 * log_sd)
+        matrix = np.tensordot(precision[:, :families], self.products, 1)
+        logs = 2 * log_sd[:, :families] @ self.counts
+        for family, component, size, count, sums in self.cells:
+            pivot = size * precision[:, family] + precision[:, component]
+            matrix -= (precision[:, family] ** 2 / pivot)[:, None, None] * sums
+            logs += count * (np.log(pivot) + 2 * log_sd[:, component])
+        kinds = self.effects.column_kind[~self.effects.is_cell]
+        q = len(kinds)
+        matrix[:, np.arange(q), np.arange(q)] += precision[:, kinds]
         root = np.einsum("sii->si", np.linalg.cholesky(matrix))
-        logs = 2 * (log_sd[:, :families] @ self.counts + effect.sum(axis=1))
-        logs += 2 * np.log(root[:, :-1 if restricted else q]).sum(axis=1)
+        logs += 2 * log_sd[:, kinds].sum(axis=1) + 2 * np.log(root[:, :-1 if restricted else q]).sum(axis=1)
         return logs + root[:, -1] ** 2
 
     def penalty(self, log_sd):
@@ -193,6 +206,16 @@ class Noise:
         return noise, {family: sd.get(("cell", family)) for family in families}
 
 
+def cell_products(effects, columns):
+    """Noise.cells of the columns (n, m): cells grouped by family and number of rows."""
+    found = {}
+    for k in np.flatnonzero(effects.is_cell):
+        members = effects.columns[:, k] > 0
+        key = (int(effects.row_kind[members][0]), int(effects.column_kind[k]), int(members.sum()))
+        found.setdefault(key, []).append(columns[members].sum(axis=0))
+    return [(*key, len(sums), np.transpose(sums) @ np.array(sums)) for key, sums in found.items()]
+
+
 def noise_of(problem, theta):
     """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its
     family counts as 4 of them."""
@@ -205,12 +228,14 @@ def noise_of(problem, theta):
     jacobian = jacobian[0]
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300),
                                    full_matrices=False)
-    columns = np.hstack([effects.columns, basis[size > 1e-7 * size[0]].T, residual[:, None]])
+    trunks, directions = effects.columns[:, ~effects.is_cell], basis[size > 1e-7 * size[0]].T
+    columns = np.hstack([trunks, directions, residual[:, None]])
     counts = np.bincount(families)
     parts = [columns[families == k] for k in range(len(counts))]
     products = np.array([part.T @ part for part in parts])
     products[:, -1, -1] += 1e-13 * counts
-    noise = Noise(effects, products, counts.astype(float), np.log(prior(effects.kinds)[:, 0]))
+    cells, start = cell_products(effects, columns), np.log(prior(effects.kinds)[:, 0])
+    noise = Noise(effects, products, cells, counts.astype(float), start)
     spread = [math.log(max(residual[families == k].std(), LEAST_SD)) for k in range(len(counts))]
     noise.log_sd[:len(counts)] = spread
     noise.log_sd = noise.minimised(lambda log_sd: noise.deviance(log_sd) + noise.penalty(log_sd))[0]

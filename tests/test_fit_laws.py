@@ -255,6 +255,16 @@ def test_command_on_dense_and_moe_rows_alone_matches_losses(tmp_path):
     assert entry["n"] == 0 and entry["rmse_log"] is None and "dense_alpha" in entry["params"]
 
 
+def test_command_says_at_which_data_a_sparsity_law_and_a_single_horizon_hold(tmp_path, capsys):
+    path = os.path.join(ROOT, "tests", "data", "clark_sbase_final.csv")
+    F.main(F.Options(rows=[path], out=str(tmp_path), draws=20, laws="dense,moe.sparsity"))
+    printed = capsys.readouterr().out
+    assert "moe.sparsity is fitted at D = 131B alone" in printed
+    assert "warning: dense: the rows have one horizon D" in printed
+    entry = json.loads((tmp_path / "laws.json").read_text())["laws"]["moe.sparsity"]
+    assert entry["at"] == {"D": 131072000000} and entry["held_out"]["sparsity"]["rows"] == 11
+
+
 def test_command_says_what_is_wrong_in_one_line(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("family,N,D,loss\ndense,1e6,1e9,3\ndense,1e6,2e9,2.9\n")

@@ -43,8 +43,9 @@ def test_covariance_is_that_of_simulated_rows():
             assert exact[i, j] == pytest.approx(value)
 
 
-def test_likelihood_is_the_gaussian_one():
-    rows = simulate(TABLE2, THREE, **SMALL, **NOISE)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_likelihood_is_the_gaussian_one(copies):
+    rows = simulate(TABLE2, THREE, **SMALL, **NOISE, copies=copies)
     fitted = engine.fit(rows, THREE)
     noise = uncertainty.noise_of(fitted.problem, fitted.theta)
     X = engine.evaluate(fitted.problem, fitted.theta[None])[1][0].T
