@@ -3,6 +3,7 @@
 `rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
 is a list of lines that read on a terminal and in Markdown.
 """
+import json
 import math
 import os
 
@@ -301,6 +302,7 @@ def write_report(title, sections, found, directory):
     for name, (_, caption) in found.items():
         text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
     try:
+        os.makedirs(directory, exist_ok=True)
         for name, (figure, _) in found.items():
             figure.savefig(os.path.join(directory, f"{name}.png"))
             figure.savefig(os.path.join(directory, f"{name}.pdf"), metadata={"CreationDate": None})
@@ -370,14 +372,19 @@ def matching_table(planes):
     return aligned(["N", "the published law is", "share of the plane", "difference", "within ± 2 %"], lines)
 
 
-def write_published(content, directory):
-    """Write report.md on a file of published laws: what loss matching makes of its dense and MoE laws."""
-    params = {law: entry["params"] for law, entry in content["laws"].items()}
-    planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+def write_published(path, directory):
+    """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
+        planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
     caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
                "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
     write_report("Loss matching against a published law", {
-        "What was compared": [f"Source: {content['source']}", "", *MATCHING_WORDS.strip().split("\n")],
+        "What was compared": [f"Source: {content.get('source', path)}", *MATCHING_WORDS.split("\n")],
         "Where it agrees": matching_table(planes),
         "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},
         {"loss_matching": (figures.loss_matching(planes, TOKENS), caption)}, directory)

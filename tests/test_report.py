@@ -231,11 +231,25 @@ def test_loss_matching_of_the_published_laws_and_where_it_agrees():
 
 
 def test_a_report_on_published_laws_has_its_figure(tmp_path):
-    with open(os.path.join(ROOT, "laws", "liew2025.json")) as file:
-        report.write_published(json.load(file), str(tmp_path))
-    text = (tmp_path / "report.md").read_text()
+    report.write_published(os.path.join(ROOT, "laws", "liew2025.json"), str(tmp_path / "out"))
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "arXiv 2502.03009" in text and "](loss_matching.png)" in text
-    assert (tmp_path / "loss_matching.png").stat().st_size > 20000
+    assert (tmp_path / "out" / "loss_matching.png").stat().st_size > 20000
+
+
+@pytest.mark.parametrize("content", [
+    None, "{", "[]", "{}", '{"laws": {"dense": {"params": {}}}}', '{"laws": 3}',
+    json.dumps({"laws": {law: {"params": params} for law, params in TABLE2.items()},
+                "ranges": {"upcycled": {"N": 3}}}),
+    json.dumps({"laws": {law: {"params": {"A": "x"}} for law in TABLE2},
+                "ranges": {"upcycled": {"N": [1e6, 1e9]}}})])
+def test_a_file_of_no_published_laws_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "laws.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match="no laws file with dense, moe and upcycled") as error:
+        report.write_published(str(path), str(tmp_path / "out"))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 # Tables
