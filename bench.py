@@ -62,8 +62,8 @@ def customary_grid(rows, part):
 def laws():
     """Fits on simulated rows of published size: time, and the customary grid of starts beside it."""
     import json
-    from fit_laws import bootstrap
-    from laws import fit
+    from uncertainty import bootstrap, fit_with_noise
+    from engine import fit
 
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "liew2025.json"), encoding="utf-8") as f:
         params = {law: entry["params"] for law, entry in json.load(f)["laws"].items()}
@@ -74,7 +74,7 @@ def laws():
     narrow = seconds(lambda: fit(dense, {"dense": "dense"}, delta=1e-3))
     print(f"dense law, {len(dense)} rows: {1000 * ours:.1f} ms ({1000 * narrow:.1f} ms at Huber's delta 1e-3)")
     print(f"three families, shared E, {len(three)} rows: {1000 * seconds(lambda: fit(three, system)):.1f} ms")
-    three_fit = fit(three, system)
+    three_fit = fit_with_noise(three, system)
     print(f"1,000 bootstrap refits of it, with an effect a trunk: {seconds(lambda: bootstrap(three_fit, 1000), repeats=1):.1f} s")
     part = 45
     grid, best = customary_grid(dense, part)

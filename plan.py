@@ -17,8 +17,9 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
 from configurator import ConfigError, parse, run, setting
-from fit_laws import covariance, trunk_of
-from laws import RIVALS, evaluate, fit, parameter_names, predict
+from uncertainty import covariance, trunk_of
+from engine import evaluate, fit
+from laws import RIVALS, parameter_names, predict
 from rows import FAMILIES
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
