@@ -18,14 +18,14 @@ from rows import run_key
 INTERVALS = (
     "parametric bootstrap of generalised least squares: fitted losses are redrawn with row noise, one random "
     "effect a trunk and one a dense trunk that all its D1 share; variances are REML estimates of each "
-    "family, drawn from their posterior; its prior says 0.5 % for a trunk (MoE: 0.8 %) within a factor of e "
+    "family, drawn from their posterior; its prior says 0.4 % for a trunk (MoE: 0.7 %) within a factor of 2.2 "
     "(one sd), as measured on small models, and decides where the rows repeat no seed; Huber's delta is in "
     "standard deviations of the noise")
 
 # The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
-PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 1.0), "dense_trunk": (0.005, 1.0), "cell": (0.005, 1.5)}
-MOE_TRUNK = (0.008, 1.0)
+PRIOR = {"row": (0.003, 1.5), "trunk": (0.004, 0.8), "dense_trunk": (0.004, 0.8), "cell": (0.005, 1.5)}
+MOE_TRUNK = (0.007, 0.8)
 
 
 def prior(kinds):
