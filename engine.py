@@ -117,21 +117,19 @@ def marquardt_step(problem, theta, gradient, jacobian, weight, damping, free):
 
 
 def whitened(values, whiten):
-    """Whiten (S, n) or (S, p, n) by matrices (n, n) or (S, n, n), or by nothing."""
+    """Values (..., n) multiplied by whiten (n, n), a NumPy or SciPy sparse array, or left alone where it
+    is None."""
     if whiten is None:
         return values
-    turned = np.swapaxes(whiten, -1, -2)
-    if whiten.ndim == 2 or values.ndim == 3:
-        return values @ turned
-    return (values[:, None, :] @ turned)[:, 0]
+    return (whiten @ values.reshape(-1, values.shape[-1]).T).T.reshape(values.shape)
 
 
 def descend(problem, theta, delta, y=None, whiten=None, free=None, max_steps=400, tolerance=1e-11):
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
-    y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n) or (S, n, n), what residuals are
-    multiplied by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). free: (p,) False holds
-    a parameter.
+    y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
+    by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). free: (p,) False holds a
+    parameter.
     """
     theta = np.array(theta, float)
     count, n = len(theta), len(problem.y)
@@ -140,9 +138,8 @@ def descend(problem, theta, delta, y=None, whiten=None, free=None, max_steps=400
     damping = np.full(count, 1e-3)
 
     def tried(theta, live):
-        own = whiten[live] if whiten is not None and whiten.ndim == 3 else whiten
         predicted, jacobian = evaluate(problem, theta)
-        return whitened(y[live] - predicted, own), whitened(jacobian, own)
+        return whitened(y[live] - predicted, whiten), whitened(jacobian, whiten)
 
     residual, jacobian = tried(theta, live)
     for _ in range(max_steps):

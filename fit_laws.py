@@ -435,7 +435,7 @@ def compared(rows, options, settings):
         found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
     gain = aicc(fitted["upcycled"]) - aicc(fitted["upcycled.handicap"])
     better = "the handicap law is better than the interaction law"
-    found.append((f"{better} by AICc", gain > 6, f"lower by {gain:.1f}"))
+    found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
     for name in ("D1", "D2"):
         held = [extrapolate(own, system, law, name, **settings) for law, (system, own) in fits.items()]
         if all(held):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from engine import Fit, descend, evaluate, fit, starts
 from laws import levels_of_N, missing
@@ -18,14 +20,14 @@ from rows import run_key
 INTERVALS = (
     "parametric bootstrap of generalised least squares: fitted losses are redrawn with row noise, one random "
     "effect a trunk and one a dense trunk that all its D1 share; variances are REML estimates of each "
-    "family, drawn from their posterior; its prior says 0.5 % for a trunk (MoE: 0.8 %) within a factor of e "
-    "(one sd), as measured on small models, and decides where the rows repeat no seed; Huber's delta is in "
-    "standard deviations of the noise")
+    "family, drawn from their posterior; its prior says 0.4 % for a trunk (MoE: 0.7 %) within a factor of "
+    "2.2 (one sd), as measured on small models, and decides where the rows repeat no seed; Huber's delta is "
+    "in standard deviations of the noise")
 
 # The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
-PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 1.0), "dense_trunk": (0.005, 1.0), "cell": (0.005, 1.5)}
-MOE_TRUNK = (0.008, 1.0)
+PRIOR = {"row": (0.003, 1.5), "trunk": (0.004, 0.8), "dense_trunk": (0.004, 0.8), "cell": (0.005, 1.5)}
+MOE_TRUNK = (0.007, 0.8)
 
 
 def prior(kinds):
@@ -243,11 +245,15 @@ def noise_of(problem, theta):
 
 
 def whitening(covariance, kept=None):
-    """(n, n) the matrix that makes noise of that covariance white; rows that are not kept get zeros."""
-    kept = np.arange(len(covariance)) if kept is None else np.flatnonzero(kept)
-    whiten = np.zeros_like(covariance)
-    whiten[np.ix_(kept, kept)] = np.linalg.inv(np.linalg.cholesky(covariance[np.ix_(kept, kept)]))
-    return whiten
+    """(n, n) the matrix that makes noise of that covariance white, sparse where rows are many; rows that
+    are not kept get zeros. Rows that share no luck are treated apart."""
+    n = len(covariance)
+    kept, whiten = np.ones(n, bool) if kept is None else kept, np.zeros((n, n))
+    group = connected_components(csr_array(covariance != 0))[1]
+    for number in np.unique(group[kept]):
+        block = np.ix_(*[np.flatnonzero((group == number) & kept)] * 2)
+        whiten[block] = np.linalg.inv(np.linalg.cholesky(covariance[block]))
+    return csr_array(whiten) if n > 400 else whiten
 
 
 def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False):
@@ -334,24 +340,22 @@ def aicc(fitted):
     return float(deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1))
 
 
-def leave_trunk_out(fitted):
+def leave_trunk_out(fitted, most=40):
     """(n,) ln measured - ln predicted by fits that did not see the row's trunk; nan where leaving the
-    trunk out loses a level of N."""
-    problem, trunks = fitted.problem, trunk_of(fitted.problem.rows)
-    sizes, numbers = levels_of_N(problem.rows, problem.system), []
+    trunk out loses a level of N. More trunks than `most` are left out in that many groups."""
+    problem = fitted.problem
+    trunks = trunk_of(problem.rows) % most
+    sizes, error = levels_of_N(problem.rows, problem.system), np.full(len(trunks), np.nan)
+    noise = np.eye(len(trunks))
+    if fitted.whiten is not None:
+        noise = fitted.noise.effects.covariance(np.exp(fitted.noise.log_sd))
     for number in np.unique(trunks):
         kept = [row for row, t in zip(problem.rows, trunks) if t != number]
-        if not missing(kept, problem.system) and levels_of_N(kept, problem.system) == sizes:
-            numbers.append(number)
-    error = np.full(len(trunks), np.nan)
-    if numbers:
-        noise = np.eye(len(trunks))
-        if fitted.whiten is not None:
-            noise = fitted.noise.effects.covariance(np.exp(fitted.noise.log_sd))
-        whiten = np.array([whitening(noise, trunks != number) for number in numbers])
-        residual = problem.y - evaluate(problem, refits(fitted, len(numbers), whiten=whiten))[0]
-        for k, number in enumerate(numbers):
-            error[trunks == number] = residual[k, trunks == number]
+        if missing(kept, problem.system) or levels_of_N(kept, problem.system) != sizes:
+            continue
+        theta = refits(fitted, 1, whiten=whitening(noise, trunks != number))
+        left_out = trunks == number
+        error[left_out] = (problem.y - evaluate(problem, theta)[0][0])[left_out]
     return error
 
 
