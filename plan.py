@@ -400,6 +400,13 @@ def check(options):
         raise ConfigError(f"--figure={options.figure}: must end in .png, .svg or .pdf")
 
 
+def tokens_seen(state):
+    """Tokens that a checkpoint has seen in all runs, from its trainer_state.json; 0 where that does not say."""
+    if "history" in state:
+        return sum(tokens for _, tokens in state["history"])
+    return state.get("tokens", 0) + state.get("lineage", {}).get("tokens_before", 0)
+
+
 def inputs(options, of_rows=0.0):
     """(N, D1, N_active / N, where that is from) from the settings, the checkpoint and the ratio of the laws file's rows. Raises ConfigError."""
     N, D1 = options.N, options.D1
@@ -418,7 +425,7 @@ def inputs(options, of_rows=0.0):
         config, state = read_config(options.checkpoint), read_state(options.checkpoint)
         if config.num_local_experts:
             raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
-        N, D1 = N or parameter_counts(config)["N"], D1 or state.get("tokens", 0)
+        N, D1 = N or parameter_counts(config)["N"], D1 or tokens_seen(state)
         if not D1:
             raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was trained; give --D1=")
         moe = dataclasses.replace(config, num_local_experts=experts, num_experts_per_tok=top)

@@ -288,6 +288,10 @@ def test_checkpoint_gives_N_and_D1(tmp_path, capsys):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"tokens": 4194304, "lineage": {}}))
     N, D1, ratio, source = P.inputs(P.Options(checkpoint=str(tmp_path)), 1.4)
     assert source == "the checkpoint with 8 experts, top-2"
+    for state in ({"tokens": 1_000_000, "lineage": {"tokens_before": 2_000_000}}, {"tokens": 1_000_000, "lineage": {}, "history": [["a", 2_000_000], ["b", 1_000_000]]}):
+        (tmp_path / "trainer_state.json").write_text(json.dumps(state))  # the tokens of earlier runs count too
+        assert P.inputs(P.Options(checkpoint=str(tmp_path)))[1] == 3_000_000
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"tokens": 4194304, "lineage": {}}))
     dense = layers * (4 * h * h + 3 * h * f + 2 * h) + h
     assert (N, D1) == (dense, 4194304) and ratio == pytest.approx((dense + layers * (3 * h * f + 8 * h)) / dense)  # one more MLP, a router
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}))
