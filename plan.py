@@ -18,24 +18,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import ndtri
 
 from configurator import ConfigError, run, setting
-from laws import LAWS, RIVALS, parameter_names, predict
+from mixture import (DRAWS, MOE, REACH, WITH_WEIGHT, distance, estimate, head_start, make_book, quantile, read_laws,
+                     sample)
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
 ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH the three routes from nothing
-DRAWS = 250              # draws of each law; a law with fewer repeats them
 INTERVAL = (0.05, 0.95)
 SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is at least this share of the loss
-WITH_WEIGHT = 0.05       # laws of this weight must agree to a clear verdict; laws below a fifth of it are left out
-LEAST_ERROR = 0.003      # a held-out error below the noise of a run is luck
-# Fits of published tables of 0.1-3B parameters, tried on larger runs at 2-8 times the size, err by 1-2 % in one
-# variable and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e, or more
-# where the law's own held-out test was worse, and beyond 8 times (or the reach of that test) there is no verdict.
-FORM_ERROR, REACH = 0.01, 8.0
-EXPERTS_ERROR = 0.03     # per factor e in experts: published routed models of 4-32 experts gain 2-4 %
-MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # of laws that do not say
+PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
+         "dense": (1 / 16, 1 / 8)}  # {run: its branches as shares of the budget}
 MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size is 8/3 of the hidden size
 
 
@@ -66,218 +59,6 @@ class Options:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The laws file
-
-def check_number(where, name, value, lowest=None):
-    """Raises ConfigError unless value is a finite number, and where lowest is given not below it (0: above 0)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{where}.{name} = {str(value)[:40]} is not a finite number")
-    if lowest is not None and (value < lowest or value == lowest == 0):
-        raise ConfigError(f"{where}.{name} = {value:g} must be positive")
-
-
-def check_law(where, law, entry):
-    """Raises ConfigError where a law's params or draws are missing or are not numbers that the law can have."""
-    params, draws = entry["params"], entry.get("draws", {})
-    for name in {**dict.fromkeys(parameter_names(law)), **params}:
-        if name not in params or draws and name not in draws:
-            raise ConfigError(f"{where}: {name} is missing")
-        may_vanish = name.rpartition("_")[2] in ("B", "E")  # a law for one N has B = 0, and E may be 0
-        lowest = -5e-324 if may_vanish else 0 if name.rpartition("_")[2] in ("A", "A1", "A2", "c", "max") else None
-        check_number(f"{where}.params", name, params[name], lowest)
-        for value in draws.get(name, ()):
-            check_number(f"{where}.draws", name, value, lowest)
-    if len({len(values) for values in draws.values()}) > 1 or draws and not all(draws.values()):
-        raise ConfigError(f"{where}.draws: the parameters must have equally many draws, and at least one")
-
-
-def check_origin(path, origin):
-    """Raises ConfigError where the file's laws were fitted on different data, with different tokenizers or MoEs."""
-    for key in ("data_sha256", "tokenizer", "max_seq_len", "num_local_experts", "num_experts_per_tok"):
-        families = ("moe", "upcycled") if key.startswith("num_") else ("dense", "moe", "upcycled")
-        values = {family: origin.get(family, {}).get(key, []) for family in families}
-        if len({str(value) for family in families for value in values[family]}) > 1:
-            said = "; ".join(f"{f} {', '.join(str(v)[:12] for v in values[f])}" for f in families if values[f])
-            raise ConfigError(f"{path}: laws of different origin are not compared: {key} of {said}; fit them apart")
-
-
-def read_laws(path):
-    """The laws file as a dict whose numbers are checked. Raises ConfigError in one line with file and key."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-        if content["version"] not in (1, 2):
-            raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
-        for law, entry in content["laws"].items():
-            if law not in LAWS:
-                raise ConfigError(f"{path}: laws.{law} is no law that this program knows")
-            check_law(f"{path}: laws.{law}", law, entry)
-            for other, beside in entry.get("beside", {}).items():
-                check_law(f"{path}: laws.{law}.beside.{other}", other, beside)
-            for method, fitted in entry.get("methods", {}).items():
-                check_law(f"{path}: laws.{law}.methods.{method}", law, entry | fitted)
-            if "relative_error" in entry:
-                check_number(f"{path}: laws.{law}", "relative_error", entry["relative_error"], 0)
-        for family, ranges in content.get("ranges", {}).items():
-            for name, limits in ranges.items():
-                for value in (*limits, limits[1] - limits[0] + 1):
-                    check_number(f"{path}: ranges.{family}", name, value, 0)
-        for model in content.get("models", ()):
-            for name in ("N", "flops_per_token"):
-                check_number(f"{path}: models", name, model[name], 0)
-        check_origin(path, content.get("origin", {}))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a laws file ({type(error).__name__}: {error})") from None
-    if not content["laws"]:
-        raise ConfigError(f"{path}: holds no laws")
-    return content
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The mixture: all laws of one fit, each with its weight, draws, misfit and error of form
-
-def held_out(entry):
-    """{what was left out: (rms error of ln loss, how far beyond the fitted rows it lay)} of a law's entry."""
-    if "held_out" in entry:
-        return {k: (v["rms"], v.get("beyond") or 1.0) for k, v in entry["held_out"].items() if v}
-    old = entry.get("extrapolation") or {}
-    return {k: (v, 1.0) for k, v in {**old, "trunk": entry.get("leave_trunk_out")}.items() if v is not None}
-
-
-def weigh(entries):
-    """{law: weight}, in proportion to the product of 1 / (held-out error) over D1, D2 and trunk, where all have it.
-
-    That is each law's likelihood when each test counts as one observation of the size of its errors. How a law
-    reaches beyond N tells the laws of one fit not apart, since the term in N is the same in all.
-    """
-    errors = {law: held_out(entry) for law, entry in entries.items()}
-    tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
-    weights = {law: math.prod(1 / max(errors[law][name][0], LEAST_ERROR) for name in tests) for law in entries}
-    total = sum(weights.values())
-    kept = {law: w / total for law, w in weights.items() if w >= WITH_WEIGHT / 5 * total}
-    return {law: w / sum(kept.values()) for law, w in kept.items()}
-
-
-def drawn(law, entry):
-    """{"law", "params", "draws"} with DRAWS draws of each parameter, or one where the file has none."""
-    params = {name: float(value) for name, value in entry["params"].items()}
-    draws = entry.get("draws") or {name: [value] for name, value in params.items()}
-    count = len(next(iter(draws.values())))
-    pick = [i * count // DRAWS if count > DRAWS else i % count for i in range(DRAWS)] if count > 1 else [0]
-    return {"law": law, "params": params,
-            "draws": {name: np.array([draws[name][i] for i in pick], float) for name in params}}
-
-
-def routes_of(laws, name):
-    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law, or for ""."""
-    if not name:
-        same = laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
-        return {family: drawn(family, laws[family]) if same else None for family in ("dense", "moe")} | {"upcycled": {}}
-    entry = laws[name]
-    beside, system = entry.get("beside", {}), entry.get("fitted_with")
-    routes = {"upcycled": {m: drawn(name, e) for m, e in (entry.get("methods") or {"copy": entry}).items()}}
-    for family in ("dense", "moe"):
-        if family in beside:
-            routes[family] = drawn(family, beside[family])
-        elif system and system.get(family) == name:  # one curve for both families
-            names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
-            shared = {part: {p: entry[part][own] for p, own in names.items() if own in entry[part]}
-                      for part in ("params", "draws") if part in entry}
-            routes[family] = drawn(family, shared)
-        else:  # published laws say nothing of fits; they are of one
-            routes[family] = drawn(family, laws[family]) if not system and family in laws else None
-    return routes
-
-
-def misfit(laws, name, family):
-    """Standard deviation of ln loss that a law leaves unexplained: measured, or assumed of published laws."""
-    entry = laws[name] if name and (family == "upcycled" or "misfit" in laws[name]) else laws.get(family, {})
-    return entry.get("misfit", {}).get(family, entry.get("rmse_log", entry.get("relative_error", FORM_ERROR)))
-
-
-def form_rates(laws, name):
-    """{family: {variable: error of ln loss for each factor e beyond the data}} of the laws of one fit."""
-    rates = {}
-    for family, names in (("dense", "ND"), ("moe", "ND"), ("upcycled", ("N", "D1", "D2"))):
-        tests = held_out(laws.get(name if family == "upcycled" else family, {}))
-        rates[family] = {v: max(FORM_ERROR, tests[v][0] / math.log(max(tests[v][1], 2.0))) if v in tests else FORM_ERROR
-                         for v in names} | dict.fromkeys(MOE, EXPERTS_ERROR)
-    return rates
-
-
-def make_book(path, content, wanted=""):
-    """All that an answer needs of a laws file: a dict that the page gets as JSON. Raises ConfigError.
-
-    {"laws": [{"name", "weight", "routes", "misfit", "rates"}], "ranges", "reach": {variable: factor}, "experts":
-    {setting: value} of the MoE that the laws hold for, "methods", "normal": {family: standard normal deviates, one a draw}}
-    """
-    laws = content["laws"]
-    names = [law for law in RIVALS if law in laws]
-    if wanted and wanted not in names:
-        raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {', '.join(names) or 'no upcycled law'}")
-    with_methods = [law for law in names if laws[law].get("methods")]  # the others know one way of upcycling
-    names = [wanted] if wanted else with_methods or names or [""]
-    if names == [""] and not {"dense", "moe"} <= set(laws):
-        raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
-    tests = [held_out(entry) for entry in laws.values()]
-    origin = content.get("origin", {})
-    experts = {key: ((origin.get("upcycled") or origin.get("moe") or {}).get(key) or [default])[0]
-               for key, default in MOE.items()}
-    ranges = {family: {k: [float(x) for x in limits] for k, limits in found.items()}
-              for family, found in content.get("ranges", {}).items()}
-    for family in ("moe", "upcycled"):
-        ranges[family] = ranges.get(family, {}) | {name: [value, value] for name, value in experts.items()}
-    random, levels = np.random.default_rng(0), ndtri((np.arange(DRAWS) + 0.5) / DRAWS).round(4)
-    weights = weigh({law: laws[law] for law in names if law}) or {"": 1.0}
-    return {"laws": [{"name": law, "weight": weight, "routes": routes_of(laws, law), "rates": form_rates(laws, law),
-                      "misfit": {family: misfit(laws, law, family) for family in ("dense", "moe", "upcycled")}}
-                     for law, weight in weights.items()],
-            "ranges": ranges, "experts": experts,
-            "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
-                      for name in ("N", "D", "D1", "D2", *MOE)},
-            "methods": sorted({m for law in names if law for m in (laws[law].get("methods") or ["copy"])}),
-            "normal": {family: random.permutation(levels) for family in ("dense", "moe", "upcycled")}}
-
-
-def distance(book, family, variables):
-    """{variable: ln of how many times beyond the fitted range it lies, 0 inside}; where no range is known, 0."""
-    found = {}
-    for name, value in variables.items():
-        low, high = book["ranges"].get(family, {}).get(name, (0.0, math.inf))
-        with np.errstate(divide="ignore"):
-            found[name] = np.maximum(np.maximum(np.log(low / value), np.log(value / high)), 0.0)
-    return found
-
-
-def estimate(law, family, variables, method="copy"):
-    """The loss of one family by a law's own parameters; None where the law has no such family."""
-    route = law["routes"]["upcycled"].get(method) if family == "upcycled" else law["routes"][family]
-    used = {name: value for name, value in variables.items() if name not in MOE}
-    return None if route is None else predict(route["law"], route["params"], **used)
-
-
-def sample(book, law, family, variables, method="copy"):
-    """(DRAWS, ...) losses of one family by a law's draws, with a draw of its misfit and of its error of form."""
-    route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
-    used = {name: value for name, value in variables.items() if name not in MOE}
-    shape = (-1,) + (1,) * max(np.ndim(value) for value in used.values())
-    losses = predict(route["law"], {name: values.reshape(shape) for name, values in route["draws"].items()}, **used)
-    beyond = distance(book, family, variables)
-    form = sum(law["rates"][family][name] * far for name, far in beyond.items())
-    error = np.sqrt(law["misfit"][family] ** 2 + form ** 2)
-    return losses * np.exp(error * book["normal"][family].reshape(shape))
-
-
-def quantile(values, weights, q):
-    """The smallest value at which the summed weights reach the share q."""
-    order = np.argsort(values, kind="stable")
-    summed = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(summed, q * summed[-1] - 1e-12)])
-
-
-# ---------------------------------------------------------------------------------------------------------
 # A comparison of options and its verdict
 
 WORDS = {  # the page says the same sentences
@@ -294,6 +75,8 @@ WORDS = {  # the page says the same sentences
     "disagree": "The laws disagree: {sides}.",
     "unsure": "The laws agree, but their errors are as large as the gap.",
     "void": "Cannot say: {reasons}.",
+    "pilot": "The cheapest runs that would decide cost {flops} FLOPs, {share} of the budget. The winner goes on from its trunk.",
+    "run": "{family}: one trunk with decayed branches at {branches} tokens",
 }
 
 
@@ -370,20 +153,21 @@ def summary(found, weights):
             for i, (name, (losses, draws)) in enumerate(found.items())}
 
 
-def compare(book, points):
+def compare(book, points, reasons=()):
     """The options of {option: (family, {variable: value})} by the mixture of laws, and the verdict.
 
     {"verdict": clear, mixed or void, "says": the verdict in words, "best", "options": {option: {"loss", "interval",
     "probability_best"}}, "methods": {method: the same}, "laws": {law: {"weight", "best", "losses"}}, "warnings"}.
-    A void verdict ranks nothing and has no options.
+    A void verdict, for the given reasons or for those found here, ranks nothing and has no options.
     """
-    reasons, warnings = beyond_the_data(book, points)
+    far, warnings = beyond_the_data(book, points)
+    reasons = [*reasons, *far]
     kept = [law for law in book["laws"] if not above_own_start(law, points)]
     total = sum(law["weight"] for law in kept)
     if len(kept) < len(book["laws"]):
         lost = ", ".join(law["name"] for law in book["laws"] if law not in kept)
         (reasons if total < 0.5 else warnings).append(say("start", laws=lost))
-    if len(points) < 2:
+    if len(points) < 2 and not reasons:
         reasons.append(say("lacks"))
     warnings = list(dict.fromkeys(warnings))
     if reasons:
@@ -468,25 +252,336 @@ def overtaking(book, question, laws, method):
                    "never": float(weights[np.isinf(draws)].sum())}
 
 
-def finite(value):
-    """The value, or None where it is infinite, for JSON."""
-    return value if math.isfinite(value) else None
+def answer_now(book, question):
+    """The comparison for {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, what the checkpoint is worth, and a pilot."""
+    points, tokens = points_now(book, question)
+    result = question | compare(book, points)
+    for option, found in result["options"].items():
+        found["tokens"] = tokens[option]
+    result["pilot"] = pilot(book, question) if result["verdict"] != "clear" else None
+    result["method"] = min(result["methods"], key=lambda method: result["methods"][method]["loss"], default=None)
+    result["overtaking"] = None
+    if result["method"] and SCRATCH in points:
+        stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
+        for law in (law for law in book["laws"] if law["name"] in stars):
+            star, route = stars[law["name"]], law["routes"]["upcycled"][result["method"]]
+            found = result["laws"][law["name"]]
+            found["D2_star"] = star if math.isfinite(star) else None
+            if route["params"].get("alpha") == law["routes"]["moe"]["params"]["alpha"]:  # one curve for both
+                found["head_start"] = float(head_start(route["params"], question["N"], question["D1"]))
+                found["kappa"] = route["params"].get("kappa", 0.0)
+    return result
 
 
-def pilot(book, question, fresh=False):
-    """{"runs": [{"family", "branches": tokens}], "flops", "share" of the budget}: the cheapest runs that would decide.
+def pilot(book, question):
+    """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}: the runs that would decide.
 
     Each run is one trunk with short decayed branches. The MoE from scratch goes to a quarter of the budget, from
-    where its curve predicts the budget to 2-4 %; the others go to an eighth. A branch costs a fifth of its tokens.
+    where its curve predicts the budget to 2-4 %; the others go to an eighth. A branch adds a fifth of its tokens.
     """
-    _, tokens = points_now(book, question | {"D1": question["D1"] or 1.0})
-    costs = {family: float(flops_per_token(book, family, question["N"])) for family in ("dense", "moe")}
-    shares = {"upcycled": (1 / 16, 1 / 8), "moe": (1 / 32, 1 / 16, 1 / 8, 1 / 4), "dense": (1 / 16, 1 / 8)}
     runs = []
-    for family, parts in shares.items():
-        per_token = costs["dense" if family == "dense" else "moe"]
-        branches = [part * question["flops"] / per_token for part in parts]
-        spent = per_token * (0.8 * branches[-1] + 0.2 * sum(branches))
-        runs.append({"family": family, "branches": branches, "flops": spent})
-    spent = sum(run["flops"] for run in runs)
-    return {"runs": runs, "flops": spent, "share": spent / question["flops"]}
+    for family, shares in PILOT.items():
+        per_token = float(flops_per_token(book, "dense" if family == "dense" else "moe", question["N"]))
+        branches = [share * question["flops"] / per_token for share in shares]
+        runs.append({"family": family, "branches": branches, "flops": per_token * (0.8 * branches[-1] + 0.2 * sum(branches))})
+    flops = sum(one["flops"] for one in runs)
+    return {"runs": runs, "flops": flops, "share": flops / question["flops"]}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fresh: nothing is there
+
+def lowest(loss, grid):
+    """x of the lowest loss(array of x), by a grid and Brent's method; None where an end of the grid is the lowest."""
+    i = int(np.argmin(loss(grid)))
+    if i in (0, len(grid) - 1):
+        return None
+    return float(minimize_scalar(lambda x: loss(np.array([x]))[0], bounds=grid[[i - 1, i + 1]], method="bounded",
+                                 options={"xatol": 1e-9}).x)
+
+
+def points_fresh(book, question):
+    """({route: (family, variables)}, {route: why it has no plan}) with the lowest expected loss for a budget from nothing."""
+    flops, moe, logits = question["flops"], {name: question[name] for name in MOE}, np.linspace(-14, 14, 141)
+    families = [family for family in ("dense", "moe", "upcycled") if all(law["routes"][family] for law in book["laws"])]
+    fitted = [n for family in families for n in book["ranges"].get(family, {}).get("N", ())]
+    low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, flops / 6e3)
+    sizes = np.linspace(math.log(low), math.log(high), 121)
+
+    def counts(family, N, logit):
+        dense, mixture = (flops / flops_per_token(book, name, N) for name in ("dense", "moe"))
+        share = 1 / (1 + np.exp(-logit))
+        return {"N": N} | ({"D": dense} if family == "dense" else {"D": mixture} | moe if family == "moe" else
+                           {"D1": share * dense, "D2": (1 - share) * mixture} | moe)
+
+    def loss(family, N, logit=0.0):
+        """Expected loss by the mixture, with the best method"""
+        means = [sum(law["weight"] * estimate(law, family, counts(family, N, logit), method) for law in book["laws"])
+                 for method in (book["methods"] if family == "upcycled" else [""])]
+        return np.min(means, axis=0)
+
+    def of_sizes(family):
+        if family == "upcycled":
+            return lambda x: loss(family, np.exp(x)[:, None], logits).min(axis=1)
+        return lambda x: loss(family, np.exp(x))
+
+    points, refused = {}, {}
+    for route, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe"), (SPLIT, "upcycled")):
+        if family not in families:
+            continue
+        x = math.log(question["N"]) if question["N"] else lowest(of_sizes(family), sizes)
+        if x is None:
+            refused[route] = f"its best N is not within {short(low)} .. {short(high)}, where such laws were tested"
+            continue
+        logit = lowest(lambda y: loss(family, math.exp(x), y), logits) if family == "upcycled" else 0.0
+        if logit is None:
+            refused[route] = "the expected loss falls up to one end of the split"
+        else:
+            points[route] = family, counts(family, math.exp(x), logit)
+    return points, refused
+
+
+def answer_fresh(book, question):
+    points, refused = points_fresh(book, question)
+    void = [f"{route}: {why}" for route, why in refused.items() if "best N" in why]
+    result = question | compare(book, points, void) | {"refused": refused}
+    for route, found in result["options"].items():
+        found["plan"] = {name: float(value) for name, value in points[route][1].items()}
+    largest = max((variables["N"] for _, variables in points.values()), default=math.sqrt(question["flops"] / 120))
+    pilot_of = question | {"N": question["N"] or largest}  # else 20 tokens a parameter
+    return result | {"pilot": pilot(book, pilot_of) if result["verdict"] != "clear" else None}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Words and figures
+
+def columns(table):
+    """Lines of cells, columns padded."""
+    width = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip() for row in table]
+
+
+def say_pilot(found):
+    if not found:
+        return []
+    return [say("pilot", flops=short(found["flops"]), share=percent(found["share"]))] + [
+        "  " + say("run", family=one["family"], branches=", ".join(map(short, one["branches"]))) for one in found["runs"]]
+
+
+def say_star(star):
+    return "never" if star is None or math.isinf(star) else short(star) if star else "from the start"
+
+
+def say_options(options, what, cell):
+    return columns([("option", what, "loss", "90 % interval", "best with probability")] + [
+        (name, cell(found), f"{found['loss']:.4f}", "{:.4f} .. {:.4f}".format(*found["interval"]),
+         percent(found["probability_best"])) for name, found in options.items()])
+
+
+def say_now(result):
+    lines = [result["says"], ""]
+    if result["options"]:
+        lines += say_options(result["options"], "tokens", lambda found: short(found["tokens"])) + [""]
+    if len(result["methods"]) > 1:
+        lines += [f"Of the methods of upcycling, {result['method']} has the lowest expected loss at this budget:"]
+        lines += say_options(result["methods"], "", lambda found: "") + [""]
+    if result["laws"]:
+        lines += columns([("law", "weight", "best", "worth", "costs", "D2*")] + [
+            (law, percent(found["weight"]), found["best"], short(found["head_start"]) if "head_start" in found else "",
+             percent(math.expm1(found["kappa"])) if "kappa" in found else "", say_star(found.get("D2_star")))
+            for law, found in result["laws"].items()])
+    if result["overtaking"]:
+        low, high = map(say_star, result["overtaking"]["interval"])
+        lines += [f"The MoE from scratch overtakes the upcycled one at D2* tokens: {low} .. {high} (90 %), never with a "
+                  f"probability of {percent(result['overtaking']['never'])}."]
+    if any("head_start" in found for found in result["laws"].values()):
+        lines += ["The checkpoint is worth so many tokens of MoE training once; upcycling costs so much of the loss for ever."]
+    return lines + say_pilot(result["pilot"])
+
+
+def say_fresh(result):
+    def plan(found):
+        return ", ".join(f"{name} {short(found['plan'][name])}" for name in ("N", "D", "D1", "D2") if name in found["plan"])
+
+    lines = [result["says"], ""]
+    if result["options"]:
+        lines += say_options(result["options"], "plan", plan) + [""]
+        lines += columns([("law", "weight", "best")] + [
+            (law or "dense and MoE", percent(found["weight"]), found["best"]) for law, found in result["laws"].items()])
+    lines += [f"{route} has no plan: {why}." for route, why in result["refused"].items()]
+    return lines + say_pilot(result["pilot"])
+
+
+def draw_figure(book, question, answer, path):
+    """Loss against the budget around the question's, with 90 % bands; the budgets within the fitted ranges are shaded."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.4, 3.8), constrained_layout=True)
+    budgets = question["flops"] * np.geomspace(1 / 30, 30, 31)
+    answers = [answer(book, question | {"flops": flops}) for flops in budgets]
+    for option in dict.fromkeys(option for found in answers for option in found["options"]):
+        color = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222"}.get(option, "#888888")
+        options = [found["options"].get(option) for found in answers]
+        loss, low, high = np.array([(o["loss"], *o["interval"]) if o else [math.nan] * 3 for o in options]).T
+        axis.plot(budgets, loss, color=color, label=option)
+        axis.fill_between(budgets, low, high, color=color, alpha=0.15, lw=0)
+    inside = [flops for flops, found in zip(budgets, answers) if found["options"] and not found["warnings"]]
+    if inside:
+        axis.axvspan(inside[0], inside[-1], color="#2e8b57", alpha=0.08, lw=0, label="within the fitted ranges")
+    axis.axvline(question["flops"], color="#c0392b", lw=1, label="budget")
+    if not any(found["options"] for found in answers):
+        axis.text(0.5, 0.5, "cannot say at any of these budgets", transform=axis.transAxes, ha="center")
+    axis.set(xscale="log", xlabel="budget, training FLOPs", ylabel="predicted loss (nats a token)")
+    axis.set_xlim(budgets[0], budgets[-1])
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        for name in {path, os.path.splitext(path)[0] + ".pdf"}:
+            figure.savefig(name, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"--figure={path}: {error.strerror}") from None
+    plt.close(figure)
+
+
+def write_page(book, question, path):
+    """The answer as one HTML file: plan.html with the laws, the question and the words filled in. Raises ConfigError."""
+    def plain(value):
+        return value.tolist() if isinstance(value, np.ndarray) else float(value)
+
+    constants = {"DRAWS": DRAWS, "WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "INTERVAL": INTERVAL, "WORDS": WORDS,
+                 "MOE": list(MOE), "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}, "PILOT": PILOT}
+    filled = json.dumps({"book": book, "question": question, "constants": constants}, default=plain).replace("</", "<\\/")
+    try:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html"), encoding="utf-8") as f:
+            page = f.read().replace("/*FILLED*/null", filled)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(page)
+    except OSError as error:
+        raise ConfigError(f"--html={path}: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+def check(options):
+    """Refuse what cannot be meant, with a hint on counts given in billions or millions. Raises ConfigError."""
+    for name, floor in (("N", 1e4), ("D1", max(1e3, options.N / 1e3)), ("tokens", max(1e3, options.N / 1e3))):
+        if 0 < (value := getattr(options, name)) < floor:
+            meant = f"billions; did you mean --{name}={value:g}e9?" if value < 1000 else f"millions; did you mean --{name}={value * 1e6:g}?"
+            raise ConfigError(f"--{name}={value:g} is a raw count here, not {meant}")
+    if 0 < options.flops < 1e6:
+        raise ConfigError(f"--flops={options.flops:g} is a raw count of operations; a budget is more like 1e20")
+    if 0 < options.flops_per_gpu < 1e9:
+        raise ConfigError(f"--flops_per_gpu={options.flops_per_gpu:g} is a raw count of operations a second; "
+                          f"did you mean {options.flops_per_gpu:g}e12?")
+    if options.figure and os.path.splitext(options.figure)[1] not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--figure={options.figure}: must end in .png, .svg or .pdf")
+    if options.html and options.fresh:
+        raise ConfigError("--html shows the options of a dense checkpoint; leave out --fresh")
+
+
+def tokens_seen(state):
+    """Tokens that a checkpoint has seen in all runs, from its trainer_state.json; 0 where that does not say."""
+    if "history" in state:
+        return sum(tokens for _, tokens in state["history"])
+    return state.get("tokens", 0) + state.get("lineage", {}).get("tokens_before", 0)
+
+
+def of_checkpoint(options, question, context):
+    """(N, D1, the costs of a token of it and of its MoE, where they are from). Raises ConfigError."""
+    from checkpoint import read_config, read_state  # they need torch
+    from model import flops_per_token as count_flops
+    from model import parameter_counts
+
+    config, state = read_config(options.checkpoint), read_state(options.checkpoint)
+    if config.num_local_experts:
+        raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
+    N, D1 = float(options.N or parameter_counts(config)["N"]), float(options.D1 or tokens_seen(state))
+    if not D1:
+        raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was trained; "
+                          "give --D1=")
+    moe = dataclasses.replace(config, **{name: question[name] for name in MOE})
+    costs = {family: [(N, count_flops(c, context) / (6 * N))] for family, c in (("dense", config), ("moe", moe))}
+    return N, D1, costs, f"the checkpoint's, with a context of {context}"
+
+
+def ask(options, content, book):
+    """(the question, where the FLOPs of a token are from); the costs go to book["costs"]. Raises ConfigError.
+
+    costs: {"dense", "moe": [(N, FLOPs of a token / 6 N)]}.
+    """
+    question = {"N": options.N, "D1": options.D1, "flops": 0.0} | {
+        name: getattr(options, name) or book["experts"][name] for name in MOE}
+    if question["num_experts_per_tok"] > question["num_local_experts"]:
+        raise ConfigError(f"--num_experts_per_tok={question['num_experts_per_tok']} is more than "
+                          f"--num_local_experts={question['num_local_experts']}")
+    more = MLP_SHARE * (question["num_experts_per_tok"] - book["experts"]["num_experts_per_tok"])
+    models = {family: {m["N"]: m["flops_per_token"] / (6 * m["N"]) for m in content.get("models", ())
+                       if m["family"] == family} for family in ("dense", "upcycled", "moe")}
+    if options.checkpoint:
+        context = options.max_seq_len or int((content.get("origin", {}).get("dense", {}).get("max_seq_len") or [4096])[0])
+        question["N"], question["D1"], book["costs"], source = of_checkpoint(options, question, context)
+    elif models["dense"] and (models["moe"] or models["upcycled"]):
+        moe = models["upcycled"] | models["moe"]
+        book["costs"] = {"dense": sorted(models["dense"].items()), "moe": [(n, moe[n] + more) for n in sorted(moe)]}
+        source = "those of the models that the laws were fitted on"
+    else:
+        ratio = content.get("active_ratio", 1 + MLP_SHARE * (book["experts"]["num_experts_per_tok"] - 1)) + more
+        book["costs"] = {"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]}
+        source = f"assumed, 6 N a dense token and {ratio:.3g} times that a MoE token, without head and attention"
+    if options.active_ratio:
+        book["costs"]["moe"] = [(n, cost * options.active_ratio) for n, cost in book["costs"]["dense"]]
+        source += f", but a MoE token {options.active_ratio:g} times a dense one, as given"
+    return question, source
+
+
+def budget(options, book, N):
+    """The budget in FLOPs. Raises ConfigError unless exactly one is given, and where it is less than 1,000 tokens."""
+    given = [name for name in ("tokens", "flops", "gpu_hours") if getattr(options, name)]
+    if len(given) != 1:
+        raise ConfigError(f"give one budget, --tokens=, --flops= or --gpu_hours= ({'got ' + ', '.join(given) if given else 'got none'})")
+    if options.gpu_hours and not options.flops_per_gpu:
+        raise ConfigError("--gpu_hours needs --flops_per_gpu= (989e12 for an H100 in bf16) and --mfu=")
+    if options.tokens and not N:
+        raise ConfigError("--tokens as a budget needs --N=; give --flops=")
+    per_token = float(flops_per_token(book, "moe", N or 1e6))
+    flops = options.flops or options.tokens * per_token or options.gpu_hours * 3600 * options.flops_per_gpu * options.mfu
+    if flops < 1e3 * per_token:
+        raise ConfigError(f"--{given[0]}={getattr(options, given[0]):g}: {flops:.3g} FLOPs are " + (
+            f"{flops / per_token:.3g} tokens at N = {N:.3g}, too few to plan" if N else "too few to plan N with"))
+    return flops
+
+
+def main(options):
+    check(options)
+    content = read_laws(options.laws)
+    book = make_book(options.laws, content, options.law)
+    question, source = ask(options, content, book)
+    if not options.fresh and not (question["N"] and question["D1"]):
+        raise ConfigError(f"--{'D1' if question['N'] else 'N'}= is missing (or --checkpoint=; --fresh plans from nothing)")
+    question["flops"] = budget(options, book, question["N"])
+    answer = answer_fresh if options.fresh else answer_now
+    result = answer(book, question) | {"flops_from": source}
+    if options.json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        known = ", ".join(f"{name} = {short(question[name])}" for name in ("N", "D1") if question[name] and not options.fresh)
+        print(f"{known + ', ' if known else ''}budget {short(question['flops'])} FLOPs; FLOPs of a token: {source}\n")
+        print("\n".join((say_fresh if options.fresh else say_now)(result)))
+        for warning in result["warnings"]:
+            print(f"warning: {warning}")
+    if options.html:
+        write_page(book, question, options.html)
+    if options.figure:
+        draw_figure(book, question, answer, options.figure)
+    if not options.json:
+        print("".join(f"written: {path}\n" for path in (options.figure, options.html) if path), end="")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # plan.py --help | head
+    run(main, Options)
