@@ -75,6 +75,9 @@ WORDS = {  # the page says the same sentences
     "disagree": "The laws disagree: {sides}.",
     "unsure": "The laws agree, but their errors are as large as the gap.",
     "void": "Cannot say: {reasons}.",
+    "overtakes": "The MoE from scratch overtakes the upcycled one at D2* tokens: {low} .. {high} (90 %), never with a "
+                 "probability of {never}.",
+    "worth": "worth: the MoE tokens that the dense checkpoint saves, once; costs: what upcycling adds to the loss, for ever.",
     "pilot": "The cheapest runs that would decide cost {flops} FLOPs, {share} of the budget. The winner goes on from its trunk.",
     "run": "{family}: one trunk with decayed branches at {branches} tokens",
 }
@@ -109,21 +112,20 @@ def above_own_start(law, points):
 
 def beyond_the_data(book, points):
     """([why a verdict would be void], [warnings]): which variables lie beyond the fitted range, and how far."""
-    reasons, warnings = [], []
+    reasons, warnings = {}, {}
     for family, variables in points.values():
         for name, far in distance(book, family, variables).items():
             if name not in book["ranges"].get(family, {}):
-                warnings.append(say("unknown", name=name, family=family))
+                warnings[name, family] = say("unknown", name=name, family=family)
             elif far > 0:
                 low, high = book["ranges"][family][name]
-                side, edge = ("above", high) if variables[name] > high else ("below", low)
-                text = say(side, name=name, value=short(variables[name]), times=short(math.exp(far)),
-                           edge=short(edge), family=family)
+                value, side, edge = variables[name], *(("above", high) if variables[name] > high else ("below", low))
+                text = say(side, name=name, value=short(value), times=short(math.exp(far)), edge=short(edge), family=family)
                 if far > math.log(book["reach"][name]) + 1e-9:
-                    reasons.append(say("far", text=text, reach=short(book["reach"][name])))
+                    reasons.setdefault((name, short(value)), say("far", text=text, reach=short(book["reach"][name])))
                 else:
-                    warnings.append(text)
-    return reasons, warnings
+                    warnings.setdefault((name, short(value)), text)
+    return list(reasons.values()), list(warnings.values())
 
 
 def mix(book, kept, points):
@@ -164,12 +166,11 @@ def compare(book, points, reasons=()):
     reasons = [*reasons, *far]
     kept = [law for law in book["laws"] if not above_own_start(law, points)]
     total = sum(law["weight"] for law in kept)
-    if len(kept) < len(book["laws"]):
+    if len(kept) < len(book["laws"]) and not reasons:
         lost = ", ".join(law["name"] for law in book["laws"] if law not in kept)
         (reasons if total < 0.5 else warnings).append(say("start", laws=lost))
     if len(points) < 2 and not reasons:
         reasons.append(say("lacks"))
-    warnings = list(dict.fromkeys(warnings))
     if reasons:
         return {"verdict": "void", "says": say("void", reasons="; ".join(reasons)), "best": None, "options": {},
                 "methods": {}, "laws": {}, "warnings": warnings}
@@ -248,7 +249,8 @@ def overtaking(book, question, laws, method):
     stars = {law["name"]: float(first_crossing(x, estimate(law, *scratch) - estimate(law, *upcycled))) for law in kept}
     draws = np.concatenate([first_crossing(x, sample(book, law, *scratch) - sample(book, law, *upcycled)) for law in kept])
     weights = np.repeat([laws[law["name"]]["weight"] for law in kept], DRAWS) / DRAWS
-    return stars, {"interval": [quantile(draws, weights, q) for q in INTERVAL],
+    ends = [quantile(draws, weights, q) for q in INTERVAL]
+    return stars, {"interval": [end if math.isfinite(end) else None for end in ends],
                    "never": float(weights[np.isinf(draws)].sum())}
 
 
@@ -369,7 +371,7 @@ def say_pilot(found):
 
 
 def say_star(star):
-    return "never" if star is None or math.isinf(star) else short(star) if star else "from the start"
+    return "never" if star is None else short(star) if star else "from the start"
 
 
 def say_options(options, what, cell):
@@ -392,10 +394,9 @@ def say_now(result):
             for law, found in result["laws"].items()])
     if result["overtaking"]:
         low, high = map(say_star, result["overtaking"]["interval"])
-        lines += [f"The MoE from scratch overtakes the upcycled one at D2* tokens: {low} .. {high} (90 %), never with a "
-                  f"probability of {percent(result['overtaking']['never'])}."]
+        lines.append(say("overtakes", low=low, high=high, never=percent(result["overtaking"]["never"])))
     if any("head_start" in found for found in result["laws"].values()):
-        lines += ["The checkpoint is worth so many tokens of MoE training once; upcycling costs so much of the loss for ever."]
+        lines.append(say("worth"))
     return lines + say_pilot(result["pilot"])
 
 
