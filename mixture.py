@@ -1,8 +1,8 @@
 """A laws file -> the mixture of laws that the planner answers by.
 
-All upcycled laws of one fit enter, each with the dense and MoE law that were fitted with it. A law's weight says
-how well it predicted what was held out. Its draws carry its uncertainty, and each loss also gets a draw of its
-misfit and, beyond the data, of the error of its form.
+All upcycled laws of one fit enter, each with the dense and the MoE law that were fitted with it. A law's weight
+says how well it predicted what was held out. Its draws carry the uncertainty of its parameters. Each loss also
+gets a draw of the law's misfit and, beyond the data, of the error of its form.
 """
 import json
 import math
@@ -13,26 +13,33 @@ from scipy.special import ndtri
 from configurator import ConfigError
 from laws import LAWS, RIVALS, parameter_names, predict
 
-DRAWS = 250              # draws of each law; a law with fewer repeats them
-WITH_WEIGHT = 0.05       # laws of this weight must agree to a clear verdict; laws below a fifth of it are left out
-LEAST_ERROR = 0.003      # a held-out error below the noise of a run is luck
-# Fits of published tables of 0.1-3B parameters, tried on larger runs at 2-8 times the size, err by 1-2 % in one
-# variable and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e, or
-# more where the law's own held-out test was worse. Beyond 8 times, or the reach of that test, there is no verdict.
+DRAWS = 250           # draws of each law; a law with fewer repeats them
+LEAST_WEIGHT = 0.01   # laws of less weight are left out
+LEAST_ERROR = 0.003   # a held-out error below the noise of a run is luck
+# Fits of published tables of 0.1-3B parameters, tried on runs at 2-8 times the size, err by 1-2 % in one variable
+# and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e. Beyond 8 times,
+# or the farthest held-out test of the laws themselves, there is no verdict.
 FORM_ERROR, REACH = 0.01, 8.0
-EXPERTS_ERROR = 0.03     # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
+EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
+FAMILY_NAMES = ("dense", "moe", "upcycled")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The laws file
 
-def check_number(where, name, value, lowest=None):
-    """Raises ConfigError unless value is a finite number, and where lowest is given not below it (0: above 0)."""
+def least(parameter):
+    """The smallest value that a law's parameter can have. A law for one N has B = 0, and E may be 0."""
+    name = parameter.removeprefix("dense_")
+    return 0.0 if name in ("B", "E") else 5e-324 if name in ("A", "A1", "A2", "c", "H_max") else -math.inf
+
+
+def check_number(where, value, lowest=5e-324):
+    """Raises ConfigError unless value is a finite number and not below lowest, which by default means positive."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{where}.{name} = {str(value)[:40]} is not a finite number")
-    if lowest is not None and (value < lowest or value == lowest == 0):
-        raise ConfigError(f"{where}.{name} = {value:g} must be positive")
+        raise ConfigError(f"{where} = {str(value)[:40]} is not a finite number")
+    if value < lowest:
+        raise ConfigError(f"{where} = {value:g} must be positive")
 
 
 def check_law(where, law, entry):
@@ -41,23 +48,63 @@ def check_law(where, law, entry):
     for name in {**dict.fromkeys(parameter_names(law)), **params}:
         if name not in params or draws and name not in draws:
             raise ConfigError(f"{where}: {name} is missing")
-        may_vanish = name.rpartition("_")[2] in ("B", "E")  # a law for one N has B = 0, and E may be 0
-        lowest = -5e-324 if may_vanish else 0 if name.rpartition("_")[2] in ("A", "A1", "A2", "c", "max") else None
-        check_number(f"{where}.params", name, params[name], lowest)
-        for value in draws.get(name, ()):
-            check_number(f"{where}.draws", name, value, lowest)
-    if len({len(values) for values in draws.values()}) > 1 or draws and not all(draws.values()):
-        raise ConfigError(f"{where}.draws: the parameters must have equally many draws, and at least one")
+        check_number(f"{where}.params.{name}", params[name], least(name))
+        if not set(map(type, draws.get(name, ()))) <= {float} or not all(map(math.isfinite, draws.get(name, ()))):
+            for value in draws[name]:
+                check_number(f"{where}.draws.{name}", value, least(name))
+        check_number(f"{where}.draws.{name}", min(draws.get(name, [1.0])), least(name))
+    if len({len(values) for values in draws.values()}) > 1:
+        raise ConfigError(f"{where}.draws: the parameters do not have equally many draws")
 
 
 def check_origin(path, origin):
-    """Raises ConfigError where the file's laws were fitted on different data, with different tokenizers or MoEs."""
-    for key in ("data_sha256", "tokenizer", "max_seq_len", "num_local_experts", "num_experts_per_tok"):
-        families = ("moe", "upcycled") if key.startswith("num_") else ("dense", "moe", "upcycled")
-        values = {family: origin.get(family, {}).get(key, []) for family in families}
-        if len({str(value) for family in families for value in values[family]}) > 1:
-            said = "; ".join(f"{f} {', '.join(str(v)[:12] for v in values[f])}" for f in families if values[f])
-            raise ConfigError(f"{path}: laws of different origin are not compared: {key} of {said}; fit them apart")
+    """Raises ConfigError where the laws were fitted on different data, or with different tokenizers or MoEs."""
+    for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
+        families = [family for family in FAMILY_NAMES if origin.get(family, {}).get(key)]
+        families = [family for family in families if family != "dense" or key not in MOE]
+        if len({str(value) for family in families for value in origin[family][key]}) > 1:
+            said = "; ".join(f"{f} {', '.join(str(v)[:12] for v in origin[f][key])}" for f in families)
+            raise ConfigError(f"{path}: laws of different origin are not compared: {key} is {said}; fit them apart")
+
+
+def check_laws(path, content):
+    """Raises ConfigError in one line with file and key where the content of a laws file cannot be used."""
+    where = "version"
+    try:
+        if content["version"] not in (1, 2):
+            raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
+        where = "laws"
+        for law, entry in content["laws"].items():
+            where = f"laws.{law}"
+            if law not in LAWS:
+                raise ConfigError(f"{path}: {where} is no law that this program knows")
+            check_law(f"{path}: {where}", law, entry)
+            for other, beside in entry.get("beside", {}).items():
+                check_law(f"{path}: {where}.beside.{other}", other, beside)
+            for method, fitted in entry.get("methods", {}).items():
+                check_law(f"{path}: {where}.methods.{method}", law, fitted)
+            for key in ("relative_error", "rmse_log"):
+                check_number(f"{path}: {where}.{key}", entry.get(key, 1.0), 0.0)
+            for test, (error, beyond) in held_out(entry).items():
+                check_number(f"{path}: {where}.held_out.{test}", error * beyond, 0.0)
+            for family, value in entry.get("misfit", {}).items():
+                check_number(f"{path}: {where}.misfit.{family}", value, 0.0)
+        where = "ranges"
+        for family, ranges in content.get("ranges", {}).items():
+            for name, (low, high) in ranges.items():
+                check_number(f"{path}: ranges.{family}.{name}", low)
+                check_number(f"{path}: ranges.{family}.{name}", high, low)
+        where = "models"
+        for model in content.get("models", ()):
+            check_number(f"{path}: models: N", model["N"])
+            check_number(f"{path}: models: flops_per_token", model["flops_per_token"])
+        check_number(f"{path}: active_ratio", content.get("active_ratio", 1.0))
+        where = "origin"
+        check_origin(path, content.get("origin", {}))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{path}: {where}: not of a laws file ({type(error).__name__}: {error})") from None
+    if not content["laws"]:
+        raise ConfigError(f"{path}: holds no laws")
 
 
 def read_laws(path):
@@ -65,62 +112,40 @@ def read_laws(path):
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
-        if content["version"] not in (1, 2):
-            raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
-        for law, entry in content["laws"].items():
-            if law not in LAWS:
-                raise ConfigError(f"{path}: laws.{law} is no law that this program knows")
-            check_law(f"{path}: laws.{law}", law, entry)
-            for other, beside in entry.get("beside", {}).items():
-                check_law(f"{path}: laws.{law}.beside.{other}", other, beside)
-            for method, fitted in entry.get("methods", {}).items():
-                check_law(f"{path}: laws.{law}.methods.{method}", law, entry | fitted)
-            if "relative_error" in entry:
-                check_number(f"{path}: laws.{law}", "relative_error", entry["relative_error"], 0)
-        for family, ranges in content.get("ranges", {}).items():
-            for name, limits in ranges.items():
-                for value in (*limits, limits[1] - limits[0] + 1):
-                    check_number(f"{path}: ranges.{family}", name, value, 0)
-        for model in content.get("models", ()):
-            for name in ("N", "flops_per_token"):
-                check_number(f"{path}: models", name, model[name], 0)
-        check_origin(path, content.get("origin", {}))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a laws file ({type(error).__name__}: {error})") from None
-    if not content["laws"]:
-        raise ConfigError(f"{path}: holds no laws")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    check_laws(path, content)
     return content
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The mixture: all laws of one fit, each with its weight, draws, misfit and error of form
+# The mixture
 
 def held_out(entry):
-    """{what was left out: (rms error of ln loss, how far beyond the fitted rows it lay)} of a law's entry."""
+    """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it lay)} of a law's entry."""
     if "held_out" in entry:
-        return {k: (v["rms"], v.get("beyond") or 1.0) for k, v in entry["held_out"].items() if v}
-    old = entry.get("extrapolation") or {}
-    return {k: (v, 1.0) for k, v in {**old, "trunk": entry.get("leave_trunk_out")}.items() if v is not None}
+        return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in entry["held_out"].items() if test}
+    old = dict(entry.get("extrapolation") or {}, trunk=entry.get("leave_trunk_out"))
+    return {name: (error, 1.0) for name, error in old.items() if error is not None}
 
 
 def weigh(entries):
     """{law: weight}, in proportion to the product of 1 / (held-out error) over D1, D2 and trunk, where all have it.
 
-    That is each law's likelihood when each test counts as one observation of the size of its errors. How a law
-    reaches beyond N tells the laws of one fit not apart, since the term in N is the same in all.
+    This is the likelihood of a law when each test counts as one observation of the size of its errors. How laws
+    reach beyond N does not tell the laws of one fit apart, since their terms in N are the same.
     """
     errors = {law: held_out(entry) for law, entry in entries.items()}
     tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
     weights = {law: math.prod(1 / max(errors[law][name][0], LEAST_ERROR) for name in tests) for law in entries}
-    total = sum(weights.values())
-    kept = {law: w / total for law, w in weights.items() if w >= WITH_WEIGHT / 5 * total}
+    kept = {law: w for law, w in weights.items() if w >= LEAST_WEIGHT * sum(weights.values())}
     return {law: w / sum(kept.values()) for law, w in kept.items()}
 
 
 def drawn(law, entry):
-    """{"law", "params", "draws"} with DRAWS draws of each parameter, or one where the file has none."""
+    """{"law", "params", "draws"} with DRAWS draws of each parameter, or with one where the file has none."""
     params = {name: float(value) for name, value in entry["params"].items()}
     draws = entry.get("draws") or {name: [value] for name, value in params.items()}
     count = len(next(iter(draws.values())))
@@ -130,103 +155,97 @@ def drawn(law, entry):
 
 
 def routes_of(laws, name):
-    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law, or for ""."""
-    if not name:
-        same = laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
-        return {family: drawn(family, laws[family]) if same else None for family in ("dense", "moe")} | {"upcycled": {}}
-    entry = laws[name]
+    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for the upcycled law of that name.
+
+    Without a name it is the pair of dense and MoE law.
+    """
+    entry = laws.get(name, {})
     beside, system = entry.get("beside", {}), entry.get("fitted_with")
-    routes = {"upcycled": {m: drawn(name, e) for m, e in (entry.get("methods") or {"copy": entry}).items()}}
+    by_method = entry.get("methods") or {"copy": entry}
+    routes = {"upcycled": {method: drawn(name, found) for method, found in by_method.items()} if name else {}}
+    of_one_fit = name or laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
     for family in ("dense", "moe"):
         if family in beside:
             routes[family] = drawn(family, beside[family])
-        elif system and system.get(family) == name:  # one curve for both families
+        elif system and system.get(family) == name:  # one curve serves both families
             names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
-            shared = {part: {p: entry[part][own] for p, own in names.items() if own in entry[part]}
-                      for part in ("params", "draws") if part in entry}
-            routes[family] = drawn(family, shared)
-        else:  # published laws say nothing of fits; they are of one
-            routes[family] = drawn(family, laws[family]) if not system and family in laws else None
+            routes[family] = drawn(family, {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
+                                            for part in ("params", "draws") if part in entry})
+        else:  # published laws, which do not name their fit, are of one
+            routes[family] = drawn(family, laws[family]) if of_one_fit and not system and family in laws else None
     return routes
 
 
 def misfit(laws, name, family):
-    """Standard deviation of ln loss that a law leaves unexplained: measured, or assumed of published laws."""
+    """Standard deviation of ln loss that a law leaves unexplained: measured, or assumed for published laws."""
     entry = laws[name] if name and (family == "upcycled" or "misfit" in laws[name]) else laws.get(family, {})
-    return entry.get("misfit", {}).get(family, entry.get("rmse_log", entry.get("relative_error", FORM_ERROR)))
-
-
-def form_rates(laws, name):
-    """{family: {variable: error of ln loss for each factor e beyond the data}} of the laws of one fit."""
-    rates = {}
-    for family, names in (("dense", "ND"), ("moe", "ND"), ("upcycled", ("N", "D1", "D2"))):
-        tests = held_out(laws.get(name if family == "upcycled" else family, {}))
-        rates[family] = {v: max(FORM_ERROR, tests[v][0] / math.log(max(tests[v][1], 2.0))) if v in tests else FORM_ERROR
-                         for v in names} | dict.fromkeys(MOE, EXPERTS_ERROR)
-    return rates
+    assumed = entry.get("rmse_log", entry.get("relative_error", FORM_ERROR))
+    return float(entry.get("misfit", {}).get(family, assumed))
 
 
 def make_book(path, content, wanted=""):
-    """All that an answer needs of a laws file: a dict that the page gets as JSON. Raises ConfigError.
+    """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
 
-    {"laws": [{"name", "weight", "routes", "misfit", "rates"}], "ranges", "reach": {variable: factor}, "experts":
-    {setting: value} of the MoE that the laws hold for, "methods", "normal": {family: standard normal deviates, one a draw}}
+    {"laws": [{"name", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable: [low, high]}},
+    "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of upcycling,
+    "normal": {family: standard normal deviates, one a draw}}
     """
-    laws = content["laws"]
+    laws, origin = content["laws"], content.get("origin", {})
     names = [law for law in RIVALS if law in laws]
     if wanted and wanted not in names:
         raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {', '.join(names) or 'no upcycled law'}")
     with_methods = [law for law in names if laws[law].get("methods")]  # the others know one way of upcycling
-    names = [wanted] if wanted else with_methods or names or [""]
-    if names == [""] and not {"dense", "moe"} <= set(laws):
+    names = [wanted] if wanted else with_methods or names
+    if not names and not {"dense", "moe"} <= set(laws):
         raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
     tests = [held_out(entry) for entry in laws.values()]
-    origin = content.get("origin", {})
-    experts = {key: ((origin.get("upcycled") or origin.get("moe") or {}).get(key) or [default])[0]
-               for key, default in MOE.items()}
-    ranges = {family: {k: [float(x) for x in limits] for k, limits in found.items()}
-              for family, found in content.get("ranges", {}).items()}
+    moe = {key: int(((origin.get("upcycled") or origin.get("moe") or {}).get(key) or [default])[0])
+           for key, default in MOE.items()}
+    ranges = {family: dict(content.get("ranges", {}).get(family, {})) for family in FAMILY_NAMES}
     for family in ("moe", "upcycled"):
-        ranges[family] = ranges.get(family, {}) | {name: [value, value] for name, value in experts.items()}
+        ranges[family] |= {key: [value, value] for key, value in moe.items()}
     random, levels = np.random.default_rng(0), ndtri((np.arange(DRAWS) + 0.5) / DRAWS).round(4)
-    weights = weigh({law: laws[law] for law in names if law}) or {"": 1.0}
-    return {"laws": [{"name": law, "weight": weight, "routes": routes_of(laws, law), "rates": form_rates(laws, law),
-                      "misfit": {family: misfit(laws, law, family) for family in ("dense", "moe", "upcycled")}}
+    weights = weigh({law: laws[law] for law in names}) or {"": 1.0}
+    return {"laws": [{"name": law, "weight": weight, "routes": routes_of(laws, law),
+                      "misfit": {family: misfit(laws, law, family) for family in FAMILY_NAMES}}
                      for law, weight in weights.items()],
-            "ranges": ranges, "experts": experts,
+            "ranges": ranges, "moe": moe,
             "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
                       for name in ("N", "D", "D1", "D2", *MOE)},
-            "methods": sorted({m for law in names if law for m in (laws[law].get("methods") or ["copy"])}),
-            "normal": {family: random.permutation(levels) for family in ("dense", "moe", "upcycled")}}
+            "methods": sorted({method for law in names for method in laws[law].get("methods") or ["copy"]}),
+            "normal": {family: random.permutation(levels) for family in FAMILY_NAMES}}
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Losses
 
 def distance(book, family, variables):
-    """{variable: ln of how many times beyond the fitted range it lies, 0 inside}; where no range is known, 0."""
-    found = {}
-    for name, value in variables.items():
-        low, high = book["ranges"].get(family, {}).get(name, (0.0, math.inf))
-        with np.errstate(divide="ignore"):
-            found[name] = np.maximum(np.maximum(np.log(low / value), np.log(value / high)), 0.0)
-    return found
+    """{variable: ln of how many times beyond the fitted range it lies}; 0 inside, or where no range is known."""
+    limits = {name: book["ranges"][family].get(name, (5e-324, math.inf)) for name in variables}
+    return {name: np.maximum(np.maximum(np.log(limits[name][0] / value), np.log(value / limits[name][1])), 0.0)
+            if name in book["ranges"][family] else 0.0 for name, value in variables.items()}
+
+
+def losses_of(law, family, variables, method, part):
+    """Losses of one family by a law's "params" or by its "draws", which come first in the shape."""
+    route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
+    counts = {name: value for name, value in variables.items() if name not in MOE}
+    shape = (-1,) + (1,) * max(np.ndim(value) for value in counts.values()) if part == "draws" else ()
+    return predict(route["law"], {name: np.reshape(value, shape) for name, value in route[part].items()}, **counts)
 
 
 def estimate(law, family, variables, method="copy"):
-    """The loss of one family by a law's own parameters; None where the law has no such family."""
-    route = law["routes"]["upcycled"].get(method) if family == "upcycled" else law["routes"][family]
-    used = {name: value for name, value in variables.items() if name not in MOE}
-    return None if route is None else predict(route["law"], route["params"], **used)
+    """The loss of one family by a law's own parameters."""
+    return losses_of(law, family, variables, method, "params")
 
 
 def sample(book, law, family, variables, method="copy"):
     """(DRAWS, ...) losses of one family by a law's draws, with a draw of its misfit and of its error of form."""
-    route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
-    used = {name: value for name, value in variables.items() if name not in MOE}
-    shape = (-1,) + (1,) * max(np.ndim(value) for value in used.values())
-    losses = predict(route["law"], {name: values.reshape(shape) for name, values in route["draws"].items()}, **used)
-    beyond = distance(book, family, variables)
-    form = sum(law["rates"][family][name] * far for name, far in beyond.items())
-    error = np.sqrt(law["misfit"][family] ** 2 + form ** 2)
-    return losses * np.exp(error * book["normal"][family].reshape(shape))
+    losses = losses_of(law, family, variables, method, "draws")
+    form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * far
+               for name, far in distance(book, family, variables).items())
+    error = np.sqrt(law["misfit"][family] ** 2 + np.asarray(form) ** 2)
+    return losses * np.exp(error * book["normal"][family].reshape((-1,) + (1,) * (losses.ndim - 1)))
 
 
 def quantile(values, weights, q):
@@ -236,11 +255,25 @@ def quantile(values, weights, q):
     return float(values[order][np.searchsorted(summed, q * summed[-1] - 1e-12)])
 
 
+def first_crossing(x, difference):
+    """x at which each row of difference (..., len(x)) first falls below 0: 0 from the start, inf never."""
+    below = difference < -1e-9  # curves that merge do not cross
+    place = below.argmax(axis=-1)
+    before = np.maximum(place - 1, 0)
+    high = np.take_along_axis(difference, before[..., None], -1)[..., 0]
+    low = np.take_along_axis(difference, place[..., None], -1)[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
+    return np.where(below.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)
+
+
 def head_start(params, N, D1):
-    """H: the tokens of MoE training that a dense checkpoint of N parameters and D1 tokens is worth, by a law's params."""
-    if "dense_A" in params:  # loss matching: the MoE's loss after H tokens is e^delta times the dense loss after D1
-        loss = math.exp(params["delta"]) * predict("dense", {k[6:]: v for k, v in params.items() if k[:6] == "dense_"}, N=N, D=D1)
-        return ((loss - params["B"] * N ** -params["beta"] - params["E"]) / params["A"]) ** (-1 / params["alpha"])
+    """H: the tokens of MoE training that a dense checkpoint of N parameters and D1 tokens is worth by a law."""
+    if "dense_A" in params:  # loss matching: the MoE's loss after H tokens is e^delta times the dense model's
+        dense = {name.removeprefix("dense_"): params[name] for name in params if name.startswith("dense_")}
+        goal = math.exp(params.get("delta", 0.0)) * predict("dense", dense, N=N, D=D1)
+        gap = max(goal - params["B"] * N ** -params["beta"] - params["E"], 1e-4 * goal)
+        return (gap / params["A"] * N ** params.get("nu", 0.0)) ** (-1 / params["alpha"])
     tokens = params["c"] * D1 ** params["gamma"]
     if "H_max" in params:
         tokens = (tokens ** -params["alpha"] + params["H_max"] ** -params["alpha"]) ** (-1 / params["alpha"])

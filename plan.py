@@ -20,16 +20,18 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from configurator import ConfigError, run, setting
-from mixture import (DRAWS, MOE, REACH, WITH_WEIGHT, distance, estimate, head_start, make_book, quantile, read_laws,
-                     sample)
+from mixture import (DRAWS, EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, head_start,
+                     make_book, quantile, read_laws, sample)
+from plan_page import WORDS, draw_figure, percent, say, say_answer, short, write_page
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
-ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH the three routes from nothing
+ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
+COLORS = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222", DENSE: "#888888", ONLY_DENSE: "#888888"}
 INTERVAL = (0.05, 0.95)
-SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is at least this share of the loss
-PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
-         "dense": (1 / 16, 1 / 8)}  # {run: its branches as shares of the budget}
-MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size is 8/3 of the hidden size
+SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of the loss
+WITH_WEIGHT = 0.05       # laws of at least this weight must agree to a clear verdict
+PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4), "dense": (1 / 16, 1 / 8)}
+MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size is 8/3 of its hidden size
 
 
 @dataclass
@@ -61,48 +63,8 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------
 # A comparison of options and its verdict
 
-WORDS = {  # the page says the same sentences
-    "unknown": "the fitted range of {name} ({family}) is not known",
-    "above": "{name} = {value} is {times} times above the largest fitted, {edge} ({family})",
-    "below": "{name} = {value} is {times} times below the smallest fitted, {edge} ({family})",
-    "far": "{text}, and such laws were tested to {reach} times",
-    "start": "{laws} would put the upcycled model above its own dense start, which cannot hold",
-    "lacks": "the laws file has no laws of one fit for all of the options",
-    "clear": "Clearly {best}: the laws are {sure} sure, it leads {second} by {gap} of the loss, and all laws agree.",
-    "mixed": "No option is clearly best. {best} has the lowest expected loss, {gap} below {second}, and is best "
-             "with a probability of {sure}. {decides}",
-    "close": "The gap is below half a percent, so cost and convenience may decide.",
-    "disagree": "The laws disagree: {sides}.",
-    "unsure": "The laws agree, but their errors are as large as the gap.",
-    "void": "Cannot say: {reasons}.",
-    "overtakes": "The MoE from scratch overtakes the upcycled one at D2* tokens: {low} .. {high} (90 %), never with a "
-                 "probability of {never}.",
-    "worth": "worth: the MoE tokens that the dense checkpoint saves, once; costs: what upcycling adds to the loss, for ever.",
-    "pilot": "The cheapest runs that would decide cost {flops} FLOPs, {share} of the budget. The winner goes on from its trunk.",
-    "run": "{family}: one trunk with decayed branches at {branches} tokens",
-}
-
-
-def short(value):
-    """A count in words, 50.6B, or a large one as 1.5e21."""
-    if value >= 1e15 or value < 1:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}" + f"e{int(exponent)}" * (exponent != "+00")
-    value = float(f"{value:.3g}")
-    unit, name = next((u, n) for u, n in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if value >= u)
-    return f"{value / unit:.3g}{name}"
-
-
-def percent(share):
-    return f"{100 * share:.1f} %"
-
-
-def say(key, **values):
-    return WORDS[key].format(**values)
-
-
 def above_own_start(law, points):
-    """Whether a law puts the upcycled model above the dense one that it starts as: copying keeps that one's loss."""
+    """Whether a law puts the upcycled model above the dense model that it starts as, whose loss copying keeps."""
     variables = next((variables for family, variables in points.values() if family == "upcycled"), None)
     if variables is None or law["routes"]["dense"] is None:
         return False
@@ -111,25 +73,27 @@ def above_own_start(law, points):
 
 
 def beyond_the_data(book, points):
-    """([why a verdict would be void], [warnings]): which variables lie beyond the fitted range, and how far."""
+    """([why the verdict is void], [warnings]): the variables that lie beyond the fitted ranges, and how far."""
     reasons, warnings = {}, {}
     for family, variables in points.values():
         for name, far in distance(book, family, variables).items():
-            if name not in book["ranges"].get(family, {}):
+            value, key = variables[name], (name, short(variables[name]))
+            if name not in book["ranges"][family]:
                 warnings[name, family] = say("unknown", name=name, family=family)
             elif far > 0:
                 low, high = book["ranges"][family][name]
-                value, side, edge = variables[name], *(("above", high) if variables[name] > high else ("below", low))
-                text = say(side, name=name, value=short(value), times=short(math.exp(far)), edge=short(edge), family=family)
+                side, edge = ("above", high) if value > high else ("below", low)
+                text = say(side, name=name, value=short(value), times=short(math.exp(far)), edge=short(edge),
+                           family=family)
                 if far > math.log(book["reach"][name]) + 1e-9:
-                    reasons.setdefault((name, short(value)), say("far", text=text, reach=short(book["reach"][name])))
+                    reasons.setdefault(key, say("far", text=text, reach=short(book["reach"][name])))
                 else:
-                    warnings.setdefault((name, short(value)), text)
+                    warnings.setdefault(key, text)
     return list(reasons.values()), list(warnings.values())
 
 
 def mix(book, kept, points):
-    """({option: (loss by each kept law, all draws of all laws)}, the same for each method of upcycling)."""
+    """({option: (losses by the kept laws, draws of all of them)}, {method of upcycling: the same})."""
     def losses(family, variables, method="copy"):
         return ([float(estimate(law, family, variables, method)) for law in kept],
                 np.concatenate([sample(book, law, family, variables, method) for law in kept]))
@@ -146,21 +110,46 @@ def mix(book, kept, points):
 
 
 def summary(found, weights):
-    """{name: {"loss", "interval", "probability_best"}} of {name: (loss by each law, draws)} and the laws' weights."""
-    of_draws = np.repeat(weights, DRAWS) / DRAWS
+    """{name: {"loss", "interval", "probability_best"}} of {name: (losses by the laws, draws)} and law weights."""
+    weight = np.repeat(weights, DRAWS) / DRAWS
     best = np.stack([draws for _, draws in found.values()]).argmin(axis=0) if found else None
-    return {name: {"loss": float(sum(w * loss for w, loss in zip(weights, losses))),
-                   "interval": [quantile(draws, of_draws, q) for q in INTERVAL],
-                   "probability_best": float(of_draws[best == i].sum())}
+    return {name: {"loss": float(np.dot(weights, losses)),
+                   "interval": [quantile(draws, weight, q) for q in INTERVAL],
+                   "probability_best": float(weight[best == i].sum())}
             for i, (name, (losses, draws)) in enumerate(found.items())}
 
 
-def compare(book, points, reasons=()):
-    """The options of {option: (family, {variable: value})} by the mixture of laws, and the verdict.
+def lowest_loss(found):
+    """The name of the lowest loss in a summary; None of nothing."""
+    return min(found, key=lambda name: found[name]["loss"], default=None)
 
-    {"verdict": clear, mixed or void, "says": the verdict in words, "best", "options": {option: {"loss", "interval",
-    "probability_best"}}, "methods": {method: the same}, "laws": {law: {"weight", "best", "losses"}}, "warnings"}.
-    A void verdict, for the given reasons or for those found here, ranks nothing and has no options.
+
+def judge(options, laws):
+    """{"verdict": clear or mixed, "says": it in words, "best", "gap": its lead as a share of the loss}."""
+    best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
+    gap, sure = options[second]["loss"] / options[best]["loss"] - 1, options[best]["probability_best"]
+    sides = {}
+    for law, found in laws.items():
+        if found["weight"] >= WITH_WEIGHT:
+            sides.setdefault(found["best"], []).append(law)
+    words = {"best": best, "second": second, "gap": percent(gap), "sure": percent(sure)}
+    if sure >= SURE and gap > GAP and list(sides) == [best]:
+        return {"verdict": "clear", "says": say("clear", **words), "best": best, "gap": gap}
+    if gap <= GAP:
+        decides = say("close")
+    elif len(sides) > 1:
+        decides = say("disagree", sides="; ".join(f"{option}: {', '.join(sides[option])}" for option in sides))
+    else:
+        decides = say("unsure")
+    return {"verdict": "mixed", "says": say("mixed", decides=decides, **words), "best": best, "gap": gap}
+
+
+def compare(book, points, reasons=()):
+    """The options {name: (family, {variable: value})} by the mixture of laws, with the verdict.
+
+    What `judge` says, and "options": {name: {"loss", "interval", "probability_best"}}, "methods" and the chosen
+    "method" of upcycling, "laws": {law: {"weight", "best", "losses"}}, "warnings". A void verdict, for the given
+    reasons or for those found here, ranks nothing: it has no options.
     """
     far, warnings = beyond_the_data(book, points)
     reasons = [*reasons, *far]
@@ -172,308 +161,176 @@ def compare(book, points, reasons=()):
     if len(points) < 2 and not reasons:
         reasons.append(say("lacks"))
     if reasons:
-        return {"verdict": "void", "says": say("void", reasons="; ".join(reasons)), "best": None, "options": {},
-                "methods": {}, "laws": {}, "warnings": warnings}
+        return {"verdict": "void", "says": say("void", reasons="; ".join(reasons)), "best": None, "gap": None,
+                "options": {}, "methods": {}, "method": None, "laws": {}, "warnings": warnings}
     weights = [law["weight"] / total for law in kept]
-    found, found_methods = mix(book, kept, points)
-    options = summary(found, weights)
-    laws = {law["name"]: {"weight": weights[i], "losses": {option: found[option][0][i] for option in found},
-                          "best": min(found, key=lambda option: found[option][0][i])} for i, law in enumerate(kept)}
-    result = {"options": options, "methods": summary(found_methods, weights), "laws": laws, "warnings": warnings}
-    return judge(options, laws) | result
-
-
-def judge(options, laws):
-    """{"verdict": clear or mixed, "says", "best"} of the options' summary and of what each law says."""
-    best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
-    gap, sure = options[second]["loss"] / options[best]["loss"] - 1, options[best]["probability_best"]
-    sides = {}
-    for law, found in laws.items():
-        if found["weight"] >= WITH_WEIGHT:
-            sides.setdefault(found["best"], []).append(law)
-    words = {"best": best, "second": second, "gap": percent(gap), "sure": percent(sure)}
-    if sure >= SURE and gap > GAP and list(sides) == [best]:
-        return {"verdict": "clear", "says": say("clear", **words), "best": best}
-    if gap <= GAP:
-        decides = say("close")
-    elif len(sides) > 1:
-        decides = say("disagree", sides="; ".join(f"{', '.join(sides[option])}: {option}" for option in sides))
-    else:
-        decides = say("unsure")
-    return {"verdict": "mixed", "says": say("mixed", decides=decides, **words), "best": best}
+    found, by_method = mix(book, kept, points)
+    options, methods = summary(found, weights), summary(by_method, weights)
+    losses = [{option: found[option][0][i] for option in found} for i in range(len(kept))]
+    laws = {law["name"]: {"weight": weight, "losses": own, "best": min(own, key=own.get)}
+            for law, weight, own in zip(kept, weights, losses)}
+    return judge(options, laws) | {"options": options, "methods": methods, "method": lowest_loss(methods),
+                                   "laws": laws, "warnings": warnings}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Now: a dense checkpoint is there
 
 def flops_per_token(book, family, N):
-    """Training FLOPs of a token of the dense model or the MoE: 6 N times a factor, interpolated in ln N."""
+    """Training FLOPs of a token of the dense model or of the MoE: 6 N times a factor, interpolated in ln N."""
     sizes, factors = np.transpose(book["costs"][family])
     return 6 * N * np.interp(np.log(N), np.log(sizes), factors)
 
 
 def points_now(book, question):
-    """({option: (family, variables)}, {option: tokens from now on}) at equal FLOPs from now on."""
-    N, D1, flops = question["N"], question["D1"], question["flops"]
-    moe = {name: question[name] for name in MOE}
-    tokens = {family: float(flops / flops_per_token(book, family, N)) for family in ("dense", "moe")}
-    points = {UPCYCLE: ("upcycled", {"N": N, "D1": D1, "D2": tokens["moe"]} | moe),
-              DENSE: ("dense", {"N": N, "D": D1 + tokens["dense"]}), SCRATCH: ("moe", {"N": N, "D": tokens["moe"]} | moe)}
-    points = {option: point for option, point in points.items() if all(law["routes"][point[0]] for law in book["laws"])}
-    return points, {option: tokens["dense" if option == DENSE else "moe"] for option in points}
-
-
-def first_crossing(x, difference):
-    """x at which each row of difference (..., len(x)) first falls below 0: 0 from the start, inf never."""
-    below = difference < -1e-9  # curves that merge do not cross
-    at = below.argmax(axis=-1)
-    after = np.take_along_axis(difference, at[..., None], -1)[..., 0]
-    before = np.take_along_axis(difference, np.maximum(at - 1, 0)[..., None], -1)[..., 0]
-    ln_x, last = np.log(x), np.maximum(at - 1, 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        root = np.exp(ln_x[last] + (ln_x[at] - ln_x[last]) * before / (before - after))
-    return np.where(below.any(axis=-1), np.where(at == 0, 0.0, root), math.inf)
+    """({option: (family, {variable: value})}, {option: tokens}) at equal FLOPs from now on."""
+    N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
+    dense, mixture = (float(question["flops"] / flops_per_token(book, family, N)) for family in ("dense", "moe"))
+    points = {UPCYCLE: ("upcycled", {"N": N, "D1": D1, "D2": mixture} | moe),
+              DENSE: ("dense", {"N": N, "D": D1 + dense}), SCRATCH: ("moe", {"N": N, "D": mixture} | moe)}
+    points = {option: (family, variables) for option, (family, variables) in points.items()
+              if all(law["routes"][family] for law in book["laws"])}
+    return points, {option: dense if option == DENSE else mixture for option in points}
 
 
 def overtaking(book, question, laws, method):
-    """({law: D2*}, {"interval": 90 %, "never": probability}) where a MoE from scratch overtakes the upcycled one.
+    """({law: D2*}, {"interval": 90 %, "never": probability}): after how many tokens from scratch leads.
 
-    Both train on equally many tokens after the dense model's D1. D2* is 0 where from scratch leads from the start,
-    inf where it does not overtake within 10,000 D1.
+    The MoE from scratch and the upcycled model train on equally many tokens. D2* is 0 where from scratch leads
+    from the start, and None where it does not lead within 10,000 times D1.
     """
-    N, D1 = question["N"], question["D1"]
-    moe = {name: question[name] for name in MOE}
+    N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
     x = D1 * np.geomspace(1e-4, 1e4, 161)
     scratch, upcycled = ("moe", {"N": N, "D": x} | moe), ("upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
     kept = [law for law in book["laws"] if law["name"] in laws]
-    stars = {law["name"]: float(first_crossing(x, estimate(law, *scratch) - estimate(law, *upcycled))) for law in kept}
-    draws = np.concatenate([first_crossing(x, sample(book, law, *scratch) - sample(book, law, *upcycled)) for law in kept])
+    stars = [float(first_crossing(x, estimate(law, *scratch) - estimate(law, *upcycled))) for law in kept]
+    draws = np.concatenate([first_crossing(x, sample(book, law, *scratch) - sample(book, law, *upcycled))
+                            for law in kept])
     weights = np.repeat([laws[law["name"]]["weight"] for law in kept], DRAWS) / DRAWS
-    ends = [quantile(draws, weights, q) for q in INTERVAL]
-    return stars, {"interval": [end if math.isfinite(end) else None for end in ends],
-                   "never": float(weights[np.isinf(draws)].sum())}
-
-
-def answer_now(book, question):
-    """The comparison for {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, what the checkpoint is worth, and a pilot."""
-    points, tokens = points_now(book, question)
-    result = question | compare(book, points)
-    for option, found in result["options"].items():
-        found["tokens"] = tokens[option]
-    result["pilot"] = pilot(book, question) if result["verdict"] != "clear" else None
-    result["method"] = min(result["methods"], key=lambda method: result["methods"][method]["loss"], default=None)
-    result["overtaking"] = None
-    if result["method"] and SCRATCH in points:
-        stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
-        for law in (law for law in book["laws"] if law["name"] in stars):
-            star, route = stars[law["name"]], law["routes"]["upcycled"][result["method"]]
-            found = result["laws"][law["name"]]
-            found["D2_star"] = star if math.isfinite(star) else None
-            if route["params"].get("alpha") == law["routes"]["moe"]["params"]["alpha"]:  # one curve for both
-                found["head_start"] = float(head_start(route["params"], question["N"], question["D1"]))
-                found["kappa"] = route["params"].get("kappa", 0.0)
-    return result
+    *ends, = (quantile(draws, weights, q) for q in INTERVAL)
+    return ({law["name"]: star if math.isfinite(star) else None for law, star in zip(kept, stars)},
+            {"interval": [end if math.isfinite(end) else None for end in ends],
+             "never": float(weights[np.isinf(draws)].sum())})
 
 
 def pilot(book, question):
-    """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}: the runs that would decide.
+    """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}.
 
-    Each run is one trunk with short decayed branches. The MoE from scratch goes to a quarter of the budget, from
-    where its curve predicts the budget to 2-4 %; the others go to an eighth. A branch adds a fifth of its tokens.
+    Each run is one trunk with short decayed branches, which must be longer than the warm-up. The MoE from scratch
+    goes to a quarter of the budget, from where its curve predicts the budget to 2-4 %; the others go to an
+    eighth. A branch adds a fifth of its tokens to the trunk.
     """
     runs = []
     for family, shares in PILOT.items():
         per_token = float(flops_per_token(book, "dense" if family == "dense" else "moe", question["N"]))
         branches = [share * question["flops"] / per_token for share in shares]
-        runs.append({"family": family, "branches": branches, "flops": per_token * (0.8 * branches[-1] + 0.2 * sum(branches))})
+        runs.append({"family": family, "branches": branches,
+                     "flops": per_token * (0.8 * branches[-1] + 0.2 * sum(branches))})
     flops = sum(one["flops"] for one in runs)
     return {"runs": runs, "flops": flops, "share": flops / question["flops"]}
+
+
+def needs_pilot(result):
+    """Whether runs would tell more: not where the verdict is clear, nor where the lead hardly matters."""
+    return result["verdict"] == "void" or result["verdict"] == "mixed" and result["gap"] > GAP
+
+
+def answer_now(book, question):
+    """What `compare` says of {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, H, kappa and a pilot."""
+    points, tokens = points_now(book, question)
+    result = question | compare(book, points) | {"overtaking": None}
+    for option, found in result["options"].items():
+        found["tokens"] = tokens[option]
+    if result["method"] and SCRATCH in points:
+        stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
+        for law in (law for law in book["laws"] if law["name"] in stars):
+            params, found = law["routes"]["upcycled"][result["method"]]["params"], result["laws"][law["name"]]
+            found["D2_star"] = stars[law["name"]]
+            if params.get("alpha") == law["routes"]["moe"]["params"]["alpha"]:  # one curve for both
+                found["head_start"] = float(head_start(params, question["N"], question["D1"]))
+                found["kappa"] = params.get("kappa", 0.0)
+    return result | {"pilot": pilot(book, question) if needs_pilot(result) else None}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Fresh: nothing is there
 
+LOGITS = np.linspace(-14, 14, 141)  # of the share of the FLOPs that goes to dense training
+
+
 def lowest(loss, grid):
-    """x of the lowest loss(array of x), by a grid and Brent's method; None where an end of the grid is the lowest."""
+    """x of the lowest loss(array of x), by a grid and Brent's method; None where an end of the grid is lowest."""
     i = int(np.argmin(loss(grid)))
     if i in (0, len(grid) - 1):
         return None
-    return float(minimize_scalar(lambda x: loss(np.array([x]))[0], bounds=grid[[i - 1, i + 1]], method="bounded",
-                                 options={"xatol": 1e-9}).x)
+    found = minimize_scalar(lambda x: loss(np.array([x]))[0], bounds=grid[[i - 1, i + 1]], method="bounded",
+                            options={"xatol": 1e-9})
+    return float(found.x)
+
+
+def variables_fresh(book, question, family, N, logit=0.0):
+    """The variables of a family that spends the whole budget; an upcycled model splits it by the logit."""
+    dense, mixture = (question["flops"] / flops_per_token(book, name, N) for name in ("dense", "moe"))
+    if family == "dense":
+        return {"N": N, "D": dense}
+    share, moe = 1 / (1 + np.exp(-logit)), {name: question[name] for name in MOE}
+    return {"N": N} | ({"D": mixture} if family == "moe" else {"D1": share * dense, "D2": (1 - share) * mixture}) | moe
+
+
+def expected_loss(book, question, family, N, logit=0.0):
+    """Loss by the mixture of laws and the best method, when the whole budget goes to one family."""
+    variables = variables_fresh(book, question, family, N, logit)
+    methods = book["methods"] if family == "upcycled" else [""]
+    return np.min([sum(law["weight"] * estimate(law, family, variables, method) for law in book["laws"])
+                   for method in methods], axis=0)
 
 
 def points_fresh(book, question):
-    """({route: (family, variables)}, {route: why it has no plan}) with the lowest expected loss for a budget from nothing."""
-    flops, moe, logits = question["flops"], {name: question[name] for name in MOE}, np.linspace(-14, 14, 141)
-    families = [family for family in ("dense", "moe", "upcycled") if all(law["routes"][family] for law in book["laws"])]
-    fitted = [n for family in families for n in book["ranges"].get(family, {}).get("N", ())]
-    low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, flops / 6e3)
-    sizes = np.linspace(math.log(low), math.log(high), 121)
-
-    def counts(family, N, logit):
-        dense, mixture = (flops / flops_per_token(book, name, N) for name in ("dense", "moe"))
-        share = 1 / (1 + np.exp(-logit))
-        return {"N": N} | ({"D": dense} if family == "dense" else {"D": mixture} | moe if family == "moe" else
-                           {"D1": share * dense, "D2": (1 - share) * mixture} | moe)
-
-    def loss(family, N, logit=0.0):
-        """Expected loss by the mixture, with the best method"""
-        means = [sum(law["weight"] * estimate(law, family, counts(family, N, logit), method) for law in book["laws"])
-                 for method in (book["methods"] if family == "upcycled" else [""])]
-        return np.min(means, axis=0)
-
-    def of_sizes(family):
-        if family == "upcycled":
-            return lambda x: loss(family, np.exp(x)[:, None], logits).min(axis=1)
-        return lambda x: loss(family, np.exp(x))
-
+    """({route: (family, {variable: value})}, {route: why it has no plan}): the best of each route from nothing."""
     points, refused = {}, {}
+    fitted = [n for family in FAMILY_NAMES for n in book["ranges"][family].get("N", ())]
+    low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, question["flops"] / 6e3)
     for route, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe"), (SPLIT, "upcycled")):
-        if family not in families:
+        if not all(law["routes"][family] for law in book["laws"]):
             continue
-        x = math.log(question["N"]) if question["N"] else lowest(of_sizes(family), sizes)
-        if x is None:
+        N, logit = question["N"] or None, 0.0
+        if not N:
+            splits = LOGITS if family == "upcycled" else np.zeros(1)
+            ln_N = lowest(lambda x: expected_loss(book, question, family, np.exp(x)[:, None], splits).min(axis=-1),
+                          np.linspace(math.log(low), math.log(high), 121))
+            N = ln_N and math.exp(ln_N)
+        if N and family == "upcycled":
+            logit = lowest(lambda x: expected_loss(book, question, family, N, x), LOGITS)
+        if not N:
             refused[route] = f"its best N is not within {short(low)} .. {short(high)}, where such laws were tested"
-            continue
-        logit = lowest(lambda y: loss(family, math.exp(x), y), logits) if family == "upcycled" else 0.0
-        if logit is None:
+        elif logit is None:
             refused[route] = "the expected loss falls up to one end of the split"
         else:
-            points[route] = family, counts(family, math.exp(x), logit)
+            points[route] = family, variables_fresh(book, question, family, N, logit)
     return points, refused
 
 
 def answer_fresh(book, question):
+    """What `compare` says of the best plans for a budget from nothing, with the plans and a pilot."""
     points, refused = points_fresh(book, question)
-    void = [f"{route}: {why}" for route, why in refused.items() if "best N" in why]
-    result = question | compare(book, points, void) | {"refused": refused}
+    without_N = [f"{route}: {why}" for route, why in refused.items() if "best N" in why]
+    result = question | compare(book, points, without_N) | {"refused": refused, "overtaking": None}
     for route, found in result["options"].items():
         found["plan"] = {name: float(value) for name, value in points[route][1].items()}
-    largest = max((variables["N"] for _, variables in points.values()), default=math.sqrt(question["flops"] / 120))
-    pilot_of = question | {"N": question["N"] or largest}  # else 20 tokens a parameter
-    return result | {"pilot": pilot(book, pilot_of) if result["verdict"] != "clear" else None}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Words and figures
-
-def columns(table):
-    """Lines of cells, columns padded."""
-    width = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip() for row in table]
-
-
-def say_pilot(found):
-    if not found:
-        return []
-    return [say("pilot", flops=short(found["flops"]), share=percent(found["share"]))] + [
-        "  " + say("run", family=one["family"], branches=", ".join(map(short, one["branches"]))) for one in found["runs"]]
-
-
-def say_star(star):
-    return "never" if star is None else short(star) if star else "from the start"
-
-
-def say_options(options, what, cell):
-    return columns([("option", what, "loss", "90 % interval", "best with probability")] + [
-        (name, cell(found), f"{found['loss']:.4f}", "{:.4f} .. {:.4f}".format(*found["interval"]),
-         percent(found["probability_best"])) for name, found in options.items()])
-
-
-def say_now(result):
-    lines = [result["says"], ""]
-    if result["options"]:
-        lines += say_options(result["options"], "tokens", lambda found: short(found["tokens"])) + [""]
-    if len(result["methods"]) > 1:
-        lines += [f"Of the methods of upcycling, {result['method']} has the lowest expected loss at this budget:"]
-        lines += say_options(result["methods"], "", lambda found: "") + [""]
-    if result["laws"]:
-        lines += columns([("law", "weight", "best", "worth", "costs", "D2*")] + [
-            (law, percent(found["weight"]), found["best"], short(found["head_start"]) if "head_start" in found else "",
-             percent(math.expm1(found["kappa"])) if "kappa" in found else "", say_star(found.get("D2_star")))
-            for law, found in result["laws"].items()])
-    if result["overtaking"]:
-        low, high = map(say_star, result["overtaking"]["interval"])
-        lines.append(say("overtakes", low=low, high=high, never=percent(result["overtaking"]["never"])))
-    if any("head_start" in found for found in result["laws"].values()):
-        lines.append(say("worth"))
-    return lines + say_pilot(result["pilot"])
-
-
-def say_fresh(result):
-    def plan(found):
-        return ", ".join(f"{name} {short(found['plan'][name])}" for name in ("N", "D", "D1", "D2") if name in found["plan"])
-
-    lines = [result["says"], ""]
-    if result["options"]:
-        lines += say_options(result["options"], "plan", plan) + [""]
-        lines += columns([("law", "weight", "best")] + [
-            (law or "dense and MoE", percent(found["weight"]), found["best"]) for law, found in result["laws"].items()])
-    lines += [f"{route} has no plan: {why}." for route, why in result["refused"].items()]
-    return lines + say_pilot(result["pilot"])
-
-
-def draw_figure(book, question, answer, path):
-    """Loss against the budget around the question's, with 90 % bands; the budgets within the fitted ranges are shaded."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.4, 3.8), constrained_layout=True)
-    budgets = question["flops"] * np.geomspace(1 / 30, 30, 31)
-    answers = [answer(book, question | {"flops": flops}) for flops in budgets]
-    for option in dict.fromkeys(option for found in answers for option in found["options"]):
-        color = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222"}.get(option, "#888888")
-        options = [found["options"].get(option) for found in answers]
-        loss, low, high = np.array([(o["loss"], *o["interval"]) if o else [math.nan] * 3 for o in options]).T
-        axis.plot(budgets, loss, color=color, label=option)
-        axis.fill_between(budgets, low, high, color=color, alpha=0.15, lw=0)
-    inside = [flops for flops, found in zip(budgets, answers) if found["options"] and not found["warnings"]]
-    if inside:
-        axis.axvspan(inside[0], inside[-1], color="#2e8b57", alpha=0.08, lw=0, label="within the fitted ranges")
-    axis.axvline(question["flops"], color="#c0392b", lw=1, label="budget")
-    if not any(found["options"] for found in answers):
-        axis.text(0.5, 0.5, "cannot say at any of these budgets", transform=axis.transAxes, ha="center")
-    axis.set(xscale="log", xlabel="budget, training FLOPs", ylabel="predicted loss (nats a token)")
-    axis.set_xlim(budgets[0], budgets[-1])
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        for name in {path, os.path.splitext(path)[0] + ".pdf"}:
-            figure.savefig(name, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"--figure={path}: {error.strerror}") from None
-    plt.close(figure)
-
-
-def write_page(book, question, path):
-    """The answer as one HTML file: plan.html with the laws, the question and the words filled in. Raises ConfigError."""
-    def plain(value):
-        return value.tolist() if isinstance(value, np.ndarray) else float(value)
-
-    constants = {"DRAWS": DRAWS, "WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "INTERVAL": INTERVAL, "WORDS": WORDS,
-                 "MOE": list(MOE), "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}, "PILOT": PILOT}
-    filled = json.dumps({"book": book, "question": question, "constants": constants}, default=plain).replace("</", "<\\/")
-    try:
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html"), encoding="utf-8") as f:
-            page = f.read().replace("/*FILLED*/null", filled)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(page)
-    except OSError as error:
-        raise ConfigError(f"--html={path}: {error.strerror}") from None
+    at_20_tokens = math.sqrt(question["flops"] / 120)  # N of a dense model with 20 tokens a parameter
+    N = question["N"] or max((variables["N"] for _, variables in points.values()), default=at_20_tokens)
+    return result | {"pilot": pilot(book, question | {"N": N}) if needs_pilot(result) else None}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The command
 
 def check(options):
-    """Refuse what cannot be meant, with a hint on counts given in billions or millions. Raises ConfigError."""
+    """Refuse what cannot be meant, with a hint on counts in billions or millions. Raises ConfigError."""
     for name, floor in (("N", 1e4), ("D1", max(1e3, options.N / 1e3)), ("tokens", max(1e3, options.N / 1e3))):
         if 0 < (value := getattr(options, name)) < floor:
-            meant = f"billions; did you mean --{name}={value:g}e9?" if value < 1000 else f"millions; did you mean --{name}={value * 1e6:g}?"
-            raise ConfigError(f"--{name}={value:g} is a raw count here, not {meant}")
+            unit, meant = ("billions", f"{value:g}e9") if value < 1000 else ("millions", f"{value * 1e6:g}")
+            raise ConfigError(f"--{name}={value:g} is a raw count here, not {unit}; did you mean --{name}={meant}?")
     if 0 < options.flops < 1e6:
         raise ConfigError(f"--flops={options.flops:g} is a raw count of operations; a budget is more like 1e20")
     if 0 < options.flops_per_gpu < 1e9:
@@ -486,103 +343,121 @@ def check(options):
 
 
 def tokens_seen(state):
-    """Tokens that a checkpoint has seen in all runs, from its trainer_state.json; 0 where that does not say."""
+    """Tokens that a checkpoint saw in all of its runs, by its trainer_state.json; 0 where that does not say."""
     if "history" in state:
         return sum(tokens for _, tokens in state["history"])
     return state.get("tokens", 0) + state.get("lineage", {}).get("tokens_before", 0)
 
 
-def of_checkpoint(options, question, context):
-    """(N, D1, the costs of a token of it and of its MoE, where they are from). Raises ConfigError."""
-    from checkpoint import read_config, read_state  # they need torch
-    from model import flops_per_token as count_flops
-    from model import parameter_counts
+def of_checkpoint(options, moe, context):
+    """(N, D1, costs of a token, where they are from) of a dense checkpoint and its MoE. Raises ConfigError."""
+    from checkpoint import read_config, read_state  # these need torch
+    from model import flops_per_token as count_flops, parameter_counts
 
     config, state = read_config(options.checkpoint), read_state(options.checkpoint)
     if config.num_local_experts:
         raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
     N, D1 = float(options.N or parameter_counts(config)["N"]), float(options.D1 or tokens_seen(state))
     if not D1:
-        raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was trained; "
-                          "give --D1=")
-    moe = dataclasses.replace(config, **{name: question[name] for name in MOE})
-    costs = {family: [(N, count_flops(c, context) / (6 * N))] for family, c in (("dense", config), ("moe", moe))}
-    return N, D1, costs, f"the checkpoint's, with a context of {context}"
+        raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was "
+                          "trained; give --D1=")
+    costs = {family: [(N, count_flops(c, context) / (6 * N))]
+             for family, c in (("dense", config), ("moe", dataclasses.replace(config, **moe)))}
+    return N, D1, costs, f"those of the checkpoint with a context of {context}"
+
+
+def costs_of(content, book, moe):
+    """({"dense", "moe": [(N, FLOPs of a token / 6 N)]}, where they are from) of a laws file."""
+    more = MLP_SHARE * (moe["num_experts_per_tok"] - book["moe"]["num_experts_per_tok"])
+    models = {family: {m["N"]: m["flops_per_token"] / (6 * m["N"]) for m in content.get("models", ())
+                       if m["family"] == family} for family in FAMILY_NAMES}
+    mixtures = models["upcycled"] | models["moe"]
+    if models["dense"] and mixtures:
+        costs = {"dense": sorted(models["dense"].items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
+        return costs, "those of the models that the laws were fitted on"
+    ratio = content.get("active_ratio", 1 + MLP_SHARE * (book["moe"]["num_experts_per_tok"] - 1)) + more
+    return ({"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]},
+            f"assumed to be 6 N for the dense model and {ratio:.3g} times that for the MoE, head and attention left out")
 
 
 def ask(options, content, book):
-    """(the question, where the FLOPs of a token are from); the costs go to book["costs"]. Raises ConfigError.
+    """The question {"N", "D1", "flops", settings of the MoE, "flops_from"}; costs go to book["costs"].
 
-    costs: {"dense", "moe": [(N, FLOPs of a token / 6 N)]}.
+    Raises ConfigError.
     """
-    question = {"N": options.N, "D1": options.D1, "flops": 0.0} | {
-        name: getattr(options, name) or book["experts"][name] for name in MOE}
-    if question["num_experts_per_tok"] > question["num_local_experts"]:
-        raise ConfigError(f"--num_experts_per_tok={question['num_experts_per_tok']} is more than "
-                          f"--num_local_experts={question['num_local_experts']}")
-    more = MLP_SHARE * (question["num_experts_per_tok"] - book["experts"]["num_experts_per_tok"])
-    models = {family: {m["N"]: m["flops_per_token"] / (6 * m["N"]) for m in content.get("models", ())
-                       if m["family"] == family} for family in ("dense", "upcycled", "moe")}
+    N, D1, moe = options.N, options.D1, {name: getattr(options, name) or book["moe"][name] for name in MOE}
+    if moe["num_experts_per_tok"] > moe["num_local_experts"]:
+        raise ConfigError(f"--num_experts_per_tok={moe['num_experts_per_tok']} is more than "
+                          f"--num_local_experts={moe['num_local_experts']}")
     if options.checkpoint:
-        context = options.max_seq_len or int((content.get("origin", {}).get("dense", {}).get("max_seq_len") or [4096])[0])
-        question["N"], question["D1"], book["costs"], source = of_checkpoint(options, question, context)
-    elif models["dense"] and (models["moe"] or models["upcycled"]):
-        moe = models["upcycled"] | models["moe"]
-        book["costs"] = {"dense": sorted(models["dense"].items()), "moe": [(n, moe[n] + more) for n in sorted(moe)]}
-        source = "those of the models that the laws were fitted on"
+        of_laws = content.get("origin", {}).get("dense", {}).get("max_seq_len") or [4096]
+        N, D1, book["costs"], source = of_checkpoint(options, moe, options.max_seq_len or int(of_laws[0]))
     else:
-        ratio = content.get("active_ratio", 1 + MLP_SHARE * (book["experts"]["num_experts_per_tok"] - 1)) + more
-        book["costs"] = {"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]}
-        source = f"assumed, 6 N a dense token and {ratio:.3g} times that a MoE token, without head and attention"
+        book["costs"], source = costs_of(content, book, moe)
     if options.active_ratio:
-        book["costs"]["moe"] = [(n, cost * options.active_ratio) for n, cost in book["costs"]["dense"]]
-        source += f", but a MoE token {options.active_ratio:g} times a dense one, as given"
-    return question, source
+        book["costs"]["moe"] = [(n, factor * options.active_ratio) for n, factor in book["costs"]["dense"]]
+        source += f"; a MoE token costs {options.active_ratio:g} dense ones, as given"
+    if not options.fresh and not (N and D1):
+        raise ConfigError(f"--{'D1' if N else 'N'}= is missing (or --checkpoint=; --fresh plans from nothing)")
+    return {"N": N, "D1": D1, "flops": budget(options, book, N)} | moe | {"flops_from": source}
 
 
 def budget(options, book, N):
-    """The budget in FLOPs. Raises ConfigError unless exactly one is given, and where it is less than 1,000 tokens."""
+    """The budget in FLOPs. Raises ConfigError unless exactly one is given and is worth 1,000 tokens."""
     given = [name for name in ("tokens", "flops", "gpu_hours") if getattr(options, name)]
     if len(given) != 1:
-        raise ConfigError(f"give one budget, --tokens=, --flops= or --gpu_hours= ({'got ' + ', '.join(given) if given else 'got none'})")
+        got = f"got {', '.join(given) or 'none'}"
+        raise ConfigError(f"give one budget, --tokens=, --flops= or --gpu_hours= ({got})")
     if options.gpu_hours and not options.flops_per_gpu:
         raise ConfigError("--gpu_hours needs --flops_per_gpu= (989e12 for an H100 in bf16) and --mfu=")
     if options.tokens and not N:
         raise ConfigError("--tokens as a budget needs --N=; give --flops=")
     per_token = float(flops_per_token(book, "moe", N or 1e6))
-    flops = options.flops or options.tokens * per_token or options.gpu_hours * 3600 * options.flops_per_gpu * options.mfu
+    hours = options.gpu_hours * 3600 * options.flops_per_gpu * options.mfu
+    flops = options.flops or options.tokens * per_token or hours
     if flops < 1e3 * per_token:
-        raise ConfigError(f"--{given[0]}={getattr(options, given[0]):g}: {flops:.3g} FLOPs are " + (
-            f"{flops / per_token:.3g} tokens at N = {N:.3g}, too few to plan" if N else "too few to plan N with"))
+        few = f"{flops / per_token:.3g} tokens at N = {N:.3g}, too few to plan" if N else "too few to plan N with"
+        raise ConfigError(f"--{given[0]}={getattr(options, given[0]):g}: {flops:.3g} FLOPs are {few}")
     return flops
+
+
+def uncertainty(content, book):
+    """Where the intervals come from, in words."""
+    if any("draws" in content["laws"].get(law["name"] or "moe", {}) for law in book["laws"]):
+        return "draws of the fits, their misfit, and 1 % of the loss per factor e beyond the data"
+    errors = ", ".join(f"{family} {percent(error)}" for family, error in book["laws"][0]["misfit"].items())
+    return f"assumed errors of the published laws' predictions ({errors}), and 1 % per factor e beyond their data"
 
 
 def main(options):
     check(options)
     content = read_laws(options.laws)
+    if options.design:
+        from plan_design import plan_design  # it needs torch
+        return print(plan_design(content["laws"], options))
     book = make_book(options.laws, content, options.law)
-    question, source = ask(options, content, book)
-    if not options.fresh and not (question["N"] and question["D1"]):
-        raise ConfigError(f"--{'D1' if question['N'] else 'N'}= is missing (or --checkpoint=; --fresh plans from nothing)")
-    question["flops"] = budget(options, book, question["N"])
+    question = ask(options, content, book)
     answer = answer_fresh if options.fresh else answer_now
-    result = answer(book, question) | {"flops_from": source}
+    result = answer(book, question) | {"uncertainty": uncertainty(content, book)}
     if options.json:
         print(json.dumps(result, allow_nan=False))
     else:
-        known = ", ".join(f"{name} = {short(question[name])}" for name in ("N", "D1") if question[name] and not options.fresh)
-        print(f"{known + ', ' if known else ''}budget {short(question['flops'])} FLOPs; FLOPs of a token: {source}\n")
-        print("\n".join((say_fresh if options.fresh else say_now)(result)))
-        for warning in result["warnings"]:
-            print(f"warning: {warning}")
+        print(", ".join(f"{name} = {short(question[name])}" for name in ("N", "D1", "flops") if question[name]))
+        print(f"FLOPs of a token: {question['flops_from']}\nuncertainty: {result['uncertainty']}\n")
+        print("\n".join(say_answer(result)))
     if options.html:
-        write_page(book, question, options.html)
+        constants = {"DRAWS": DRAWS, "WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "INTERVAL": INTERVAL,
+                     "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR, "MOE": list(MOE), "PILOT": PILOT,
+                     "WORDS": WORDS, "COLORS": COLORS, "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
+        write_page({"book": book, "question": question, "constants": constants}, options.html)
     if options.figure:
-        draw_figure(book, question, answer, options.figure)
+        answers = {flops: answer(book, question | {"flops": flops})
+                   for flops in question["flops"] * np.geomspace(1 / 30, 30, 31)}
+        draw_figure(question["flops"], answers, COLORS, options.figure)
     if not options.json:
         print("".join(f"written: {path}\n" for path in (options.figure, options.html) if path), end="")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # plan.py --help | head
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for plan.py --help | head
     run(main, Options)
