@@ -1,8 +1,8 @@
 """A laws file -> the mixture of laws that the planner answers by.
 
-All upcycled laws of one fit enter, each with the dense and the MoE law that were fitted with it. A law's weight
-says how well it predicted what was held out. Its draws carry the uncertainty of its parameters. Each loss also
-gets a draw of the law's misfit and, beyond the data, of the error of its form.
+All upcycled laws of one fit enter, each with the dense and the MoE law that were fitted with it. A law's
+weight says how well it predicted what was held out. Its draws carry the uncertainty of its parameters. Each
+loss also gets a draw of the law's misfit and, beyond the data, of the error of its form.
 """
 import json
 import math
@@ -16,9 +16,9 @@ from laws import LAWS, RIVALS, parameter_names, predict
 DRAWS = 250           # draws of each law; a law with fewer repeats them
 LEAST_WEIGHT = 0.01   # laws of less weight are left out
 LEAST_ERROR = 0.003   # a held-out error below the noise of a run is luck
-# Fits of published tables of 0.1-3B parameters, tried on runs at 2-8 times the size, err by 1-2 % in one variable
-# and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e. Beyond 8 times,
-# or the farthest held-out test of the laws themselves, there is no verdict.
+# Fits of published tables of 0.1-3B parameters, tried on runs at 2-8 times the size, err by 1-2 % in one
+# variable and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e.
+# Beyond 8 times, or the farthest held-out test of the laws themselves, there is no verdict.
 FORM_ERROR, REACH = 0.01, 8.0
 EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
@@ -35,7 +35,7 @@ def least(parameter):
 
 
 def check_number(where, value, lowest=5e-324):
-    """Raises ConfigError unless value is a finite number and not below lowest, which by default means positive."""
+    """Raises ConfigError unless value is a finite number, and positive or at least the given lowest."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{where} = {str(value)[:40]} is not a finite number")
     if value < lowest:
@@ -43,28 +43,28 @@ def check_number(where, value, lowest=5e-324):
 
 
 def check_law(where, law, entry):
-    """Raises ConfigError where a law's params or draws are missing or are not numbers that the law can have."""
+    """Raises ConfigError where a law's params or draws are missing or are no numbers that it can have."""
     params, draws = entry["params"], entry.get("draws", {})
     for name in {**dict.fromkeys(parameter_names(law)), **params}:
         if name not in params or draws and name not in draws:
             raise ConfigError(f"{where}: {name} is missing")
         check_number(f"{where}.params.{name}", params[name], least(name))
-        if not set(map(type, draws.get(name, ()))) <= {float} or not all(map(math.isfinite, draws.get(name, ()))):
-            for value in draws[name]:
-                check_number(f"{where}.draws.{name}", value, least(name))
-        check_number(f"{where}.draws.{name}", min(draws.get(name, [1.0])), least(name))
+        values = draws.get(name, [1.0])
+        for value in values if set(map(type, values)) != {float} else (min(values), sum(values)):
+            check_number(f"{where}.draws.{name}", value, least(name))
     if len({len(values) for values in draws.values()}) > 1:
         raise ConfigError(f"{where}.draws: the parameters do not have equally many draws")
 
 
 def check_origin(path, origin):
-    """Raises ConfigError where the laws were fitted on different data, or with different tokenizers or MoEs."""
+    """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs."""
     for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
         families = [family for family in FAMILY_NAMES if origin.get(family, {}).get(key)]
         families = [family for family in families if family != "dense" or key not in MOE]
         if len({str(value) for family in families for value in origin[family][key]}) > 1:
             said = "; ".join(f"{f} {', '.join(str(v)[:12] for v in origin[f][key])}" for f in families)
-            raise ConfigError(f"{path}: laws of different origin are not compared: {key} is {said}; fit them apart")
+            raise ConfigError(f"{path}: laws of different origin are not compared: {key} is {said}; "
+                              "fit them apart")
 
 
 def check_laws(path, content):
@@ -124,22 +124,25 @@ def read_laws(path):
 # The mixture
 
 def held_out(entry):
-    """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it lay)} of a law's entry."""
+    """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it is)}."""
     if "held_out" in entry:
-        return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in entry["held_out"].items() if test}
+        tests = {name: test for name, test in entry["held_out"].items() if test}
+        return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in tests.items()}
     old = dict(entry.get("extrapolation") or {}, trunk=entry.get("leave_trunk_out"))
     return {name: (error, 1.0) for name, error in old.items() if error is not None}
 
 
 def weigh(entries):
-    """{law: weight}, in proportion to the product of 1 / (held-out error) over D1, D2 and trunk, where all have it.
+    """{law: weight}, in proportion to the product of 1 / (held-out error) over the tests that all laws have.
 
-    This is the likelihood of a law when each test counts as one observation of the size of its errors. How laws
-    reach beyond N does not tell the laws of one fit apart, since their terms in N are the same.
+    The tests are D1, D2 and trunk. The product is the likelihood of a law when each test counts as one
+    observation of the size of its errors. Reaching beyond N does not tell the laws of one fit apart, since
+    their terms in N are the same.
     """
     errors = {law: held_out(entry) for law, entry in entries.items()}
     tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
-    weights = {law: math.prod(1 / max(errors[law][name][0], LEAST_ERROR) for name in tests) for law in entries}
+    weights = {law: math.prod(1 / max(found[name][0], LEAST_ERROR) for name in tests)
+               for law, found in errors.items()}
     kept = {law: w for law, w in weights.items() if w >= LEAST_WEIGHT * sum(weights.values())}
     return {law: w / sum(kept.values()) for law, w in kept.items()}
 
@@ -155,9 +158,9 @@ def drawn(law, entry):
 
 
 def routes_of(laws, name):
-    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for the upcycled law of that name.
+    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name.
 
-    Without a name it is the pair of dense and MoE law.
+    Without a name it is the pair of the dense and the MoE law.
     """
     entry = laws.get(name, {})
     beside, system = entry.get("beside", {}), entry.get("fitted_with")
@@ -169,15 +172,18 @@ def routes_of(laws, name):
             routes[family] = drawn(family, beside[family])
         elif system and system.get(family) == name:  # one curve serves both families
             names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
-            routes[family] = drawn(family, {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
-                                            for part in ("params", "draws") if part in entry})
-        else:  # published laws, which do not name their fit, are of one
-            routes[family] = drawn(family, laws[family]) if of_one_fit and not system and family in laws else None
+            own = {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
+                   for part in ("params", "draws") if part in entry}
+            routes[family] = drawn(family, own)
+        elif of_one_fit and not system and family in laws:  # published laws do not name their fit
+            routes[family] = drawn(family, laws[family])
+        else:
+            routes[family] = None
     return routes
 
 
 def misfit(laws, name, family):
-    """Standard deviation of ln loss that a law leaves unexplained: measured, or assumed for published laws."""
+    """Standard deviation of ln loss that a law leaves unexplained: measured, or assumed of published laws."""
     entry = laws[name] if name and (family == "upcycled" or "misfit" in laws[name]) else laws.get(family, {})
     assumed = entry.get("rmse_log", entry.get("relative_error", FORM_ERROR))
     return float(entry.get("misfit", {}).get(family, assumed))
@@ -186,14 +192,15 @@ def misfit(laws, name, family):
 def make_book(path, content, wanted=""):
     """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
 
-    {"laws": [{"name", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable: [low, high]}},
-    "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of upcycling,
-    "normal": {family: standard normal deviates, one a draw}}
+    {"laws": [{"name", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable: [low,
+    high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of
+    upcycling, "normal": {family: standard normal deviates, one a draw}}
     """
     laws, origin = content["laws"], content.get("origin", {})
     names = [law for law in RIVALS if law in laws]
     if wanted and wanted not in names:
-        raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {', '.join(names) or 'no upcycled law'}")
+        has = ", ".join(names) or "no upcycled law"
+        raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {has}")
     with_methods = [law for law in names if laws[law].get("methods")]  # the others know one way of upcycling
     names = [wanted] if wanted else with_methods or names
     if not names and not {"dense", "moe"} <= set(laws):
@@ -220,10 +227,12 @@ def make_book(path, content, wanted=""):
 # Losses
 
 def distance(book, family, variables):
-    """{variable: ln of how many times beyond the fitted range it lies}; 0 inside, or where no range is known."""
-    limits = {name: book["ranges"][family].get(name, (5e-324, math.inf)) for name in variables}
-    return {name: np.maximum(np.maximum(np.log(limits[name][0] / value), np.log(value / limits[name][1])), 0.0)
-            if name in book["ranges"][family] else 0.0 for name, value in variables.items()}
+    """{variable: ln of how many times it lies beyond the fitted range}; 0 inside, or where none is known."""
+    found = {}
+    for name, value in variables.items():
+        low, high = book["ranges"][family].get(name, (value, value))
+        found[name] = np.maximum(np.maximum(np.log(low / value), np.log(value / high)), 0.0)
+    return found
 
 
 def losses_of(law, family, variables, method, part):
@@ -231,7 +240,8 @@ def losses_of(law, family, variables, method, part):
     route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
     counts = {name: value for name, value in variables.items() if name not in MOE}
     shape = (-1,) + (1,) * max(np.ndim(value) for value in counts.values()) if part == "draws" else ()
-    return predict(route["law"], {name: np.reshape(value, shape) for name, value in route[part].items()}, **counts)
+    params = {name: np.reshape(value, shape) for name, value in route[part].items()}
+    return predict(route["law"], params, **counts)
 
 
 def estimate(law, family, variables, method="copy"):
@@ -240,7 +250,7 @@ def estimate(law, family, variables, method="copy"):
 
 
 def sample(book, law, family, variables, method="copy"):
-    """(DRAWS, ...) losses of one family by a law's draws, with a draw of its misfit and of its error of form."""
+    """(DRAWS, ...) losses of one family by a law's draws, each with a draw of misfit and of error of form."""
     losses = losses_of(law, family, variables, method, "draws")
     form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * far
                for name, far in distance(book, family, variables).items())
@@ -268,7 +278,7 @@ def first_crossing(x, difference):
 
 
 def head_start(params, N, D1):
-    """H: the tokens of MoE training that a dense checkpoint of N parameters and D1 tokens is worth by a law."""
+    """H: how many tokens of MoE training a dense checkpoint of N parameters and D1 tokens is worth."""
     if "dense_A" in params:  # loss matching: the MoE's loss after H tokens is e^delta times the dense model's
         dense = {name.removeprefix("dense_"): params[name] for name in params if name.startswith("dense_")}
         goal = math.exp(params.get("delta", 0.0)) * predict("dense", dense, N=N, D=D1)

@@ -20,17 +20,18 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from configurator import ConfigError, run, setting
-from mixture import (DRAWS, EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, head_start,
-                     make_book, quantile, read_laws, sample)
+from mixture import (DRAWS, EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
+                     first_crossing, head_start, make_book, quantile, read_laws, sample)
 from plan_page import WORDS, draw_figure, percent, say, say_answer, short, write_page
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
 ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
 COLORS = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222", DENSE: "#888888", ONLY_DENSE: "#888888"}
 INTERVAL = (0.05, 0.95)
-SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of the loss
+SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of loss
 WITH_WEIGHT = 0.05       # laws of at least this weight must agree to a clear verdict
-PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4), "dense": (1 / 16, 1 / 8)}
+PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
+         "dense": (1 / 16, 1 / 8)}  # {run: its branches, as shares of the budget}
 MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size is 8/3 of its hidden size
 
 
@@ -48,14 +49,14 @@ class Options:
     flops_per_gpu: float = setting(0.0, "peak FLOP/s of a GPU", least=0)
     mfu: float = setting(0.4, "share of the peak that training uses", least=0.001, most=1)
     num_local_experts: int | None = setting(None, "experts of the MoE; none: as in the laws file", least=1)
-    num_experts_per_tok: int | None = setting(None, "experts a token uses; none: as in the laws file", least=1)
-    active_ratio: float = setting(0.0, "FLOPs of a MoE token over those of a dense one; 0: as counted", least=0)
-    max_seq_len: int = setting(0, "context that a checkpoint's FLOPs count; 0: the laws' own, else 4096", least=0)
+    num_experts_per_tok: int | None = setting(None, "experts a token uses; none: as the laws file", least=1)
+    active_ratio: float = setting(0.0, "FLOPs of a MoE token over a dense one's; 0: counted", least=0)
+    max_seq_len: int = setting(0, "context of a checkpoint's FLOPs; 0: the laws', else 4096", least=0)
     fresh: bool = setting(False, "plan from nothing: the best split of the budget; with no N, the best N too")
     design: str = setting("", "study file: what would it find, were these laws true")
     noise: float = setting(0.005, "design: standard deviation of ln loss between runs", least=1e-6)
-    trunk_noise: float = setting(0.003, "design: standard deviation of ln loss that runs of a trunk share", least=0)
-    figure: str = setting("out/plan.png", "figure file (.png, .svg or .pdf), with a PDF beside it; empty: none")
+    trunk_noise: float = setting(0.003, "design: the same between trunks", least=0)
+    figure: str = setting("out/plan.png", "figure (.png, .svg or .pdf) and a PDF beside it; empty: none")
     html: str = setting("", "page with the answer and sliders, one file that opens offline; empty: none")
     json: bool = setting(False, "print JSON")
 
@@ -64,7 +65,7 @@ class Options:
 # A comparison of options and its verdict
 
 def above_own_start(law, points):
-    """Whether a law puts the upcycled model above the dense model that it starts as, whose loss copying keeps."""
+    """Whether a law puts the upcycled model above the dense model that it starts as."""
     variables = next((variables for family, variables in points.values() if family == "upcycled"), None)
     if variables is None or law["routes"]["dense"] is None:
         return False
@@ -73,7 +74,7 @@ def above_own_start(law, points):
 
 
 def beyond_the_data(book, points):
-    """([why the verdict is void], [warnings]): the variables that lie beyond the fitted ranges, and how far."""
+    """([why the verdict is void], [warnings]): which variables lie beyond the fitted ranges, and how far."""
     reasons, warnings = {}, {}
     for family, variables in points.values():
         for name, far in distance(book, family, variables).items():
@@ -110,7 +111,7 @@ def mix(book, kept, points):
 
 
 def summary(found, weights):
-    """{name: {"loss", "interval", "probability_best"}} of {name: (losses by the laws, draws)} and law weights."""
+    """{name: {"loss", "interval", "probability_best"}} of {name: (losses by the laws, draws)}."""
     weight = np.repeat(weights, DRAWS) / DRAWS
     best = np.stack([draws for _, draws in found.values()]).argmin(axis=0) if found else None
     return {name: {"loss": float(np.dot(weights, losses)),
@@ -138,7 +139,8 @@ def judge(options, laws):
     if gap <= GAP:
         decides = say("close")
     elif len(sides) > 1:
-        decides = say("disagree", sides="; ".join(f"{option}: {', '.join(sides[option])}" for option in sides))
+        said = "; ".join(f"{option}: {', '.join(of_side)}" for option, of_side in sides.items())
+        decides = say("disagree", sides=said)
     else:
         decides = say("unsure")
     return {"verdict": "mixed", "says": say("mixed", decides=decides, **words), "best": best, "gap": gap}
@@ -147,9 +149,9 @@ def judge(options, laws):
 def compare(book, points, reasons=()):
     """The options {name: (family, {variable: value})} by the mixture of laws, with the verdict.
 
-    What `judge` says, and "options": {name: {"loss", "interval", "probability_best"}}, "methods" and the chosen
-    "method" of upcycling, "laws": {law: {"weight", "best", "losses"}}, "warnings". A void verdict, for the given
-    reasons or for those found here, ranks nothing: it has no options.
+    What `judge` says, and "options": {name: {"loss", "interval", "probability_best"}}, "methods" and the
+    chosen "method" of upcycling, "laws": {law: {"weight", "best", "losses"}}, "warnings". A void verdict,
+    for the given reasons or for those found here, ranks nothing: it has no options.
     """
     far, warnings = beyond_the_data(book, points)
     reasons = [*reasons, *far]
@@ -177,7 +179,7 @@ def compare(book, points, reasons=()):
 # Now: a dense checkpoint is there
 
 def flops_per_token(book, family, N):
-    """Training FLOPs of a token of the dense model or of the MoE: 6 N times a factor, interpolated in ln N."""
+    """Training FLOPs of a token of the dense model or the MoE: 6 N times a factor, interpolated in ln N."""
     sizes, factors = np.transpose(book["costs"][family])
     return 6 * N * np.interp(np.log(N), np.log(sizes), factors)
 
@@ -185,7 +187,7 @@ def flops_per_token(book, family, N):
 def points_now(book, question):
     """({option: (family, {variable: value})}, {option: tokens}) at equal FLOPs from now on."""
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
-    dense, mixture = (float(question["flops"] / flops_per_token(book, family, N)) for family in ("dense", "moe"))
+    dense, mixture = (float(question["flops"] / flops_per_token(book, name, N)) for name in ("dense", "moe"))
     points = {UPCYCLE: ("upcycled", {"N": N, "D1": D1, "D2": mixture} | moe),
               DENSE: ("dense", {"N": N, "D": D1 + dense}), SCRATCH: ("moe", {"N": N, "D": mixture} | moe)}
     points = {option: (family, variables) for option, (family, variables) in points.items()
@@ -196,18 +198,19 @@ def points_now(book, question):
 def overtaking(book, question, laws, method):
     """({law: D2*}, {"interval": 90 %, "never": probability}): after how many tokens from scratch leads.
 
-    The MoE from scratch and the upcycled model train on equally many tokens. D2* is 0 where from scratch leads
-    from the start, and None where it does not lead within 10,000 times D1.
+    The MoE from scratch and the upcycled model train on equally many tokens. D2* is 0 where from scratch
+    leads from the start, and None where it does not lead within 10,000 times D1.
     """
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
     x = D1 * np.geomspace(1e-4, 1e4, 161)
-    scratch, upcycled = ("moe", {"N": N, "D": x} | moe), ("upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
+    scratch = "moe", {"N": N, "D": x} | moe
+    upcycled = "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method
     kept = [law for law in book["laws"] if law["name"] in laws]
     stars = [float(first_crossing(x, estimate(law, *scratch) - estimate(law, *upcycled))) for law in kept]
     draws = np.concatenate([first_crossing(x, sample(book, law, *scratch) - sample(book, law, *upcycled))
                             for law in kept])
     weights = np.repeat([laws[law["name"]]["weight"] for law in kept], DRAWS) / DRAWS
-    *ends, = (quantile(draws, weights, q) for q in INTERVAL)
+    ends = [quantile(draws, weights, q) for q in INTERVAL]
     return ({law["name"]: star if math.isfinite(star) else None for law, star in zip(kept, stars)},
             {"interval": [end if math.isfinite(end) else None for end in ends],
              "never": float(weights[np.isinf(draws)].sum())})
@@ -216,9 +219,9 @@ def overtaking(book, question, laws, method):
 def pilot(book, question):
     """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}.
 
-    Each run is one trunk with short decayed branches, which must be longer than the warm-up. The MoE from scratch
-    goes to a quarter of the budget, from where its curve predicts the budget to 2-4 %; the others go to an
-    eighth. A branch adds a fifth of its tokens to the trunk.
+    Each run is one trunk with short decayed branches, which must be longer than the warm-up. The MoE from
+    scratch goes to a quarter of the budget, from where its curve predicts the budget to 2-4 %; the others go
+    to an eighth. A branch adds a fifth of its tokens to the trunk.
     """
     runs = []
     for family, shares in PILOT.items():
@@ -236,7 +239,7 @@ def needs_pilot(result):
 
 
 def answer_now(book, question):
-    """What `compare` says of {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, H, kappa and a pilot."""
+    """What `compare` says of {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, H, kappa, pilot."""
     points, tokens = points_now(book, question)
     result = question | compare(book, points) | {"overtaking": None}
     for option, found in result["options"].items():
@@ -259,7 +262,7 @@ LOGITS = np.linspace(-14, 14, 141)  # of the share of the FLOPs that goes to den
 
 
 def lowest(loss, grid):
-    """x of the lowest loss(array of x), by a grid and Brent's method; None where an end of the grid is lowest."""
+    """x of the lowest loss(array of x), by a grid and Brent's method; None at an end of the grid."""
     i = int(np.argmin(loss(grid)))
     if i in (0, len(grid) - 1):
         return None
@@ -274,7 +277,8 @@ def variables_fresh(book, question, family, N, logit=0.0):
     if family == "dense":
         return {"N": N, "D": dense}
     share, moe = 1 / (1 + np.exp(-logit)), {name: question[name] for name in MOE}
-    return {"N": N} | ({"D": mixture} if family == "moe" else {"D1": share * dense, "D2": (1 - share) * mixture}) | moe
+    tokens = {"D": mixture} if family == "moe" else {"D1": share * dense, "D2": (1 - share) * mixture}
+    return {"N": N} | tokens | moe
 
 
 def expected_loss(book, question, family, N, logit=0.0):
@@ -286,7 +290,7 @@ def expected_loss(book, question, family, N, logit=0.0):
 
 
 def points_fresh(book, question):
-    """({route: (family, {variable: value})}, {route: why it has no plan}): the best of each route from nothing."""
+    """({route: (family, {variable: value})}, {route: why it has no plan}): the best of each route."""
     points, refused = {}, {}
     fitted = [n for family in FAMILY_NAMES for n in book["ranges"][family].get("N", ())]
     low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, question["flops"] / 6e3)
@@ -296,13 +300,14 @@ def points_fresh(book, question):
         N, logit = question["N"] or None, 0.0
         if not N:
             splits = LOGITS if family == "upcycled" else np.zeros(1)
-            ln_N = lowest(lambda x: expected_loss(book, question, family, np.exp(x)[:, None], splits).min(axis=-1),
-                          np.linspace(math.log(low), math.log(high), 121))
+            ln_N = lowest(
+                lambda x: expected_loss(book, question, family, np.exp(x)[:, None], splits).min(axis=-1),
+                np.linspace(math.log(low), math.log(high), 121))
             N = ln_N and math.exp(ln_N)
         if N and family == "upcycled":
             logit = lowest(lambda x: expected_loss(book, question, family, N, x), LOGITS)
         if not N:
-            refused[route] = f"its best N is not within {short(low)} .. {short(high)}, where such laws were tested"
+            refused[route] = f"its best N is not in {short(low)} .. {short(high)}, where laws were tested"
         elif logit is None:
             refused[route] = "the expected loss falls up to one end of the split"
         else:
@@ -330,9 +335,10 @@ def check(options):
     for name, floor in (("N", 1e4), ("D1", max(1e3, options.N / 1e3)), ("tokens", max(1e3, options.N / 1e3))):
         if 0 < (value := getattr(options, name)) < floor:
             unit, meant = ("billions", f"{value:g}e9") if value < 1000 else ("millions", f"{value * 1e6:g}")
-            raise ConfigError(f"--{name}={value:g} is a raw count here, not {unit}; did you mean --{name}={meant}?")
+            raise ConfigError(f"--{name}={value:g} is a raw count here, not {unit}; "
+                              f"did you mean --{name}={meant}?")
     if 0 < options.flops < 1e6:
-        raise ConfigError(f"--flops={options.flops:g} is a raw count of operations; a budget is more like 1e20")
+        raise ConfigError(f"--flops={options.flops:g} is a raw count of operations; budgets are like 1e20")
     if 0 < options.flops_per_gpu < 1e9:
         raise ConfigError(f"--flops_per_gpu={options.flops_per_gpu:g} is a raw count of operations a second; "
                           f"did you mean {options.flops_per_gpu:g}e12?")
@@ -343,14 +349,14 @@ def check(options):
 
 
 def tokens_seen(state):
-    """Tokens that a checkpoint saw in all of its runs, by its trainer_state.json; 0 where that does not say."""
+    """Tokens that a checkpoint saw in all its runs, by its trainer_state.json; 0 where that does not say."""
     if "history" in state:
         return sum(tokens for _, tokens in state["history"])
     return state.get("tokens", 0) + state.get("lineage", {}).get("tokens_before", 0)
 
 
 def of_checkpoint(options, moe, context):
-    """(N, D1, costs of a token, where they are from) of a dense checkpoint and its MoE. Raises ConfigError."""
+    """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE. Raises ConfigError."""
     from checkpoint import read_config, read_state  # these need torch
     from model import flops_per_token as count_flops, parameter_counts
 
@@ -371,13 +377,14 @@ def costs_of(content, book, moe):
     more = MLP_SHARE * (moe["num_experts_per_tok"] - book["moe"]["num_experts_per_tok"])
     models = {family: {m["N"]: m["flops_per_token"] / (6 * m["N"]) for m in content.get("models", ())
                        if m["family"] == family} for family in FAMILY_NAMES}
-    mixtures = models["upcycled"] | models["moe"]
-    if models["dense"] and mixtures:
-        costs = {"dense": sorted(models["dense"].items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
+    dense, mixtures = models["dense"], models["upcycled"] | models["moe"]
+    if dense and mixtures:
+        costs = {"dense": sorted(dense.items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
         return costs, "those of the models that the laws were fitted on"
     ratio = content.get("active_ratio", 1 + MLP_SHARE * (book["moe"]["num_experts_per_tok"] - 1)) + more
     return ({"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]},
-            f"assumed to be 6 N for the dense model and {ratio:.3g} times that for the MoE, head and attention left out")
+            f"assumed to be 6 N for the dense model and {ratio:.3g} times that for the MoE, without head and "
+            "attention")
 
 
 def ask(options, content, book):
@@ -398,7 +405,8 @@ def ask(options, content, book):
         book["costs"]["moe"] = [(n, factor * options.active_ratio) for n, factor in book["costs"]["dense"]]
         source += f"; a MoE token costs {options.active_ratio:g} dense ones, as given"
     if not options.fresh and not (N and D1):
-        raise ConfigError(f"--{'D1' if N else 'N'}= is missing (or --checkpoint=; --fresh plans from nothing)")
+        name = "D1" if N else "N"
+        raise ConfigError(f"--{name}= is missing (or --checkpoint=; --fresh plans from nothing)")
     return {"N": N, "D1": D1, "flops": budget(options, book, N)} | moe | {"flops_from": source}
 
 
@@ -416,7 +424,9 @@ def budget(options, book, N):
     hours = options.gpu_hours * 3600 * options.flops_per_gpu * options.mfu
     flops = options.flops or options.tokens * per_token or hours
     if flops < 1e3 * per_token:
-        few = f"{flops / per_token:.3g} tokens at N = {N:.3g}, too few to plan" if N else "too few to plan N with"
+        few = "too few to plan N with"
+        if N:
+            few = f"{flops / per_token:.3g} tokens at N = {N:.3g}, too few to plan"
         raise ConfigError(f"--{given[0]}={getattr(options, given[0]):g}: {flops:.3g} FLOPs are {few}")
     return flops
 
@@ -426,7 +436,7 @@ def uncertainty(content, book):
     if any("draws" in content["laws"].get(law["name"] or "moe", {}) for law in book["laws"]):
         return "draws of the fits, their misfit, and 1 % of the loss per factor e beyond the data"
     errors = ", ".join(f"{family} {percent(error)}" for family, error in book["laws"][0]["misfit"].items())
-    return f"assumed errors of the published laws' predictions ({errors}), and 1 % per factor e beyond their data"
+    return f"assumed errors of these published laws ({errors}), and 1 % per factor e beyond their data"
 
 
 def main(options):
@@ -442,13 +452,15 @@ def main(options):
     if options.json:
         print(json.dumps(result, allow_nan=False))
     else:
-        print(", ".join(f"{name} = {short(question[name])}" for name in ("N", "D1", "flops") if question[name]))
+        given = [name for name in ("N", "D1", "flops") if question[name]]
+        print(", ".join(f"{name} = {short(question[name])}" for name in given))
         print(f"FLOPs of a token: {question['flops_from']}\nuncertainty: {result['uncertainty']}\n")
         print("\n".join(say_answer(result)))
     if options.html:
-        constants = {"DRAWS": DRAWS, "WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "INTERVAL": INTERVAL,
-                     "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR, "MOE": list(MOE), "PILOT": PILOT,
-                     "WORDS": WORDS, "COLORS": COLORS, "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
+        constants = {"DRAWS": DRAWS, "WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": list(MOE),
+                     "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
+                     "PILOT": PILOT, "WORDS": WORDS, "COLORS": COLORS,
+                     "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
         write_page({"book": book, "question": question, "constants": constants}, options.html)
     if options.figure:
         answers = {flops: answer(book, question | {"flops": flops})

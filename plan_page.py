@@ -14,19 +14,21 @@ WORDS = {  # plan.html says the same sentences
     "far": "{text}, and such laws were tested to {reach} times",
     "start": "{laws} would put the upcycled model above its own dense start, which cannot hold",
     "lacks": "the laws file has no laws of one fit for two options",
-    "clear": "Clearly {best}: the laws are {sure} sure, it leads {second} by {gap} of the loss, and all laws agree.",
-    "mixed": "No option is clearly best. The lowest expected loss has: {best}. It leads {second} by {gap} of the loss "
-             "and is best with a probability of {sure}. {decides}",
+    "clear": "Clearly {best}: the laws are {sure} sure, it leads {second} by {gap} of the loss, and all laws "
+             "agree.",
+    "mixed": "No option is clearly best. The lowest expected loss is that of: {best}. It leads {second} by "
+             "{gap} of the loss and is best with a probability of {sure}. {decides}",
     "close": "The lead is below half a percent, so cost and convenience may decide.",
     "disagree": "The laws disagree ({sides}), so the runs below would decide.",
     "unsure": "The laws agree, but their errors are as large as the lead, so the runs below would decide.",
     "void": "Cannot say: {reasons}.",
-    "overtakes": "The MoE from scratch overtakes the upcycled one after {low} .. {high} tokens (90 % interval of D2*), "
-                 "and never with a probability of {never}.",
-    "worth": "A checkpoint is worth H tokens of MoE training, once. Upcycling costs kappa of the loss, for ever. D2* is "
-             "where the MoE from scratch overtakes the upcycled one.",
-    "pilot": "A pilot is the cheapest set of runs that would decide. It costs {flops} FLOPs, {share} of the budget, and the "
-             "winner goes on from its trunk. A curve from scratch to a quarter of the budget predicts the budget to 2-4 %.",
+    "overtakes": "The MoE from scratch overtakes the upcycled model after {low} .. {high} tokens (90 % "
+                 "interval of D2*), and never with a probability of {never}.",
+    "worth": "The checkpoint is worth H tokens of MoE training, once. Upcycling costs kappa of the loss, for "
+             "ever. D2* is where the MoE from scratch overtakes the upcycled model.",
+    "pilot": "The cheapest runs that would decide are a pilot of {flops} FLOPs, {share} of the budget. The "
+             "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
+             "predicts the budget to 2-4 %.",
     "run": "{family}: one trunk with decayed branches at {branches} tokens",
 }
 
@@ -41,7 +43,8 @@ def short(value):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
     value = float(f"{value:.3g}")
-    unit, name = next((u, n) for u, n in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if value >= u)
+    units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
+    unit, name = next(pair for pair in units if value >= pair[0])
     return f"{value / unit:.3g}{name}"
 
 
@@ -72,7 +75,8 @@ def say_plan(found):
     """What an option does: its tokens from now on, or its plan from nothing."""
     if "tokens" in found:
         return short(found["tokens"])
-    return ", ".join(f"{name} {short(found['plan'][name])}" for name in ("N", "D", "D1", "D2") if name in found["plan"])
+    plan = {name: found["plan"][name] for name in ("N", "D", "D1", "D2") if name in found["plan"]}
+    return ", ".join(f"{name} {short(value)}" for name, value in plan.items())
 
 
 def say_laws(laws):
@@ -128,7 +132,7 @@ def draw_figure(budget, answers, colors, path):
         axis.fill_between(budgets, low, high, color=colors[option], alpha=0.15, lw=0)
     inside = [flops for flops, found in answers.items() if found["options"] and not found["warnings"]]
     if inside:
-        axis.axvspan(inside[0], inside[-1], color="#2e8b57", alpha=0.1, lw=0, label="within the fitted ranges")
+        axis.axvspan(inside[0], inside[-1], color="#2e8b57", alpha=0.1, lw=0, label="the laws' fitted range")
     axis.axvline(budget, color="#c0392b", lw=1, label="budget")
     axis.set(xscale="log", xlabel="budget, training FLOPs", ylabel="predicted loss (nats a token)")
     if any(found["options"] for found in answers.values()):
@@ -137,7 +141,7 @@ def draw_figure(budget, answers, colors, path):
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
-        axis.text(0.5, 0.5, "the laws cannot say at any of these budgets", transform=axis.transAxes, ha="center")
+        axis.text(0.5, 0.5, "the laws cannot say anywhere here", transform=axis.transAxes, ha="center")
         axis.set_yticks([])
     axis.set_xlim(budgets[0], budgets[-1])
     axis.spines[["top", "right"]].set_visible(False)
@@ -155,7 +159,8 @@ def write_page(filled, path):
     """plan.html with the book, the question and the constants filled in. Raises ConfigError."""
     text = json.dumps(filled, default=lambda value: value.tolist(), allow_nan=False).replace("</", "<\\/")
     try:
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html"), encoding="utf-8") as f:
+        template = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html")
+        with open(template, encoding="utf-8") as f:
             page = f.read().replace("/*FILLED*/null", text)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "w", encoding="utf-8") as f:
