@@ -439,12 +439,24 @@ def uncertainty(content, book):
     return f"assumed errors of these published laws ({errors}), and 1 % per factor e beyond their data"
 
 
+def say_what_a_study_finds(laws, options):
+    """--design: what a planned study would find, were the laws true."""
+    from plan_design import plan_design, say_design  # these need torch
+
+    found = plan_design(laws, options)
+    if options.json:
+        print(json.dumps({name: {key: v if math.isfinite(v) else None for key, v in cells.items()}
+                          for name, cells in found.items()}))
+    else:
+        print(f"Were {options.laws} true, with noise of {percent(options.noise)} a run and "
+              f"{percent(options.trunk_noise)} a trunk:", *say_design(found), sep="\n")
+
+
 def main(options):
     check(options)
     content = read_laws(options.laws)
     if options.design:
-        from plan_design import plan_design  # it needs torch
-        return print(plan_design(content["laws"], options))
+        return say_what_a_study_finds(content["laws"], options)
     book = make_book(options.laws, content, options.law)
     question = ask(options, content, book)
     answer = answer_fresh if options.fresh else answer_now
