@@ -22,10 +22,10 @@ WORDS = {  # plan.html says the same sentences
     "disagree": "The laws disagree ({sides}), so the runs below would decide.",
     "unsure": "The laws agree, but their errors are as large as the lead, so the runs below would decide.",
     "void": "Cannot say: {reasons}.",
-    "overtakes": "The MoE from scratch overtakes the upcycled model after {low} .. {high} tokens (90 % "
-                 "interval of D2*), and never with a probability of {never}.",
-    "worth": "The checkpoint is worth H tokens of MoE training, once. Upcycling costs kappa of the loss, for "
-             "ever. D2* is where the MoE from scratch overtakes the upcycled model.",
+    "overtakes": "D2*, the tokens after which the MoE from scratch leads the upcycled model, is in {low} .. "
+                 "{high} (90 %). It never leads with a probability of {never}.",
+    "worth": "By a law with H, the checkpoint is worth H tokens of MoE training, once, and upcycling costs "
+             "kappa of the loss, for ever.",
     "pilot": "The cheapest runs that would decide are a pilot of {flops} FLOPs, {share} of the budget. The "
              "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
              "predicts the budget to 2-4 %.",
