@@ -88,7 +88,7 @@ def check_laws(path, content):
             for test, (error, beyond) in held_out(entry).items():
                 check_number(f"{path}: {where}.held_out.{test}", error * beyond, 0.0)
             for family, value in entry.get("misfit", {}).items():
-                check_number(f"{path}: {where}.misfit.{family}", value, 0.0)
+                check_number(f"{path}: {where}.misfit.{family}", 0.0 if value is None else value, 0.0)
         where = "ranges"
         for family, ranges in content.get("ranges", {}).items():
             for name, (low, high) in ranges.items():
@@ -183,10 +183,11 @@ def routes_of(laws, name):
 
 
 def misfit(laws, name, family):
-    """Standard deviation of ln loss that a law leaves unexplained: measured, or assumed of published laws."""
-    entry = laws[name] if name and (family == "upcycled" or "misfit" in laws[name]) else laws.get(family, {})
-    assumed = entry.get("rmse_log", entry.get("relative_error", FORM_ERROR))
-    return float(entry.get("misfit", {}).get(family, assumed))
+    """Standard deviation of ln loss that a law leaves unexplained: its misfit where the rows tell it from noise,
+    else its residuals; for a published law its assumed error."""
+    measured = laws.get(name, {}).get("misfit", {}).get(family)
+    entry = laws.get(name if family == "upcycled" else family, {})
+    return float(entry.get("rmse_log", entry.get("relative_error", FORM_ERROR)) if measured is None else measured)
 
 
 def make_book(path, content, wanted=""):

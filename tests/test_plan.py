@@ -558,7 +558,7 @@ def changed(*keys, value):
     (("laws", "upcycled", "draws", "A", 3), math.nan, "laws.upcycled.draws.A = nan"),
     (("laws", "upcycled", "draws", "A"), [], "laws.upcycled"), (("laws", "upcycled", "draws", "A"), [1.0], "equally many draws"),
     (("laws", "upcycled", "draws"), 3, "laws.upcycled"), (("laws", "upcycled", "beside", "moe", "params", "A"), 0, "beside.moe.params.A = 0 must be positive"),
-    (("laws", "upcycled", "held_out", "D2"), 7, "laws.upcycled"), (("laws", "upcycled", "misfit", "moe"), None, "misfit.moe = None"),
+    (("laws", "upcycled", "held_out", "D2"), 7, "laws.upcycled"), (("laws", "upcycled", "misfit", "moe"), -1, "misfit.moe = -1"),
     (("laws", "upcycled", "held_out", "D2", "rms"), math.nan, "laws.upcycled.held_out.D2"),
     (("ranges", "dense", "N"), [1e5, 1e4], "ranges.dense.N"), (("ranges", "dense", "N"), 5, "ranges"), (("ranges",), [], "ranges"),
     (("models", 0, "flops_per_token"), -1, "models: flops_per_token = -1 must be positive"), (("version",), 3, "version 3"),
