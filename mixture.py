@@ -13,7 +13,8 @@ from scipy.special import ndtri
 from configurator import ConfigError
 from laws import LAWS, RIVALS, parameter_names, predict
 
-DRAWS = 250           # draws of each law; a law with fewer repeats them
+DRAWS = 250           # draws of each law at most; a law with fewer repeats them
+NUMBERS = 45_000      # numbers in the draws of all laws at most, so that a page with them stays below 500 kB
 LEAST_WEIGHT = 0.01   # laws of less weight are left out
 LEAST_ERROR = 0.003   # a held-out error below the noise of a run is luck
 # Fits of published tables of 0.1-3B parameters, tried on runs at 2-8 times the size, err by 1-2 % in one
@@ -147,17 +148,17 @@ def weigh(entries):
     return {law: w / sum(kept.values()) for law, w in kept.items()}
 
 
-def drawn(law, entry):
-    """{"law", "params", "draws"} with DRAWS draws of each parameter, or with one where the file has none."""
+def drawn(law, entry, wanted):
+    """{"law", "params", "draws"} with the wanted number of draws, or with one where the file has none."""
     params = {name: float(value) for name, value in entry["params"].items()}
     draws = entry.get("draws") or {name: [value] for name, value in params.items()}
     count = len(next(iter(draws.values())))
-    pick = [i * count // DRAWS if count > DRAWS else i % count for i in range(DRAWS)] if count > 1 else [0]
+    pick = [i * count // wanted if count > wanted else i % count for i in range(wanted)] if count > 1 else [0]
     return {"law": law, "params": params,
             "draws": {name: np.array([draws[name][i] for i in pick], float) for name in params}}
 
 
-def routes_of(laws, name):
+def routes_of(laws, name, wanted):
     """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name.
 
     Without a name it is the pair of the dense and the MoE law.
@@ -165,29 +166,33 @@ def routes_of(laws, name):
     entry = laws.get(name, {})
     beside, system = entry.get("beside", {}), entry.get("fitted_with")
     by_method = entry.get("methods") or {"copy": entry}
-    routes = {"upcycled": {method: drawn(name, found) for method, found in by_method.items()} if name else {}}
+    routes = {"upcycled": {method: drawn(name, found, wanted) for method, found in by_method.items() if name}}
     of_one_fit = name or laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
     for family in ("dense", "moe"):
         if family in beside:
-            routes[family] = drawn(family, beside[family])
+            routes[family] = drawn(family, beside[family], wanted)
         elif system and system.get(family) == name:  # one curve serves both families
             names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
             own = {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
                    for part in ("params", "draws") if part in entry}
-            routes[family] = drawn(family, own)
+            routes[family] = drawn(family, own, wanted)
         elif of_one_fit and not system and family in laws:  # published laws do not name their fit
-            routes[family] = drawn(family, laws[family])
+            routes[family] = drawn(family, laws[family], wanted)
         else:
             routes[family] = None
     return routes
 
 
 def misfit(laws, name, family):
-    """Standard deviation of ln loss that a law leaves unexplained: its misfit where the rows tell it from noise,
-    else its residuals; for a published law its assumed error."""
+    """Standard deviation of ln loss that a law leaves unexplained.
+
+    It is the measured misfit where the rows tell misfit from noise, else that of the residuals. A published
+    law has an assumed error.
+    """
     measured = laws.get(name, {}).get("misfit", {}).get(family)
     entry = laws.get(name if family == "upcycled" else family, {})
-    return float(entry.get("rmse_log", entry.get("relative_error", FORM_ERROR)) if measured is None else measured)
+    assumed = entry.get("rmse_log", entry.get("relative_error", FORM_ERROR))
+    return float(assumed if measured is None else measured)
 
 
 def make_book(path, content, wanted=""):
@@ -195,7 +200,7 @@ def make_book(path, content, wanted=""):
 
     {"laws": [{"name", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable: [low,
     high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of
-    upcycling, "normal": {family: standard normal deviates, one a draw}}
+    upcycling, "draws": their number, "normal": {family: standard normal deviates, one a draw}}
     """
     laws, origin = content["laws"], content.get("origin", {})
     names = [law for law in RIVALS if law in laws]
@@ -212,16 +217,18 @@ def make_book(path, content, wanted=""):
     ranges = {family: dict(content.get("ranges", {}).get(family, {})) for family in FAMILY_NAMES}
     for family in ("moe", "upcycled"):
         ranges[family] |= {key: [value, value] for key, value in moe.items()}
-    random, levels = np.random.default_rng(0), ndtri((np.arange(DRAWS) + 0.5) / DRAWS).round(4)
     weights = weigh({law: laws[law] for law in names}) or {"": 1.0}
-    return {"laws": [{"name": law, "weight": weight, "routes": routes_of(laws, law),
+    sizes = [10 + len(laws[law]["params"]) * len(laws[law].get("methods") or [law]) for law in weights if law]
+    draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
+    random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
+    return {"laws": [{"name": law, "weight": weight, "routes": routes_of(laws, law, draws),
                       "misfit": {family: misfit(laws, law, family) for family in FAMILY_NAMES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,
             "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
                       for name in ("N", "D", "D1", "D2", *MOE)},
             "methods": sorted({method for law in names for method in laws[law].get("methods") or ["copy"]}),
-            "normal": {family: random.permutation(levels) for family in FAMILY_NAMES}}
+            "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILY_NAMES}}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -251,7 +258,7 @@ def estimate(law, family, variables, method="copy"):
 
 
 def sample(book, law, family, variables, method="copy"):
-    """(DRAWS, ...) losses of one family by a law's draws, each with a draw of misfit and of error of form."""
+    """(draws, ...) losses of one family by a law's draws, each with a draw of misfit and of error of form."""
     losses = losses_of(law, family, variables, method, "draws")
     form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * far
                for name, far in distance(book, family, variables).items())

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from configurator import ConfigError, run, setting
-from mixture import (DRAWS, EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
+from mixture import (EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
                      first_crossing, head_start, make_book, quantile, read_laws, sample)
 from plan_page import WORDS, draw_figure, percent, say, say_answer, short, write_page
 
@@ -110,9 +110,12 @@ def mix(book, kept, points):
     return options, methods
 
 
-def summary(found, weights):
-    """{name: {"loss", "interval", "probability_best"}} of {name: (losses by the laws, draws)}."""
-    weight = np.repeat(weights, DRAWS) / DRAWS
+def summary(found, weights, count):
+    """{name: {"loss", "interval", "probability_best"}} of {name: (losses by the laws, draws)}.
+
+    weights are those of the laws, each of which has count draws.
+    """
+    weight = np.repeat(weights, count) / count
     best = np.stack([draws for _, draws in found.values()]).argmin(axis=0) if found else None
     return {name: {"loss": float(np.dot(weights, losses)),
                    "interval": [quantile(draws, weight, q) for q in INTERVAL],
@@ -167,7 +170,7 @@ def compare(book, points, reasons=()):
                 "options": {}, "methods": {}, "method": None, "laws": {}, "warnings": warnings}
     weights = [law["weight"] / total for law in kept]
     found, by_method = mix(book, kept, points)
-    options, methods = summary(found, weights), summary(by_method, weights)
+    options, methods = (summary(each, weights, book["draws"]) for each in (found, by_method))
     losses = [{option: found[option][0][i] for option in found} for i in range(len(kept))]
     laws = {law["name"]: {"weight": weight, "losses": own, "best": min(own, key=own.get)}
             for law, weight, own in zip(kept, weights, losses)}
@@ -209,7 +212,7 @@ def overtaking(book, question, laws, method):
     stars = [float(first_crossing(x, estimate(law, *scratch) - estimate(law, *upcycled))) for law in kept]
     draws = np.concatenate([first_crossing(x, sample(book, law, *scratch) - sample(book, law, *upcycled))
                             for law in kept])
-    weights = np.repeat([laws[law["name"]]["weight"] for law in kept], DRAWS) / DRAWS
+    weights = np.repeat([laws[law["name"]]["weight"] for law in kept], book["draws"]) / book["draws"]
     ends = [quantile(draws, weights, q) for q in INTERVAL]
     return ({law["name"]: star if math.isfinite(star) else None for law, star in zip(kept, stars)},
             {"interval": [end if math.isfinite(end) else None for end in ends],
@@ -469,7 +472,7 @@ def main(options):
         print(f"FLOPs of a token: {question['flops_from']}\nuncertainty: {result['uncertainty']}\n")
         print("\n".join(say_answer(result)))
     if options.html:
-        constants = {"DRAWS": DRAWS, "WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": list(MOE),
+        constants = {"WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": [*MOE],
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
                      "PILOT": PILOT, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}

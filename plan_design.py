@@ -1,4 +1,4 @@
-"""What a planned study will find, were the laws of a file true: the errors of alpha3 and D2*, and its cost."""
+"""What a planned study will find, were the laws of a file true: the errors of alpha3 and D2*, its cost."""
 import dataclasses
 import math
 
@@ -71,7 +71,7 @@ def longer(levels):
 
 
 def variants(study):
-    """{name: study}: the study, and the study with one more level of each axis; a new N has doubled widths."""
+    """{name: study}: the study, and the study with one more level of each axis; another N doubles widths."""
     widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     wider = {key: value * 2 if key in widths else value for key, value in study.sizes[-1].items()}
     changes = {"D1": {"D1": longer(study.D1)}, "D2": {"D2": longer(study.D2)},
