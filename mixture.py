@@ -195,11 +195,18 @@ def misfit(laws, name, family):
     return float(assumed if measured is None else measured)
 
 
+def label(law):
+    """The name of a law for people."""
+    if law in ("", "upcycled"):
+        return "interaction" if law else "dense and MoE"
+    return law.partition(".")[2].replace("_", " ")
+
+
 def make_book(path, content, wanted=""):
     """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
 
-    {"laws": [{"name", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable: [low,
-    high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of
+    {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
+    [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of
     upcycling, "draws": their number, "normal": {family: standard normal deviates, one a draw}}
     """
     laws, origin = content["laws"], content.get("origin", {})
@@ -221,7 +228,8 @@ def make_book(path, content, wanted=""):
     sizes = [10 + len(laws[law]["params"]) * len(laws[law].get("methods") or [law]) for law in weights if law]
     draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
     random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
-    return {"laws": [{"name": law, "weight": weight, "routes": routes_of(laws, law, draws),
+    return {"laws": [{"name": law, "label": label(law), "weight": weight,
+                      "routes": routes_of(laws, law, draws),
                       "misfit": {family: misfit(laws, law, family) for family in FAMILY_NAMES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,

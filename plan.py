@@ -133,9 +133,9 @@ def judge(options, laws):
     best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
     gap, sure = options[second]["loss"] / options[best]["loss"] - 1, options[best]["probability_best"]
     sides = {}
-    for law, found in laws.items():
+    for found in laws.values():
         if found["weight"] >= WITH_WEIGHT:
-            sides.setdefault(found["best"], []).append(law)
+            sides.setdefault(found["best"], []).append(found["label"])
     words = {"best": best, "second": second, "gap": percent(gap), "sure": percent(sure)}
     if sure >= SURE and gap > GAP and list(sides) == [best]:
         return {"verdict": "clear", "says": say("clear", **words), "best": best, "gap": gap}
@@ -153,15 +153,15 @@ def compare(book, points, reasons=()):
     """The options {name: (family, {variable: value})} by the mixture of laws, with the verdict.
 
     What `judge` says, and "options": {name: {"loss", "interval", "probability_best"}}, "methods" and the
-    chosen "method" of upcycling, "laws": {law: {"weight", "best", "losses"}}, "warnings". A void verdict,
-    for the given reasons or for those found here, ranks nothing: it has no options.
+    chosen "method" of upcycling, "laws": {law: {"label", "weight", "best", "losses"}}, "warnings". A void
+    verdict, for the given reasons or for those found here, ranks nothing: it has no options.
     """
     far, warnings = beyond_the_data(book, points)
     reasons = [*reasons, *far]
     kept = [law for law in book["laws"] if not above_own_start(law, points)]
     total = sum(law["weight"] for law in kept)
     if len(kept) < len(book["laws"]) and not reasons:
-        lost = ", ".join(law["name"] for law in book["laws"] if law not in kept)
+        lost = ", ".join(law["label"] for law in book["laws"] if law not in kept)
         (reasons if total < 0.5 else warnings).append(say("start", laws=lost))
     if len(points) < 2 and not reasons:
         reasons.append(say("lacks"))
@@ -172,8 +172,9 @@ def compare(book, points, reasons=()):
     found, by_method = mix(book, kept, points)
     options, methods = (summary(each, weights, book["draws"]) for each in (found, by_method))
     losses = [{option: found[option][0][i] for option in found} for i in range(len(kept))]
-    laws = {law["name"]: {"weight": weight, "losses": own, "best": min(own, key=own.get)}
-            for law, weight, own in zip(kept, weights, losses)}
+    laws = {law["name"]: {"label": law["label"], "weight": weight, "losses": by_option,
+                          "best": min(by_option, key=by_option.get)}
+            for law, weight, by_option in zip(kept, weights, losses)}
     return judge(options, laws) | {"options": options, "methods": methods, "method": lowest_loss(methods),
                                    "laws": laws, "warnings": warnings}
 
@@ -434,12 +435,18 @@ def budget(options, book, N):
     return flops
 
 
-def uncertainty(content, book):
-    """Where the intervals come from, in words."""
+def uncertainty(options, content, book):
+    """Where the intervals come from and what is taken for granted, in words."""
     if any("draws" in content["laws"].get(law["name"] or "moe", {}) for law in book["laws"]):
-        return "draws of the fits, their misfit, and 1 % of the loss per factor e beyond the data"
-    errors = ", ".join(f"{family} {percent(error)}" for family, error in book["laws"][0]["misfit"].items())
-    return f"assumed errors of these published laws ({errors}), and 1 % per factor e beyond their data"
+        said = "Intervals hold draws of the fits, their misfit"
+    else:
+        misfit = book["laws"][0]["misfit"]
+        errors = ", ".join(f"{family} {percent(error)}" for family, error in misfit.items())
+        said = f"Intervals hold assumed errors of these published laws ({errors})"
+    said += f", and {percent(FORM_ERROR)} of the loss per factor e beyond the data."
+    if options.checkpoint:
+        said += " The checkpoint is taken to be trained like the laws' dense models. A pilot assumes nothing."
+    return said
 
 
 def say_what_a_study_finds(laws, options):
@@ -463,13 +470,14 @@ def main(options):
     book = make_book(options.laws, content, options.law)
     question = ask(options, content, book)
     answer = answer_fresh if options.fresh else answer_now
-    result = answer(book, question) | {"uncertainty": uncertainty(content, book)}
+    question["uncertainty"] = uncertainty(options, content, book)
+    result = answer(book, question)
     if options.json:
         print(json.dumps(result, allow_nan=False))
     else:
         given = [name for name in ("N", "D1", "flops") if question[name]]
         print(", ".join(f"{name} = {short(question[name])}" for name in given))
-        print(f"FLOPs of a token: {question['flops_from']}\nuncertainty: {result['uncertainty']}\n")
+        print(f"The FLOPs of a token are {question['flops_from']}.\n{question['uncertainty']}\n")
         print("\n".join(say_answer(result)))
     if options.html:
         constants = {"WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": [*MOE],

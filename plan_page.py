@@ -80,10 +80,10 @@ def say_plan(found):
 
 
 def say_laws(laws):
-    rows = [(law or "dense and moe", percent(found["weight"]), found["best"],
+    rows = [(found["label"], percent(found["weight"]), found["best"],
              short(found["head_start"]) if "head_start" in found else "",
              percent(math.expm1(found["kappa"])) if "kappa" in found else "",
-             say_star(found["D2_star"]) if "D2_star" in found else "") for law, found in laws.items()]
+             say_star(found["D2_star"]) if "D2_star" in found else "") for found in laws.values()]
     return columns([("law", "weight", "best", "H", "kappa", "D2*"), *rows])
 
 
