@@ -58,12 +58,20 @@ def check_law(where, law, entry):
 
 
 def check_origin(path, origin):
-    """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs."""
+    """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs.
+
+    Methods of upcycling may have other numbers of experts beside that of the MoE from scratch.
+    """
     for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
-        families = [family for family in FAMILY_NAMES if origin.get(family, {}).get(key)]
-        families = [family for family in families if family != "dense" or key not in MOE]
-        if len({str(value) for family in families for value in origin[family][key]}) > 1:
-            said = "; ".join(f"{f} {', '.join(str(v)[:12] for v in origin[f][key])}" for f in families)
+        values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
+                  for family in FAMILY_NAMES}
+        if key in MOE:  # the dense model has none
+            values["dense"] = set()
+            if values["moe"] and values["moe"] <= values["upcycled"]:
+                values["upcycled"] = values["moe"]
+        if len(set().union(*values.values())) > 1:
+            said = "; ".join(f"{family} {', '.join(sorted(value[:12] for value in found))}"
+                             for family, found in values.items() if found)
             raise ConfigError(f"{path}: laws of different origin are not compared: {key} is {said}; "
                               "fit them apart")
 
@@ -219,7 +227,7 @@ def make_book(path, content, wanted=""):
     if not names and not {"dense", "moe"} <= set(laws):
         raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
     tests = [held_out(entry) for entry in laws.values()]
-    moe = {key: int(((origin.get("upcycled") or origin.get("moe") or {}).get(key) or [default])[0])
+    moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
     ranges = {family: dict(content.get("ranges", {}).get(family, {})) for family in FAMILY_NAMES}
     for family in ("moe", "upcycled"):

@@ -29,6 +29,7 @@ ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the
 COLORS = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222", DENSE: "#888888", ONLY_DENSE: "#888888"}
 INTERVAL = (0.05, 0.95)
 SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of loss
+NEAR = 0.01              # ln of how far beyond the data a variable may lie before it is said
 WITH_WEIGHT = 0.05       # laws of at least this weight must agree to a clear verdict
 PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
          "dense": (1 / 16, 1 / 8)}  # {run: its branches, as shares of the budget}
@@ -81,7 +82,7 @@ def beyond_the_data(book, points):
             value, key = variables[name], (name, short(variables[name]))
             if name not in book["ranges"][family]:
                 warnings[name, family] = say("unknown", name=name, family=family)
-            elif far > 0:
+            elif far > NEAR:
                 low, high = book["ranges"][family][name]
                 side, edge = ("above", high) if value > high else ("below", low)
                 text = say(side, name=name, value=short(value), times=short(math.exp(far)), edge=short(edge),
@@ -444,6 +445,9 @@ def uncertainty(options, content, book):
         errors = ", ".join(f"{family} {percent(error)}" for family, error in misfit.items())
         said = f"Intervals hold assumed errors of these published laws ({errors})"
     said += f", and {percent(FORM_ERROR)} of the loss per factor e beyond the data."
+    for option, family in ((DENSE, "dense"), (SCRATCH, "moe"), (UPCYCLE, "upcycled")):
+        if not all(law["routes"][family] for law in book["laws"]):
+            said += f" The laws file has no {family} law of the same fit, so an option is left out: {option}."
     if options.checkpoint:
         said += " The checkpoint is taken to be trained like the laws' dense models. A pilot assumes nothing."
     return said
@@ -482,7 +486,7 @@ def main(options):
     if options.html:
         constants = {"WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": [*MOE],
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
-                     "PILOT": PILOT, "WORDS": WORDS, "COLORS": COLORS,
+                     "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
         write_page({"book": book, "question": question, "constants": constants}, options.html)
     if options.figure:

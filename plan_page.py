@@ -26,6 +26,8 @@ WORDS = {  # plan.html says the same sentences
                  "{high} (90 %). It never leads with a probability of {never}.",
     "worth": "By a law with H, the checkpoint is worth H tokens of MoE training, once, and upcycling costs "
              "kappa of the loss, for ever.",
+    "method": "At this budget the way of upcycling with the lowest expected loss is {method}. It is {gap} "
+              "below {second}.",
     "pilot": "The cheapest runs that would decide are a pilot of {flops} FLOPs, {share} of the budget. The "
              "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
              "predicts the budget to 2-4 %.",
@@ -71,6 +73,13 @@ def say_options(options, what, cell):
          percent(found["probability_best"])) for name, found in options.items()])
 
 
+def say_method(methods):
+    """Which method of upcycling to take, and by how much it leads."""
+    best, second = sorted(methods, key=lambda method: methods[method]["loss"])[:2]
+    gap = methods[second]["loss"] / methods[best]["loss"] - 1
+    return say("method", method=best, second=second, gap=percent(gap))
+
+
 def say_plan(found):
     """What an option does: its tokens from now on, or its plan from nothing."""
     if "tokens" in found:
@@ -94,7 +103,7 @@ def say_answer(result):
         lines += say_options(result["options"], "tokens or plan", say_plan) + [""]
         if len(result["methods"]) > 1:
             lines += say_options(result["methods"], "", lambda found: "")
-            lines += [f"The method with the lowest expected loss at this budget is {result['method']}.", ""]
+            lines += [say_method(result["methods"]), ""]
         lines += say_laws(result["laws"]) + [""]
     if result["overtaking"]:
         low, high = map(say_star, result["overtaking"]["interval"])

@@ -300,6 +300,8 @@ def test_dense_against_MoE_where_there_is_no_upcycled_law():
     assert set(now["options"]) == {P.DENSE, P.SCRATCH} and now["best"] == P.SCRATCH
     fresh = P.answer_fresh(book, question(1e9, flops=1e21))
     assert set(fresh["options"]) == {P.ONLY_DENSE, P.SCRATCH} and fresh["best"] == P.SCRATCH
+    assert "no upcycled law of the same fit, so an option is left out: upcycle." in P.uncertainty(
+        P.Options(), {"laws": LAWS}, book)
     assert "Cannot say" not in "\n".join(plan_page.say_answer(now) + plan_page.say_answer(fresh))
 
 
@@ -316,11 +318,10 @@ def test_head_start_is_worth_tokens_and_the_method_depends_on_the_budget():
     own = {method: laws.predict("upcycled.effective_data", UPCYCLED_PARAMS["upcycled.effective_data"]
                                 | changed, N=3e4, D1=1e6, D2=2e7)
            for method, changed in (("copy", {}), ("drop_0.5", {"c": 20.0, "A": 105.0}))}
-    assert {m: f["loss"] for m,
-            f in many["methods"].items()} == pytest.approx(own) and many["options"][P.UPCYCLE]["loss"] == min(
-        f["loss"] for f in many["methods"].values())
+    assert {method: found["loss"] for method, found in many["methods"].items()} == pytest.approx(own)
+    assert many["options"][P.UPCYCLE]["loss"] == pytest.approx(min(own.values()))
     said = "\n".join(plan_page.say_answer(many))
-    assert "The method with the lowest expected loss at this budget is drop_0.5" in said
+    assert "the way of upcycling with the lowest expected loss is drop_0.5. It is" in said
 
 
 def test_a_page_with_many_laws_and_methods_stays_small(tmp_path):
@@ -678,10 +679,11 @@ def test_files_that_are_no_laws_file_are_refused(tmp_path, text):
 
 def test_laws_of_one_origin_are_taken():
     origin = {family: {"data_sha256": ["aaa"], "tokenizer": ["gpt2"], "max_seq_len": [128],
-                       "num_local_experts": [0 if family == "dense" else 4],
-                       "num_experts_per_tok": [1]} for family in FAMILIES}
-    assert book_of(version2(["upcycled"], origin=origin))["moe"] == {"num_local_experts": 4,
-                                                                     "num_experts_per_tok": 1}
+                       "num_local_experts": [4.0], "num_experts_per_tok": [1.0]} for family in FAMILIES}
+    origin["dense"] |= {"num_local_experts": [], "num_experts_per_tok": []}
+    origin["upcycled"]["num_local_experts"] = [16.0, 4.0]  # a method with finer experts
+    book = book_of(version2(["upcycled"], origin=origin))
+    assert book["moe"] == {"num_local_experts": 4, "num_experts_per_tok": 1}
 
 
 def test_command_line_error_is_one_line():
