@@ -1,10 +1,11 @@
 """The transformer: dense (Llama) and mixture of experts (Mixtral), one forward pass for both.
 
-RMSNorm, SwiGLU, half-split RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense;
-otherwise every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are Hugging Face's.
+RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense; otherwise
+every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are Hugging Face's.
+Weights are fp32; under torch.autocast the matrix products are bf16, and the router, the norms and the loss stay fp32.
 
 Shape suffixes in comments: B sequences, T positions, D hidden_size, F intermediate_size, H heads, K key-value heads,
-V vocabulary, L layers, E experts, k experts per token, S = B·T tokens.
+V vocabulary, L layers, E experts, k experts per token, S = B·T tokens, R = S·k rows that experts compute.
 """
 import math
 from dataclasses import dataclass, fields
@@ -46,14 +47,17 @@ class ModelConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                                 f"{self.num_attention_heads}")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                             f"{self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs")
         if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..num_local_experts ({self.num_local_experts})")
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..num_local_experts "
+                             f"({self.num_local_experts})")
 
 # ---------------------------------------------------------------------------------------------------------
 # Counts
@@ -61,8 +65,8 @@ class ModelConfig:
 def parameter_counts(c):
     """Parameters of a ModelConfig by group, and the sums the laws use.
 
-    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (What was upcycled to
-    slices of its MLP has a larger N, that of its dense model, which its lineage records.)
+    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (A model that was
+    upcycled to slices of its MLP has a larger N, that of its dense model; its lineage records it.)
     N_active, N_total: non-embedding parameters of this model that a token uses, and all of them (equal to N if dense).
     """
     L, D, E = c.num_hidden_layers, c.hidden_size, c.num_local_experts
@@ -89,8 +93,14 @@ def flops_per_token(c, seq_len):
 # ---------------------------------------------------------------------------------------------------------
 # Pieces
 
+def wide(t):
+    """t as fp32; fp64 stays fp64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def rope_frequencies(c):
-    """Angular frequency of each of head_dim / 2 pairs, (head_dim / 2,) fp64. Linear and llama3 scaling as transformers defines them."""
+    """Angular frequency of each of head_dim / 2 pairs, (head_dim / 2,) fp64. Linear and llama3 scaling are those of
+    transformers. Raises ValueError for any other scaling."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     scaling = c.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -106,10 +116,48 @@ def rope_frequencies(c):
     return freq
 
 
-def rotate(x, cos, sin):
-    """RoPE on x (B, T, heads, head_dim) by cos, sin (T, 1, head_dim / 2): Llama's half-split pairing."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def rope_tables(c):
+    """RoPE as complex products on q k v (…, W), W = (H + 2K)·head_dim: returns (turns, pairs).
+
+    turns (max_position_embeddings, W / 2, 2) fp32: cosine and sine by which a position turns each pair of columns; v is
+    turned by nothing. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2, a complex number wants
+    neighbours, so q k v are computed with the rows of their weight in this order. No attention score changes.
+    """
+    angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c))
+    turned, kept = c.num_attention_heads + c.num_key_value_heads, c.num_key_value_heads
+    angles = torch.cat((angles.repeat(1, turned), torch.zeros(len(angles), kept * c.head_dim // 2)), dim=1)
+    pairs = torch.arange((turned + kept) * c.head_dim)
+    q_k = pairs[:turned * c.head_dim]
+    q_k.copy_(q_k.view(turned, 2, -1).transpose(1, 2).flatten())
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float(), pairs
+
+
+def rotate(x, turns):
+    """RoPE on x (B, T, W), whose columns 2i and 2i + 1 are a pair, by turns (T, W / 2, 2). Returns fp32 or fp64."""
+    x = wide(x).unflatten(-1, (-1, 2))
+    turns = turns.to(x.dtype)
+    if torch.compiler.is_compiling():  # the compiler knows no complex numbers
+        (a, b), (cos, sin) = x.unbind(-1), turns.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(turns)).flatten(-2)
+
+
+class NormFunction(torch.autograd.Function):
+    """x / sqrt(mean x² + eps) · weight. On the CPU, torch makes F.rms_norm of many small operations; this has a third."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.shape[-1]).add(eps).rsqrt()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        product = (grad * normed).flatten(0, -2)
+        along = (product @ weight).view_as(scale) / len(weight)
+        return (grad * weight).addcmul_(normed, along, value=-1).mul_(scale), product.sum(0), None
 
 
 class RMSNorm(nn.Module):
@@ -119,7 +167,9 @@ class RMSNorm(nn.Module):
         self.eps = c.rms_norm_eps
 
     def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if x.is_cuda or torch.compiler.is_compiling():
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return NormFunction.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -129,14 +179,20 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(c.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin):
-        B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                             enable_gqa=self.heads != self.kv_heads)  # (B, H, T, head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x, turns, pairs):
+        qkv = F.linear(x, self.qkv_proj.weight.index_select(0, pairs))  # (B, T, W)
+        return self.o_proj(self.attend(qkv, turns))
+
+    def attend(self, qkv, turns):
+        """qkv (B, T, W), W = (H + 2K)·head_dim -> (B, T, H·head_dim)."""
+        B, T, _ = qkv.shape
+        with torch.autocast(qkv.device.type, enabled=False):
+            turned = rotate(qkv, turns).view(B, T, -1, self.head_dim)
+            if qkv.is_cuda:  # on a CPU attention stays in fp32: in bf16 its backward pass takes four times as long
+                turned = turned.to(qkv.dtype)
+            q, k, v = (t.transpose(1, 2) for t in turned.split((self.heads, self.kv_heads, self.kv_heads), dim=2))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return out.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
 
 
 class MLP(nn.Module):
@@ -148,33 +204,51 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = (F.linear(x, w) for w in self.gate_up_proj.weight.chunk(2))  # halves of one product would be strided
         return self.down_proj(F.silu(gate) * up)
 
 
-def experts_grouped(x, gate_up, down, ends):
-    """SwiGLU experts on rows sorted by expert: x (R, D), gate_up (E, 2F, D), down (E, D, F), ends (E,) int32 where each
-    expert's rows end. Returns (R, D)."""
-    gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+# ---------------------------------------------------------------------------------------------------------
+# Experts
+
+@torch.library.custom_op("nanoupcycle::grouped_mm", mutates_args=())
+def grouped_op(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """F.grouped_mm as an operator of ours: its own shape rule refuses fp32, so the compiler could not take it in a graph."""
+    return F.grouped_mm(x, w, offs=ends)
 
 
-@torch.compiler.disable  # compiling grouped_mm works in bf16 alone (torch 2.13)
-def experts_eager(x, gate_up, down, ends):
-    """experts_grouped where grouped_mm takes the type and the sizes (rows of whole 16 bytes; on CUDA bf16), else experts_loop."""
+@grouped_op.register_fake
+def _(x, w, ends):
+    return x.new_empty((len(ends), x.shape[0], w.shape[1]) if w.dim() == 2 else (x.shape[0], w.shape[2]))
+
+
+def grouped_backward(ctx, grad):
+    x, w, ends = ctx.saved_tensors
+    return grouped_op(grad, w.transpose(1, 2), ends), grouped_op(x.T, grad, ends), None
+
+
+grouped_op.register_autograd(grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+@torch.compiler.disable
+def loop_mm(x, w, ends):
+    """grouped_mm, an expert at a time: for types and widths that it refuses."""
+    starts = [0, *ends.tolist()]
+    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(starts, starts[1:]))])
+
+
+def grouped_mm(x, w, ends):
+    """x (R, M) with rows sorted by expert, w (E, M, N), ends (E,) int32 where each expert's rows end -> (R, N)."""
     dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
-    fits = x.dtype in dtypes and all(t.shape[-1] * t.element_size() % 16 == 0 for t in (gate_up, down))
-    return (experts_grouped if fits else experts_loop)(x, gate_up, down, ends)
+    if x.dtype not in dtypes or any(n * x.element_size() % 16 for n in w.shape[1:]):  # rows of whole 16 bytes
+        return loop_mm(x, w, ends)
+    return grouped_op(x, w, ends) if torch.compiler.is_compiling() else F.grouped_mm(x, w, offs=ends)
 
 
-def experts_loop(x, gate_up, down, ends):
-    """The same, an expert at a time."""
-    out, start = [], 0
-    for e, end in enumerate(ends.tolist()):
-        gate, up = (x[start:end] @ gate_up[e].T).chunk(2, dim=-1)
-        out.append((F.silu(gate) * up) @ down[e].T)
-        start = end
-    return torch.cat(out)
+def run_experts(x, gate_up, down, ends):
+    """SwiGLU experts on rows sorted by expert: x (R, D), gate_up (E, 2F, D), down (E, D, F), ends (E,) int32. Returns (R, D)."""
+    gate, up = (grouped_mm(x, w.transpose(1, 2), ends) for w in gate_up.chunk(2, dim=1))
+    return grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends)
 
 
 class MoE(nn.Module):
@@ -190,35 +264,36 @@ class MoE(nn.Module):
         if c.router_bias:
             self.register_buffer("bias", torch.zeros(E))
 
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D), and the router's statistics over these tokens: assignments (E,), mean softmax (E,), z-loss ()."""
-        shape, x = x.shape, x.view(-1, x.shape[-1])  # (S, D)
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def route(self, x):
+        """x (S, D) -> weights (S, k), chosen experts (S, k), mean softmax (E,), z-loss (); all at least fp32."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.gate.weight.to(wide))  # (S, E)
+            logits = F.linear(wide(x), wide(self.gate.weight))  # (S, E)
             probs = logits.softmax(-1)
             if hasattr(self, "bias"):  # moves the choice, not the weights
                 chosen = (probs + self.bias).topk(self.k, dim=-1).indices
                 weights = probs.gather(-1, chosen)
             else:
-                weights, chosen = probs.topk(self.k, dim=-1)  # (S, k)
+                weights, chosen = probs.topk(self.k, dim=-1)
             weights = weights / weights.sum(-1, keepdim=True)
-            z_loss = logits.logsumexp(-1).square().mean()
-        # Sort the S·k assignments by expert, run each expert on its run of rows, and put the rows back.
-        order = chosen.view(-1).argsort(stable=True)  # (S·k,)
-        counts = torch.zeros(logits.shape[-1], dtype=torch.int64, device=x.device).scatter_add_(
-            0, chosen.view(-1), torch.ones_like(order))
-        ends = counts.cumsum(0).to(torch.int32)
-        gate_up, down = self.gate_up_proj, self.down_proj
-        rows = x[order // self.k]
+            return weights, chosen, probs.mean(0), logits.logsumexp(-1).square().mean()
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, D), and the router's statistics over these tokens: assignments (E,), mean softmax (E,),
+        z-loss ()."""
+        shape, x = x.shape, x.view(-1, x.shape[-1])  # (S, D)
+        weights, chosen, probs, z_loss = self.route(x)
+        # Sort the S·k assignments by expert, run each expert on its run of rows, and add the rows to their tokens.
+        experts, order = chosen.view(-1).sort(stable=True)  # (R,)
+        ends = torch.searchsorted(experts, torch.arange(len(probs), device=x.device), right=True, out_int32=True)
+        token = order // self.k
+        gate_up, down, dtype = self.gate_up_proj, self.down_proj, x.dtype
         if torch.is_autocast_enabled(x.device.type):
-            rows, gate_up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (rows, gate_up, down))
-        experts = experts_grouped if rows.dtype == torch.bfloat16 else experts_eager
-        rows = experts(rows, gate_up, down, ends)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        rows = rows[back].view(-1, self.k, shape[-1])  # (S, k, D)
-        out = (rows * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
-        return out.view(shape), (counts.float(), probs.mean(0), z_loss)
+            dtype = torch.get_autocast_dtype(x.device.type)
+        rows = run_experts(x.to(dtype).index_select(0, token), gate_up.to(dtype), down.to(dtype), ends)
+        rows = rows * weights.view(-1, 1).index_select(0, order)  # (R, D) in the router's type
+        out = torch.zeros_like(x, dtype=rows.dtype).index_add(0, token, rows).to(x.dtype)
+        counts = ends.diff(prepend=ends.new_zeros(1)).float()
+        return out.view(shape), (counts, probs, z_loss)
 
 
 class Layer(nn.Module):
@@ -229,11 +304,51 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c)
         self.mlp = MoE(c) if c.num_local_experts else MLP(c)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, turns, pairs):
+        x = x + self.self_attn(self.input_layernorm(x), turns, pairs)
         y = self.mlp(self.post_attention_layernorm(x))
         y, router = y if isinstance(y, tuple) else (y, None)
         return x + y, router
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Head and loss
+
+CHUNK = 2 ** 18  # logits that are held at a time on a CPU, so that they stay in its cache
+
+
+def token_losses(x, weight, targets):
+    """Cross-entropy in nats of each token, (S,) at least fp32, for x (S, D), weight (V, D), targets (S,). It has no gradient
+    and holds the logits of CHUNK numbers at a time."""
+    rows = max(1, CHUNK // len(weight))
+    pairs = zip(x.split(rows), targets.split(rows))
+    return torch.cat([F.cross_entropy(wide(F.linear(a, weight)), t, reduction="none") for a, t in pairs])
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy in nats, for x (S, D), weight (V, D), targets (S,). The logits of CHUNK numbers are held at a time:
+    their gradients are taken while they are there, in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        ctx.dtypes = x.dtype, weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+        grad_x, grad_weight, losses = torch.empty_like(x), wide(torch.zeros_like(weight)), []
+        rows = max(1, CHUNK // len(weight))
+        for part, target, grad_part in zip(x.split(rows), targets.unsqueeze(1).split(rows), grad_x.split(rows)):
+            log_probs = wide(part @ weight.T).log_softmax(-1)  # (rows, V)
+            losses.append(log_probs.gather(1, target).sum())
+            grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_probs.dtype))
+            grad = grad.div_(len(x)).to(x.dtype)
+            torch.mm(grad, weight, out=grad_part)
+            grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return -torch.stack(losses).sum() / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (*((t * grad).to(dtype) for t, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None)
 
 
 class Transformer(nn.Module):
@@ -246,9 +361,9 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c)).unsqueeze(1)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)  # (max_position_embeddings, 1, head_dim / 2)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        turns, pairs = rope_tables(c)
+        self.register_buffer("turns", turns, persistent=False)
+        self.register_buffer("pairs", pairs, persistent=False)
         assert sum(p.numel() for p in self.parameters()) == parameter_counts(c)["total"]
 
     @torch.no_grad()
@@ -269,32 +384,41 @@ class Transformer(nn.Module):
             std = self.config.initializer_range
             if "o_proj" in name or "down_proj" in name:
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
-            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))  # drawn on the CPU in fp32: the same on any device
+            # Drawn on the CPU in fp32, so that they are the same on any device.
+            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
         return self
 
-    def forward(self, ids, targets=None):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T): (mean cross-entropy in nats, router).
+    def forward(self, ids, targets=None, reduction="mean"):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T): (cross-entropy in nats, router).
 
-        router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax, "z_loss": ()}.
-        Raises ValueError when T exceeds max_position_embeddings.
+        reduction "mean": the mean over tokens, with gradients; "none": each token's (B, T), without. Neither holds the logits
+        of all tokens. router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax,
+        "z_loss": ()}. Raises ValueError when T exceeds max_position_embeddings.
         """
-        T = ids.shape[1]
-        if T > self.config.max_position_embeddings:
-            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings {self.config.max_position_embeddings}")
+        T, limit = ids.shape[1], self.config.max_position_embeddings
+        if T > limit:
+            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings {limit}")
         x = self.embed_tokens(ids)  # (B, T, D)
-        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        routers = []
+        turns, routers = self.turns[:T], []
         for layer in self.layers:
-            x, router = layer(x, cos, sin)
+            x, router = layer(x, turns, self.pairs)
             routers.append(router)
-        logits = self.lm_head(self.norm(x))
+        x = self.norm(x)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
+            return self.lm_head(x)
+        head = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
+        loss = HeadLoss.apply(*head) if reduction == "mean" else token_losses(*head).view_as(targets)
         if not self.config.num_local_experts:
             return loss, None
         counts, probs, z_loss = (torch.stack(s) for s in zip(*routers))
         return loss, {"counts": counts, "probs": probs, "z_loss": z_loss.mean()}
+
+
+def compile_layers(model):
+    """Compile each layer of a Transformer on its own, in place: layers of one shape share the compiled code, so it takes a
+    layer's time and not the model's. Parameters keep their names."""
+    for layer in model.layers:
+        layer.compile(dynamic=False)
 
 
 def balance_loss(counts, probs):
