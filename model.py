@@ -1,11 +1,12 @@
 """The transformer: dense (Llama) and mixture of experts (Mixtral), one forward pass for both.
 
-RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense; otherwise
-every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are Hugging Face's.
-Weights are fp32; under torch.autocast the matrix products are bf16, and the router, the norms and the loss stay fp32.
+RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense;
+otherwise every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are
+Hugging Face's. Under torch.autocast the matrix products are bf16; weights, router, norms and loss stay fp32.
 
-Shape suffixes in comments: B sequences, T positions, D hidden_size, F intermediate_size, H heads, K key-value heads,
-V vocabulary, L layers, E experts, k experts per token, S = B·T tokens, R = S·k rows that experts compute.
+Shapes in comments: B sequences, T positions, D hidden_size, F intermediate_size, H heads, K key-value heads,
+W = (H + 2K)·head_dim, V vocabulary, L layers, E experts, k experts per token, S = B·T tokens, R = S·k rows
+that the experts compute.
 """
 import math
 from dataclasses import dataclass, fields
@@ -51,8 +52,8 @@ class ModelConfig:
                                  f"{self.num_attention_heads}")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
-                             f"{self.num_key_value_heads}")
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                             f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs")
         if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
@@ -65,9 +66,9 @@ class ModelConfig:
 def parameter_counts(c):
     """Parameters of a ModelConfig by group, and the sums the laws use.
 
-    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (A model that was
-    upcycled to slices of its MLP has a larger N, that of its dense model; its lineage records it.)
-    N_active, N_total: non-embedding parameters of this model that a token uses, and all of them (equal to N if dense).
+    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (The
+    lineage of a model that was upcycled to slices of its MLP records a larger N, that of its dense model.)
+    N_active, N_total: non-embedding parameters of this model that a token uses, and all of them; N if dense.
     """
     L, D, E = c.num_hidden_layers, c.hidden_size, c.num_local_experts
     attention = L * D * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
@@ -82,9 +83,9 @@ def parameter_counts(c):
 
 
 def flops_per_token(c, seq_len):
-    """Training FLOPs a token, forward and backward: 6 a weight in a matrix product it meets (active experts, router and
-    head; not the embedding look-up), and 12·H·head_dim·seq_len a layer for attention, causal half not deducted (the count
-    of PaLM, arXiv 2204.02311, appendix B)."""
+    """Training FLOPs a token, forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 for each weight
+    in a matrix product that it meets (active experts, router, head; not the embedding look-up), and
+    12·H·head_dim·seq_len a layer for attention, from which the causal half is not deducted."""
     n = parameter_counts(c)
     matrices = n["N_active"] - n["norms"] + c.vocab_size * c.hidden_size
     return 6 * matrices + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
@@ -98,9 +99,15 @@ def wide(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def narrow(t):
+    """t in the type of matrix products: autocast's where autocast is on, else as it is."""
+    kind = t.device.type
+    return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
+
+
 def rope_frequencies(c):
-    """Angular frequency of each of head_dim / 2 pairs, (head_dim / 2,) fp64. Linear and llama3 scaling are those of
-    transformers. Raises ValueError for any other scaling."""
+    """Angular frequency of each pair, (head_dim / 2,) fp64. Linear and llama3 scaling are as in transformers.
+    Raises ValueError for any other scaling."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     scaling = c.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -117,11 +124,11 @@ def rope_frequencies(c):
 
 
 def rope_tables(c):
-    """RoPE as complex products on q k v (…, W), W = (H + 2K)·head_dim: returns (turns, pairs).
+    """RoPE as complex products on q k v (…, W): returns (turns, pairs).
 
-    turns (max_position_embeddings, W / 2, 2) fp32: cosine and sine by which a position turns each pair of columns; v is
-    turned by nothing. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2, a complex number wants
-    neighbours, so q k v are computed with the rows of their weight in this order. No attention score changes.
+    turns (max_position_embeddings, W / 2, 2) fp32: cosine and sine by which a position turns a pair of
+    columns; pairs of v do not turn. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2, but a
+    complex number wants neighbours, so q k v are computed with the rows of their weight in this order.
     """
     angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c))
     turned, kept = c.num_attention_heads + c.num_key_value_heads, c.num_key_value_heads
@@ -133,7 +140,7 @@ def rope_tables(c):
 
 
 def rotate(x, turns):
-    """RoPE on x (B, T, W), whose columns 2i and 2i + 1 are a pair, by turns (T, W / 2, 2). Returns fp32 or fp64."""
+    """RoPE by turns (T, W / 2, 2) on x (B, T, W), whose columns 2i and 2i + 1 are a pair."""
     x = wide(x).unflatten(-1, (-1, 2))
     turns = turns.to(x.dtype)
     if torch.compiler.is_compiling():  # the compiler knows no complex numbers
@@ -143,7 +150,7 @@ def rotate(x, turns):
 
 
 class NormFunction(torch.autograd.Function):
-    """x / sqrt(mean x² + eps) · weight. On the CPU, torch makes F.rms_norm of many small operations; this has a third."""
+    """x / sqrt(mean x² + eps) · weight, in a third of the operations that F.rms_norm takes on a CPU."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -187,11 +194,11 @@ class Attention(nn.Module):
         """qkv (B, T, W), W = (H + 2K)·head_dim -> (B, T, H·head_dim)."""
         B, T, _ = qkv.shape
         with torch.autocast(qkv.device.type, enabled=False):
-            turned = rotate(qkv, turns).view(B, T, -1, self.head_dim)
-            if qkv.is_cuda:  # on a CPU attention stays in fp32: in bf16 its backward pass takes four times as long
-                turned = turned.to(qkv.dtype)
-            q, k, v = (t.transpose(1, 2) for t in turned.split((self.heads, self.kv_heads, self.kv_heads), dim=2))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            qkv_turned = rotate(qkv, turns).view(B, T, -1, self.head_dim)
+            if qkv.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
+                qkv_turned = qkv_turned.to(qkv.dtype)
+            q, k, v = qkv_turned.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=len(q[0]) != len(k[0]))
         return out.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
 
 
@@ -204,7 +211,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = (F.linear(x, w) for w in self.gate_up_proj.weight.chunk(2))  # halves of one product would be strided
+        x = narrow(x)
+        # Two products, since the halves of one are not contiguous, which makes element-wise work slow.
+        gate, up = (F.linear(x, w) for w in self.gate_up_proj.weight.chunk(2))
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -213,7 +222,7 @@ class MLP(nn.Module):
 
 @torch.library.custom_op("nanoupcycle::grouped_mm", mutates_args=())
 def grouped_op(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """F.grouped_mm as an operator of ours: its own shape rule refuses fp32, so the compiler could not take it in a graph."""
+    """F.grouped_mm with a shape rule that takes fp32 too; torch's own does not, so it cannot be compiled."""
     return F.grouped_mm(x, w, offs=ends)
 
 
@@ -227,7 +236,11 @@ def grouped_backward(ctx, grad):
     return grouped_op(grad, w.transpose(1, 2), ends), grouped_op(x.T, grad, ends), None
 
 
-grouped_op.register_autograd(grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def grouped_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+grouped_op.register_autograd(grouped_backward, setup_context=grouped_context)
 
 
 @torch.compiler.disable
@@ -238,7 +251,7 @@ def loop_mm(x, w, ends):
 
 
 def grouped_mm(x, w, ends):
-    """x (R, M) with rows sorted by expert, w (E, M, N), ends (E,) int32 where each expert's rows end -> (R, N)."""
+    """x (R, M) in order of experts, w (E, M, N), ends (E,) int32 where an expert's rows end -> (R, N)."""
     dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
     if x.dtype not in dtypes or any(n * x.element_size() % 16 for n in w.shape[1:]):  # rows of whole 16 bytes
         return loop_mm(x, w, ends)
@@ -246,13 +259,13 @@ def grouped_mm(x, w, ends):
 
 
 def run_experts(x, gate_up, down, ends):
-    """SwiGLU experts on rows sorted by expert: x (R, D), gate_up (E, 2F, D), down (E, D, F), ends (E,) int32. Returns (R, D)."""
+    """SwiGLU experts: x (R, D) in their order, gate_up (E, 2F, D), down (E, D, F), ends (E,) -> (R, D)."""
     gate, up = (grouped_mm(x, w.transpose(1, 2), ends) for w in gate_up.chunk(2, dim=1))
     return grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends)
 
 
 class MoE(nn.Module):
-    """Mixtral's sparse MLP: fp32 softmax over experts, top-k, weights renormalised to sum to 1; no capacity, no drops."""
+    """Mixtral's sparse MLP: fp32 softmax over experts, top-k, weights renormalised, no capacity."""
 
     def __init__(self, c):
         super().__init__()
@@ -265,7 +278,7 @@ class MoE(nn.Module):
             self.register_buffer("bias", torch.zeros(E))
 
     def route(self, x):
-        """x (S, D) -> weights (S, k), chosen experts (S, k), mean softmax (E,), z-loss (); all at least fp32."""
+        """x (S, D) -> weights (S, k), chosen experts (S, k), mean softmax (E,), z-loss ()."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(wide(x), wide(self.gate.weight))  # (S, E)
             probs = logits.softmax(-1)
@@ -278,18 +291,17 @@ class MoE(nn.Module):
             return weights, chosen, probs.mean(0), logits.logsumexp(-1).square().mean()
 
     def forward(self, x):
-        """x (B, T, D) -> (B, T, D), and the router's statistics over these tokens: assignments (E,), mean softmax (E,),
-        z-loss ()."""
+        """x (B, T, D) -> (B, T, D), and the router's statistics over these tokens: assignments (E,), mean
+        softmax (E,), z-loss ()."""
         shape, x = x.shape, x.view(-1, x.shape[-1])  # (S, D)
         weights, chosen, probs, z_loss = self.route(x)
-        # Sort the S·k assignments by expert, run each expert on its run of rows, and add the rows to their tokens.
-        experts, order = chosen.view(-1).sort(stable=True)  # (R,)
-        ends = torch.searchsorted(experts, torch.arange(len(probs), device=x.device), right=True, out_int32=True)
+        # Sort the S·k assignments by expert, run each expert on its run of rows, add them to their tokens.
+        sorted_experts, order = chosen.view(-1).sort(stable=True)  # (R,)
+        experts = torch.arange(len(probs), device=x.device)
+        ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
         token = order // self.k
-        gate_up, down, dtype = self.gate_up_proj, self.down_proj, x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        rows = run_experts(x.to(dtype).index_select(0, token), gate_up.to(dtype), down.to(dtype), ends)
+        rows = narrow(x).index_select(0, token)
+        rows = run_experts(rows, narrow(self.gate_up_proj), narrow(self.down_proj), ends)
         rows = rows * weights.view(-1, 1).index_select(0, order)  # (R, D) in the router's type
         out = torch.zeros_like(x, dtype=rows.dtype).index_add(0, token, rows).to(x.dtype)
         counts = ends.diff(prepend=ends.new_zeros(1)).float()
@@ -318,25 +330,24 @@ CHUNK = 2 ** 18  # logits that are held at a time on a CPU, so that they stay in
 
 
 def token_losses(x, weight, targets):
-    """Cross-entropy in nats of each token, (S,) at least fp32, for x (S, D), weight (V, D), targets (S,). It has no gradient
-    and holds the logits of CHUNK numbers at a time."""
+    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), by CHUNK logits."""
     rows = max(1, CHUNK // len(weight))
     pairs = zip(x.split(rows), targets.split(rows))
     return torch.cat([F.cross_entropy(wide(F.linear(a, weight)), t, reduction="none") for a, t in pairs])
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy in nats, for x (S, D), weight (V, D), targets (S,). The logits of CHUNK numbers are held at a time:
-    their gradients are taken while they are there, in the forward pass."""
+    """Mean cross-entropy in nats for x (S, D), weight (V, D), targets (S,). It holds CHUNK logits at a time:
+    the forward pass takes their gradients while they are there."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.dtypes = x.dtype, weight.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+        x, weight = narrow(x), narrow(weight)
         grad_x, grad_weight, losses = torch.empty_like(x), wide(torch.zeros_like(weight)), []
         rows = max(1, CHUNK // len(weight))
-        for part, target, grad_part in zip(x.split(rows), targets.unsqueeze(1).split(rows), grad_x.split(rows)):
+        chunks = zip(x.split(rows), targets.unsqueeze(1).split(rows), grad_x.split(rows))
+        for part, target, grad_part in chunks:
             log_probs = wide(part @ weight.T).log_softmax(-1)  # (rows, V)
             losses.append(log_probs.gather(1, target).sum())
             grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_probs.dtype))
@@ -391,8 +402,8 @@ class Transformer(nn.Module):
     def forward(self, ids, targets=None, reduction="mean"):
         """ids (B, T) -> logits (B, T, V); with targets (B, T): (cross-entropy in nats, router).
 
-        reduction "mean": the mean over tokens, with gradients; "none": each token's (B, T), without. Neither holds the logits
-        of all tokens. router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax,
+        reduction "mean": the mean over tokens; "none": each token's (B, T), meant for use without gradients.
+        router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax,
         "z_loss": ()}. Raises ValueError when T exceeds max_position_embeddings.
         """
         T, limit = ids.shape[1], self.config.max_position_embeddings
@@ -415,17 +426,17 @@ class Transformer(nn.Module):
 
 
 def compile_layers(model):
-    """Compile each layer of a Transformer on its own, in place: layers of one shape share the compiled code, so it takes a
-    layer's time and not the model's. Parameters keep their names."""
+    """Compile each layer of a Transformer on its own, in place. Layers share the compiled code, so it
+    takes as long as one layer does. Parameters keep their names."""
     for layer in model.layers:
         layer.compile(dynamic=False)
 
 
 def balance_loss(counts, probs):
-    """Mean over layers of E·Σ f_i·P_i; 1 is balanced whatever E, k and depth (Switch, arXiv 2101.03961, eq. 4, f summing to 1).
+    """Mean over layers of E·Σ f_i·P_i (Switch, arXiv 2101.03961, eq. 4, with Σ f = 1); 1 is balanced.
 
-    counts (L, E): this rank's assignments, summed over ranks here; probs (L, E): this rank's mean router softmax, whose
-    gradient the ranks average.
+    counts (L, E): this rank's assignments, summed over ranks here; probs (L, E): this rank's mean router
+    softmax, whose gradient the ranks average.
     """
     if dist.is_initialized():
         counts = counts.clone()
@@ -435,6 +446,6 @@ def balance_loss(counts, probs):
 
 
 def effective_experts(counts):
-    """exp(entropy) of the share of assignments, a layer: E when balanced, 1 when collapsed. counts (L, E) -> (L,)."""
+    """exp(entropy) of a layer's shares, from counts (L, E) to (L,): E when balanced, 1 when collapsed."""
     share = counts / counts.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1).exp()
