@@ -476,8 +476,12 @@ def main(options):
     answer = answer_fresh if options.fresh else answer_now
     question["uncertainty"] = uncertainty(options, content, book)
     result = answer(book, question)
+    try:
+        as_json = json.dumps(result, allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"{options.laws}: its laws give no finite losses for this question") from None
     if options.json:
-        print(json.dumps(result, allow_nan=False))
+        print(as_json)
     else:
         given = [name for name in ("N", "D1", "flops") if question[name]]
         print(", ".join(f"{name} = {short(question[name])}" for name in given))
