@@ -37,7 +37,7 @@ def least(parameter):
 
 def check_number(where, value, lowest=5e-324):
     """Raises ConfigError unless value is a finite number, and positive or at least the given lowest."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
         raise ConfigError(f"{where} = {str(value)[:40]} is not a finite number")
     if value < lowest:
         raise ConfigError(f"{where} = {value:g} must be positive")
@@ -62,6 +62,10 @@ def check_origin(path, origin):
 
     Methods of upcycling may have other numbers of experts beside that of the MoE from scratch.
     """
+    for family, said in origin.items():
+        for key in ("max_seq_len", *MOE):
+            for value in said.get(key) or ():
+                check_number(f"{path}: origin.{family}.{key}", value, 0.0)
     for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
         values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
                   for family in FAMILY_NAMES}
@@ -92,6 +96,7 @@ def check_laws(path, content):
                 check_law(f"{path}: {where}.beside.{other}", other, beside)
             for method, fitted in entry.get("methods", {}).items():
                 check_law(f"{path}: {where}.methods.{method}", law, fitted)
+            entry.get("fitted_with", {}).get(law)
             for key in ("relative_error", "rmse_log"):
                 check_number(f"{path}: {where}.{key}", entry.get(key, 1.0), 0.0)
             for test, (error, beyond) in held_out(entry).items():
@@ -105,6 +110,8 @@ def check_laws(path, content):
                 check_number(f"{path}: ranges.{family}.{name}", high, low)
         where = "models"
         for model in content.get("models", ()):
+            if model["family"] not in FAMILY_NAMES:
+                raise ConfigError(f"{path}: models: no family is {str(model['family'])[:40]}")
             check_number(f"{path}: models: N", model["N"])
             check_number(f"{path}: models: flops_per_token", model["flops_per_token"])
         check_number(f"{path}: active_ratio", content.get("active_ratio", 1.0))
@@ -226,6 +233,10 @@ def make_book(path, content, wanted=""):
     names = [wanted] if wanted else with_methods or names
     if not names and not {"dense", "moe"} <= set(laws):
         raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
+    methods = {law: sorted(laws[law].get("methods") or ["copy"]) for law in names}
+    for law in names:
+        if methods[law] != methods[names[0]]:
+            raise ConfigError(f"{path}: laws.{law}.methods: they are not those of laws.{names[0]}")
     tests = [held_out(entry) for entry in laws.values()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
@@ -243,7 +254,7 @@ def make_book(path, content, wanted=""):
             "ranges": ranges, "moe": moe,
             "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
                       for name in ("N", "D", "D1", "D2", *MOE)},
-            "methods": sorted({method for law in names for method in laws[law].get("methods") or ["copy"]}),
+            "methods": methods[names[0]] if names else [],
             "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILY_NAMES}}
 
 

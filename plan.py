@@ -124,11 +124,6 @@ def summary(found, weights, count):
             for i, (name, (losses, draws)) in enumerate(found.items())}
 
 
-def lowest_loss(found):
-    """The name of the lowest loss in a summary; None of nothing."""
-    return min(found, key=lambda name: found[name]["loss"], default=None)
-
-
 def judge(options, laws):
     """{"verdict": clear or mixed, "says": it in words, "best", "gap": its lead as a share of the loss}."""
     best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
@@ -176,8 +171,9 @@ def compare(book, points, reasons=()):
     laws = {law["name"]: {"label": law["label"], "weight": weight, "losses": by_option,
                           "best": min(by_option, key=by_option.get)}
             for law, weight, by_option in zip(kept, weights, losses)}
-    return judge(options, laws) | {"options": options, "methods": methods, "method": lowest_loss(methods),
-                                   "laws": laws, "warnings": warnings}
+    method = min(methods, key=lambda name: methods[name]["loss"], default=None)
+    return judge(options, laws) | {"options": options, "methods": methods, "method": method, "laws": laws,
+                                   "warnings": warnings}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -441,43 +437,35 @@ def uncertainty(options, content, book):
     if any("draws" in content["laws"].get(law["name"] or "moe", {}) for law in book["laws"]):
         said = "Intervals hold draws of the fits, their misfit"
     else:
-        misfit = book["laws"][0]["misfit"]
-        errors = ", ".join(f"{family} {percent(error)}" for family, error in misfit.items())
-        said = f"Intervals hold assumed errors of these published laws ({errors})"
+        said = "Intervals hold assumed errors of these published laws"
     said += f", and {percent(FORM_ERROR)} of the loss per factor e beyond the data."
     for option, family in ((DENSE, "dense"), (SCRATCH, "moe"), (UPCYCLE, "upcycled")):
         if not all(law["routes"][family] for law in book["laws"]):
             said += f" The laws file has no {family} law of the same fit, so an option is left out: {option}."
+    if "source" in content:
+        said = f"{content['source']} {said}"
     if options.checkpoint:
         said += " The checkpoint is taken to be trained like the laws' dense models. A pilot assumes nothing."
     return said
-
-
-def say_what_a_study_finds(laws, options):
-    """--design: what a planned study would find, were the laws true."""
-    from plan_design import plan_design, say_design  # these need torch
-
-    found = plan_design(laws, options)
-    if options.json:
-        print(json.dumps({name: {key: v if math.isfinite(v) else None for key, v in cells.items()}
-                          for name, cells in found.items()}))
-    else:
-        print(f"Were {options.laws} true, with noise of {percent(options.noise)} a run and "
-              f"{percent(options.trunk_noise)} a trunk:", *say_design(found), sep="\n")
 
 
 def main(options):
     check(options)
     content = read_laws(options.laws)
     if options.design:
-        return say_what_a_study_finds(content["laws"], options)
+        from plan_design import print_design  # it needs torch
+        return print_design(content["laws"], options)
     book = make_book(options.laws, content, options.law)
     question = ask(options, content, book)
     answer = answer_fresh if options.fresh else answer_now
     question["uncertainty"] = uncertainty(options, content, book)
     result = answer(book, question)
+    try:
+        as_json = json.dumps(result, allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"{options.laws}: its laws give no finite losses for this question") from None
     if options.json:
-        print(json.dumps(result, allow_nan=False))
+        print(as_json)
     else:
         given = [name for name in ("N", "D1", "flops") if question[name]]
         print(", ".join(f"{name} = {short(question[name])}" for name in given))

@@ -1,5 +1,6 @@
 """What a planned study will find, were the laws of a file true: the errors of alpha3 and D2*, its cost."""
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from scipy.stats import norm
 from configurator import ConfigError, parse
 from laws import evaluate, fit, predict
 from mixture import first_crossing
-from plan_page import columns
+from plan_page import columns, percent
 from rows import FAMILIES
 from sweep import Study, planned_rows, study_totals
 
@@ -87,7 +88,7 @@ def plan_design(laws, options):
     N, D1 = (getattr(options, name) or max((row[name] for row in runs), default=0.0) for name in ("N", "D1"))
     for name, variant in variants(study).items():
         totals = study_totals(variant)
-        found[name] = expected(laws, planned_rows(variant), options, N, D1) | totals
+        found[name] = {"N": N, "D1": D1} | expected(laws, planned_rows(variant), options, N, D1) | totals
         if options.flops_per_gpu:
             found[name]["hours"] = totals["flops"] / (options.flops_per_gpu * options.mfu * 3600)
     return found
@@ -98,3 +99,15 @@ def say_design(found):
     table = [(name, *(f"{value:.3g}" if math.isfinite(value) else "-" for value in cells.values()))
              for name, cells in found.items()]
     return columns([("design", *found["as it is"]), *table])
+
+
+def print_design(laws, options):
+    """What plan.py --design prints."""
+    found = plan_design(laws, options)
+    if options.json:
+        finite = {name: {key: value if math.isfinite(value) else None for key, value in cells.items()}
+                  for name, cells in found.items()}
+        print(json.dumps(finite))
+    else:
+        print(f"Were {options.laws} true, with noise of {percent(options.noise)} a run and "
+              f"{percent(options.trunk_noise)} a trunk:", *say_design(found), sep="\n")

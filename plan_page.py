@@ -35,12 +35,16 @@ WORDS = {  # plan.html says the same sentences
 }
 
 
+TIE = 1e-12  # the relative size of a step that takes a tie over the edge
+
+
 def say(key, **values):
     return WORDS[key].format(**values)
 
 
 def short(value):
-    """A count in words, as 50.6B; a large one as 1.5e21."""
+    """A count in words, as 50.6B; a large one as 1.5e21. Ties round up, as they do on the page."""
+    value *= 1 + TIE
     if value >= 1e15 or value < 1:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
@@ -51,7 +55,7 @@ def short(value):
 
 
 def percent(share):
-    return f"{100 * share:.1f} %"
+    return f"{100 * share * (1 + TIE):.1f} %"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,7 +154,8 @@ def draw_figure(budget, answers, colors, path):
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
-        axis.text(0.5, 0.5, "the laws cannot say anywhere here", transform=axis.transAxes, ha="center")
+        axis.text(0.5, 0.5, "the laws cannot say anywhere here", transform=axis.transAxes, ha="center",
+                  bbox={"facecolor": "white", "lw": 0})
         axis.set_yticks([])
     axis.set_xlim(budgets[0], budgets[-1])
     axis.spines[["top", "right"]].set_visible(False)
