@@ -7,23 +7,13 @@ import numpy as np
 from scipy.stats import norm
 
 from configurator import ConfigError, parse
-from laws import evaluate, fit, predict
+from engine import evaluate, fit
+from laws import predict
 from mixture import first_crossing
 from plan_page import columns, percent
 from rows import FAMILIES
 from sweep import Study, planned_rows, study_totals
-
-
-def covariance(jacobian, trunks, noise, trunk_noise):
-    """(p, p) covariance of a least-squares estimate whose rows share the luck of their trunk.
-
-    jacobian is (p, n), trunks (n,) names a trunk each; noise and trunk_noise are standard deviations.
-    """
-    together = np.equal.outer(trunks, trunks)
-    errors = noise ** 2 * np.eye(len(trunks)) + trunk_noise ** 2 * together
-    scale = np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-12
-    solve = np.linalg.pinv((jacobian / scale).T, rcond=1e-6) / scale
-    return solve @ errors @ solve.T
+from uncertainty import covariance, trunk_of
 
 
 def expected(laws, rows, options, N, D1):
@@ -43,8 +33,9 @@ def expected(laws, rows, options, N, D1):
     found = fit(rows, system)
     free = (found.theta > found.problem.low) & (found.theta < found.problem.high)  # the laws may lack a term
     jacobian = evaluate(found.problem, found.theta[None])[1][0] * free[:, None]
-    trunks = np.array([str(row.get("trunk", i)) for i, row in enumerate(found.problem.rows)])
-    cov = covariance(jacobian, trunks, options.noise, options.trunk_noise)
+    trunks = trunk_of(found.problem.rows)
+    noise = options.trunk_noise ** 2 * np.equal.outer(trunks, trunks) + options.noise ** 2 * np.eye(len(trunks))
+    cov = covariance(jacobian, noise)
     place, alpha3 = found.problem.names.index("upcycled:alpha3"), found.params("upcycled")["alpha3"]
     error = math.sqrt(cov[place, place])
     x = D1 * np.geomspace(1e-4, 1e4, 4001)

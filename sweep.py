@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import checkpoint
-from configurator import REQUIRED, ConfigError, from_dict, progress, read_config, run, setting
+from configurator import REQUIRED, ConfigError, convert, from_dict, progress, read_config, run, setting
 from data.stream import load_tokens
 from model import ModelConfig, flops_per_token, parameter_counts
 from rows import append_row, differences, run_key, unusual_knobs
@@ -35,7 +35,8 @@ class Study:
     config: str = setting(REQUIRED, "study file: assignments of the settings below, as config/study_quick.py",
                           positional=True)
     out_dir: str = setting("out/study", "where runs and rows.jsonl go")
-    sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size")
+    sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size; `seeds` in "
+                                "place of the study's, and `scratch_seeds`, of further dense and MoE runs")
     D1: list[int] = setting([], "tokens of the dense model before upcycling")
     D2: list[int] = setting([], "tokens after upcycling")
     D_dense: list[int] = setting([], "tokens of dense runs; empty: D1")
@@ -95,8 +96,11 @@ def study_jobs(study):
     for key in (key for values in (study.train, *study.sizes) for key in values if key in SET_BY_STUDY):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     jobs, seen = [], set()
-    for seed in study.seeds:
-        for size in study.sizes:
+    for size in study.sizes:
+        seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
+                 for key, usual in (("seeds", study.seeds), ("scratch_seeds", []))}
+        size = {key: value for key, value in size.items() if key not in seeds}
+        for seed in seeds["seeds"] + seeds["scratch_seeds"]:
             dense = from_dict(Train, study.train | size | {"seed": seed, "rows": None}, f"{study.config}: ")
             if dense.tokens_per_step % dense.max_seq_len:
                 raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
@@ -105,23 +109,26 @@ def study_jobs(study):
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
             seen.add((n, seed))
-            jobs += jobs_of_size(study, dense, n)
+            jobs += jobs_of_size(study, dense, n, study.D1 if seed in seeds["seeds"] else [])
     keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
     if len(set(keys)) < len(keys):
         raise ConfigError(f"{study.config}: two of methods are equal")
     return jobs
 
 
-def jobs_of_size(study, dense, n):
-    """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches."""
+def jobs_of_size(study, dense, n, upcycled_at):
+    """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches.
+
+    upcycled_at: the levels of D1 from which this seed is upcycled.
+    """
     experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
     moe = dataclasses.replace(dense, **experts)
     dense_trunk = f"dense-N{n}-s{dense.seed}"
     jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
-                              study.D_dense or study.D1, keep=study.D1)
+                              study.D_dense or study.D1, keep=upcycled_at)
     jobs += trunk_and_branches(study, moe, f"moe-N{n}-s{dense.seed}", {"family": "moe", "N": n},
                                study.D_moe or sorted({*study.D1, *study.D2}))
-    for d1 in rounded_levels(study, dense, study.D1):
+    for d1 in rounded_levels(study, dense, upcycled_at) if upcycled_at else ():
         for method in study.methods:
             source = checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
             given = {"source": source, "destination": "start", "check": False, "seed": dense.seed}
