@@ -130,9 +130,8 @@ def load_tokenizer(name_or_path):
         try:
             return of_tiktoken(need("tiktoken").get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network; a damaged download
-            raise ConfigError(
-                f"tokenizer gpt2: cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a "
-                "folder where a machine with network has put it, or use --tokenizer=bytes") from None
+            raise ConfigError(f"tokenizer gpt2: no download ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
+                              "to a folder that holds it, or use --tokenizer=bytes") from None
     path = Path(name_or_path, "tokenizer.json") if os.path.isdir(name_or_path) else Path(name_or_path)
     if not path.is_file():
         raise ConfigError(f"tokenizer {name_or_path!r}: neither bytes, bpe, gpt2 nor a tokenizer.json")
@@ -153,7 +152,6 @@ def train_bpe(texts, vocab_size):
 
 # ---------------------------------------------------------------------------------------------------------
 # Sources: generators of texts
-
 
 def pysource_versions():
     """{package: installed version} of the packages in requirements.txt."""
@@ -181,9 +179,9 @@ def local_files(source):
 
 def text_of(row, field):
     """The text in a row of data, "" for null. Raises ValueError."""
-    if not isinstance(row, dict) or field not in row:
-        names = ", ".join(row) if isinstance(row, dict) else "none"
-        raise ValueError(f"no field {field!r} (--text_field); there are: {names}")
+    row = row if isinstance(row, dict) else {}
+    if field not in row:
+        raise ValueError(f"no field {field!r} (--text_field); there are: {', '.join(row) or 'none'}")
     if not isinstance(row[field], str | None):
         raise ValueError(f"field {field!r} is not text but {type(row[field]).__name__}")
     return row[field] or ""
@@ -214,7 +212,7 @@ def read_file(path, field, piece_bytes):
                         yield text_of(json.loads(line.decode("utf-8", "surrogateescape")), field)
                 except (ValueError, RecursionError) as error:
                     raise ConfigError(f"{path}: line {number}: {one_line(error)}") from None
-        elif b"\0" in file.peek()[:2**13]:
+        elif b"\0" in (file.peek(2**13)[:2**13] or b"\0"):  # an empty file counts as a binary one
             yield ""
         else:
             while lines := file.readlines(piece_bytes):
@@ -271,8 +269,7 @@ def write_spool(file, texts, options):
 def split(keys, sizes, val_fraction):
     """{"train": (n_train,), "val": (n_val,)} document numbers, shuffled, without duplicates."""
     order = np.lexsort(keys.T)
-    is_first = np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))[:len(order)]
-    order = order[is_first]
+    order = order[np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))[:len(order)]]
     text_bytes = np.cumsum(sizes[order])
     n_val = min(np.searchsorted(text_bytes, val_fraction * sizes[order].sum()) + 1, len(order) - 1)
     return {"train": order[n_val:], "val": order[:n_val]}
@@ -305,8 +302,8 @@ def build(options, folder):
         n_documents = {part: len(numbers) for part, numbers in splits.items()}
         n_distinct = sum(n_documents.values())
         if n_distinct < 2:
-            raise ConfigError(f"{options.source}: the split needs two different documents; found {n_distinct} "
-                              f"and {counts['empty']} empty texts or binary files")
+            raise ConfigError(f"{options.source}: the split needs two different documents; found {n_distinct}"
+                              f", and {counts['empty']} empty texts or binary files")
         data, ends = np.memmap(spool, np.uint8, "r"), np.cumsum(sizes)
 
         def texts(part):
@@ -333,15 +330,25 @@ def build(options, folder):
 # ---------------------------------------------------------------------------------------------------------
 # A data set: complete or not there, built again if its settings or its input changed
 
-def fingerprint(*paths):
-    """A hash of the names, sizes and times of change of all files under those of `paths` that exist."""
-    files = [file for path in paths if path.exists() for file in local_files(path)]
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+def prepare(options):
+    """(meta, built): the data set of these options, built now unless it is there. Raises ConfigError."""
+    source = Path(options.source)
+    name = re.sub(r"(\.txt|\.jsonl|\.parquet)?(\.gz)?$", "", source.resolve().name)
+    out = Path(options.out_dir or DATA / name)
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"out_dir: {out} lies in the source itself; choose another with --out_dir=DIR")
+    settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
+    inputs = [file for path in map(Path, (source, options.tokenizer)) if path.exists()
+              for file in local_files(path)]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in inputs]
+    settings["inputs"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    if options.source == "pysource":
+        settings["versions"] = {"python": platform.python_version()} | pysource_versions()
+    with contextlib.suppress(ConfigError):  # incomplete
+        meta, _ = [load_tokens(out, part)[1] for part in ("train", "val")]
+        if meta.get("settings") == settings:
+            return meta, False
 
-
-def rebuild(options, settings, out):
-    """Build a data set in a folder within `out`, then move its files to `out`. Returns meta."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="partial-", dir=out) as folder:
         meta = {"name": out.resolve().name} | build(options, Path(folder)) | {"settings": settings}
@@ -351,25 +358,7 @@ def rebuild(options, settings, out):
             (out / name).unlink(missing_ok=True)
         for name in sorted(os.listdir(folder), key=lambda name: name == "meta.json"):
             os.replace(f"{folder}/{name}", out / name)
-    return meta
-
-
-def prepare(options):
-    """(meta, built): the data set of these options, built now unless it is there. Raises ConfigError."""
-    source = Path(options.source)
-    name = (source.resolve() if source.exists() else source).name
-    out = Path(options.out_dir or DATA / re.sub(r"(\.txt|\.jsonl|\.parquet)?(\.gz)?$", "", name))
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"out_dir: {out} lies in the source itself; choose another with --out_dir=DIR")
-    settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
-    settings["inputs"] = fingerprint(source, Path(options.tokenizer))
-    if options.source == "pysource":
-        settings["versions"] = {"python": platform.python_version()} | pysource_versions()
-    with contextlib.suppress(ConfigError):  # incomplete
-        meta, _ = [load_tokens(out, part)[1] for part in ("train", "val")]
-        if meta.get("settings") == settings:
-            return meta, False
-    return rebuild(options, settings, out), True
+    return meta, True
 
 
 def main(options):
