@@ -7,7 +7,7 @@
 All sources go one way. Each document is appended to a spool on disk as it comes. Its key is sha256(seed,
 text). Sorting by key shuffles the documents in an order that depends on seed and content alone. Equal
 neighbours in that order are exact duplicates. The first documents, up to val_fraction of the text, are the
-validation set, so it is the same for every tokenizer. A document takes about 100 bytes of memory.
+validation set, so it is the same for every tokenizer.
 """
 import array
 import contextlib
@@ -40,9 +40,8 @@ END_OF_TEXT = "<|endoftext|>"
 @dataclass
 class Options:
     """Turn text into tokens: out_dir/{train,val}.npy and meta.json."""
-    source: str = setting(REQUIRED, "pysource (Python sources of the standard library and of the packages in "
-                          "requirements.txt), a text, .jsonl or .parquet file, a directory of such files, or "
-                          "the name of a Hugging Face dataset", positional=True)
+    source: str = setting(REQUIRED, "pysource (Python sources of this installation), a text, .jsonl "
+                          "or parquet file, a directory of them, or a Hugging Face dataset", positional=True)
     out_dir: str = setting("", "directory to write; empty: data/<name of the source>")
     tokenizer: str = setting("bytes", "bytes (256 and end-of-text), bpe (byte-level, trained on the training "
                              "documents), gpt2, or the path of a tokenizer.json")
@@ -243,10 +242,7 @@ def read_source(options):
 # Documents -> spool -> sorted, without duplicates, split -> .npy
 
 def write_spool(file, texts, options):
-    """Write the texts that are not empty to `file`, until it has max_bytes, with U+FFFD for surrogates.
-
-    Returns keys (n, 2) uint64, sizes (n,) in bytes, and counts of the texts left out or mended.
-    """
+    """Write texts to `file` until it has max_bytes. Returns keys (n, 2) uint64, sizes (n,), and counts."""
     keys, sizes, salt = bytearray(), array.array("q"), f"{options.seed}\0".encode()
     counts = {"empty": 0, "bad_utf8": 0}
     with progress(options.max_bytes, f"reading {options.source}", "B") as bar:
@@ -254,7 +250,7 @@ def write_spool(file, texts, options):
             if not text:
                 counts["empty"] += 1
                 continue
-            mended = re.sub("[\ud800-\udfff]", "\ufffd", text)
+            mended = re.sub("[\ud800-\udfff]", "\ufffd", text)  # a surrogate has no UTF-8
             counts["bad_utf8"] += mended != text
             data = mended.encode("utf-8")
             keys += hashlib.sha256(salt + data).digest()[:16]
@@ -338,9 +334,8 @@ def prepare(options):
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"out_dir: {out} lies in the source itself; choose another with --out_dir=DIR")
     settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
-    inputs = [file for path in map(Path, (source, options.tokenizer)) if path.exists()
-              for file in local_files(path)]
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in inputs]
+    inputs = [f for path in (source, Path(options.tokenizer)) if path.exists() for f in local_files(path)]
+    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in inputs]
     settings["inputs"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     if options.source == "pysource":
         settings["versions"] = {"python": platform.python_version()} | pysource_versions()
