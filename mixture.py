@@ -188,9 +188,9 @@ def routes_of(laws, name, wanted):
             routes[family] = drawn(family, beside[family], wanted)
         elif system and system.get(family) == name:  # one curve serves both families
             names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
-            own = {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
-                   for part in ("params", "draws") if part in entry}
-            routes[family] = drawn(family, own, wanted)
+            shared = {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
+                      for part in ("params", "draws") if part in entry}
+            routes[family] = drawn(family, shared, wanted)
         elif of_one_fit and not system and family in laws:  # published laws do not name their fit
             routes[family] = drawn(family, laws[family], wanted)
         else:
@@ -287,8 +287,8 @@ def estimate(law, family, variables, method="copy"):
 def sample(book, law, family, variables, method="copy"):
     """(draws, ...) losses of one family by a law's draws, each with a draw of misfit and of error of form."""
     losses = losses_of(law, family, variables, method, "draws")
-    form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * far
-               for name, far in distance(book, family, variables).items())
+    form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * ln_times
+               for name, ln_times in distance(book, family, variables).items())
     error = np.sqrt(law["misfit"][family] ** 2 + np.asarray(form) ** 2)
     return losses * np.exp(error * book["normal"][family].reshape((-1,) + (1,) * (losses.ndim - 1)))
 

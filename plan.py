@@ -78,17 +78,17 @@ def beyond_the_data(book, points):
     """([why the verdict is void], [warnings]): which variables lie beyond the fitted ranges, and how far."""
     reasons, warnings = {}, {}
     for family, variables in points.values():
-        for name, far in distance(book, family, variables).items():
+        for name, ln_times in distance(book, family, variables).items():
             value, key = variables[name], (name, short(variables[name]))
             if name not in book["ranges"][family]:
                 warnings[name, family] = say("unknown", name=name, family=family)
-            elif far > NEAR:
+            elif ln_times > NEAR:
                 low, high = book["ranges"][family][name]
                 side, edge = ("above", high) if value > high else ("below", low)
-                text = say(side, name=name, value=short(value), times=short(math.exp(far)), edge=short(edge),
-                           family=family)
-                if far > math.log(book["reach"][name]) + 1e-9:
-                    reasons.setdefault(key, say("far", text=text, reach=short(book["reach"][name])))
+                text = say(side, name=name, value=short(value), times=short(math.exp(ln_times)),
+                           edge=short(edge), family=family)
+                if ln_times > math.log(book["reach"][name]) + 1e-9:
+                    reasons.setdefault(key, say("too_distant", text=text, reach=short(book["reach"][name])))
                 else:
                     warnings.setdefault(key, text)
     return list(reasons.values()), list(warnings.values())
@@ -152,8 +152,8 @@ def compare(book, points, reasons=()):
     chosen "method" of upcycling, "laws": {law: {"label", "weight", "best", "losses"}}, "warnings". A void
     verdict, for the given reasons or for those found here, ranks nothing: it has no options.
     """
-    far, warnings = beyond_the_data(book, points)
-    reasons = [*reasons, *far]
+    too_distant, warnings = beyond_the_data(book, points)
+    reasons = [*reasons, *too_distant]
     kept = [law for law in book["laws"] if not above_own_start(law, points)]
     total = sum(law["weight"] for law in kept)
     if len(kept) < len(book["laws"]) and not reasons:

@@ -11,7 +11,7 @@ WORDS = {  # plan.html says the same sentences
     "unknown": "the fitted range of {name} ({family}) is not known",
     "above": "{name} = {value} is {times} times above the largest fitted, {edge} ({family})",
     "below": "{name} = {value} is {times} times below the smallest fitted, {edge} ({family})",
-    "far": "{text}, and such laws were tested to {reach} times",
+    "too_distant": "{text}, and such laws were tested to {reach} times",
     "start": "{laws} would put the upcycled model above its own dense start, which cannot hold",
     "lacks": "the laws file has no laws of one fit for two options",
     "clear": "Clearly {best}: the laws are {sure} sure, it leads {second} by {gap} of the loss, and all laws "
