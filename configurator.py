@@ -251,6 +251,9 @@ def run(main, cls):
             print(help_text(cls, script))
         else:
             main(parse(cls, argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has gone, as in `--help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts many processes, and one of them speaks
             print(f"{os.path.basename(script)}: {error}", file=sys.stderr)

@@ -310,16 +310,3 @@ def first_crossing(x, difference):
     with np.errstate(divide="ignore", invalid="ignore"):
         root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
     return np.where(below.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)
-
-
-def head_start(params, N, D1):
-    """H: how many tokens of MoE training a dense checkpoint of N parameters and D1 tokens is worth."""
-    if "dense_A" in params:  # loss matching: the MoE's loss after H tokens is e^delta times the dense model's
-        dense = {name.removeprefix("dense_"): params[name] for name in params if name.startswith("dense_")}
-        goal = math.exp(params.get("delta", 0.0)) * predict("dense", dense, N=N, D=D1)
-        gap = max(goal - params["B"] * N ** -params["beta"] - params["E"], 1e-4 * goal)
-        return (gap / params["A"] * N ** params.get("nu", 0.0)) ** (-1 / params["alpha"])
-    tokens = params["c"] * D1 ** params["gamma"]
-    if "H_max" in params:
-        tokens = (tokens ** -params["alpha"] + params["H_max"] ** -params["alpha"]) ** (-1 / params["alpha"])
-    return tokens

@@ -13,15 +13,15 @@ import dataclasses
 import json
 import math
 import os
-import signal
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from configurator import ConfigError, run, setting
+from laws import head_start
 from mixture import (EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
-                     first_crossing, head_start, make_book, quantile, read_laws, sample)
+                     first_crossing, make_book, quantile, read_laws, sample)
 from plan_page import WORDS, draw_figure, percent, say, say_answer, short, write_page
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
@@ -251,7 +251,7 @@ def answer_now(book, question):
             params, found = law["routes"]["upcycled"][result["method"]]["params"], result["laws"][law["name"]]
             found["D2_star"] = stars[law["name"]]
             if params.get("alpha") == law["routes"]["moe"]["params"]["alpha"]:  # one curve for both
-                found["head_start"] = float(head_start(params, question["N"], question["D1"]))
+                found["head_start"] = float(head_start(law["name"], params, question["N"], question["D1"]))
                 found["kappa"] = params.get("kappa", 0.0)
     return result | {"pilot": pilot(book, question) if needs_pilot(result) else None}
 
@@ -349,22 +349,15 @@ def check(options):
         raise ConfigError("--html shows the options of a dense checkpoint; leave out --fresh")
 
 
-def tokens_seen(state):
-    """Tokens that a checkpoint saw in all its runs, by its trainer_state.json; 0 where that does not say."""
-    if "history" in state:
-        return sum(tokens for _, tokens in state["history"])
-    return state.get("tokens", 0) + state.get("lineage", {}).get("tokens_before", 0)
-
-
 def of_checkpoint(options, moe, context):
     """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE. Raises ConfigError."""
-    from checkpoint import read_config, read_state  # these need torch
+    from checkpoint import read_config, read_state, tokens_seen  # these need torch
     from model import flops_per_token as count_flops, parameter_counts
 
     config, state = read_config(options.checkpoint), read_state(options.checkpoint)
     if config.num_local_experts:
         raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
-    N, D1 = float(options.N or parameter_counts(config)["N"]), float(options.D1 or tokens_seen(state))
+    N, D1 = float(options.N or parameter_counts(config)["N"]), float(options.D1 or (tokens_seen(state) if state else 0))
     if not D1:
         raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was "
                           "trained; give --D1=")
@@ -486,5 +479,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for plan.py --help | head
     run(main, Options)
