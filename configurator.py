@@ -168,7 +168,7 @@ def checked(cls, values, where=""):
     for f in dataclasses.fields(cls):
         least, most = f.metadata["least"], f.metadata["most"]
         for number in result[f.name] if isinstance(result.get(f.name), list) else [result.get(f.name)]:
-            if number is not None and (least is not None and number < least or most is not None and number > most):
+            if isinstance(number, (int, float)) and (least is not None and number < least or most is not None and number > most):
                 raise ConfigError(f"{where}{f.name}: {number!r} is not " + (f"at least {least}" if most is None else f"in {least} .. {most}"))
     return result
 
