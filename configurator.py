@@ -174,8 +174,8 @@ def checked(cls, values, where=""):
     for f in dataclasses.fields(cls):
         least, most, value = f.metadata["least"], f.metadata["most"], result.get(f.name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and (least is not None and number < least
-                                       or most is not None and number > most):
+            if isinstance(number, (int, float)) and (least is not None and number < least
+                                                         or most is not None and number > most):
                 allowed = f"at least {least}" if most is None else f"in {least} .. {most}"
                 raise ConfigError(f"{where}{f.name}: {number!r} is not {allowed}")
     return result

@@ -3,9 +3,9 @@
     python sweep.py config/study_quick.py [--dry_run]
 
 A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays.
-Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; finished runs are skipped.
-Ctrl-C, SIGTERM and, on Linux, a kill of this process let each run save the step under way. A run that is killed
-itself goes on from its last checkpoint (save_every_seconds).
+Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; what is done is skipped.
+Ctrl-C, SIGTERM and, on Linux, a kill of this process let each run save its step. A run that is killed itself
+goes on from its last checkpoint (save_every_seconds).
 """
 import contextlib
 import ctypes
@@ -22,9 +22,9 @@ from multiprocessing.connection import wait
 import checkpoint
 from configurator import REQUIRED, ConfigError, convert, from_dict, progress, read_config, run, setting
 from data.stream import load_tokens
-from model import ModelConfig, flops_per_token, parameter_counts
+from model import flops_per_token, parameter_counts
 from rows import append_row, differences, run_key, unusual_knobs
-from start import MODEL_KEYS, planned_row
+from start import planned_row, resolve_architecture
 from train import Stopped, Train, caught_signals, train
 from upcycle import Options as UpcycleOptions, knobs, upcycle
 
@@ -101,11 +101,12 @@ def study_jobs(study):
                  for key, usual in (("seeds", study.seeds), ("scratch_seeds", []))}
         size = {key: value for key, value in size.items() if key not in seeds}
         for seed in seeds["seeds"] + seeds["scratch_seeds"]:
-            dense = from_dict(Train, study.train | size | {"seed": seed, "rows": None}, f"{study.config}: ")
+            settings = study.train | size | {"seed": seed, "rows": None}
+            dense, m, _ = resolved(from_dict(Train, settings, f"{study.config}: "))
             if dense.tokens_per_step % dense.max_seq_len:
                 raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
                                   f"multiple of max_seq_len = {dense.max_seq_len}")
-            n = parameter_counts(model_of(dense)[0])["N"]
+            n = parameter_counts(m)["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
             seen.add((n, seed))
@@ -153,14 +154,10 @@ def method_name(study, options):
     return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
-def model_of(c):
-    """(ModelConfig, data_sha256 of the data set) of training settings. Raises ConfigError."""
+def resolved(c):
+    """(settings with the architecture resolved, its ModelConfig, the data's sha256). Raises ConfigError."""
     meta = load_tokens(c.dataset, "train")[1]
-    try:
-        m = ModelConfig(vocab_size=meta["vocab_size"], **{key: getattr(c, key) for key in MODEL_KEYS})
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return m, meta.get("data_sha256")
+    return *resolve_architecture(c, None, meta), meta.get("data_sha256")
 
 
 def rounded_levels(study, c, tokens):
@@ -178,7 +175,7 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None)
     The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes.
     """
     step = c.tokens_per_step
-    m, data_sha256 = model_of(c)
+    c, m, data_sha256 = resolved(c)
     per_token = flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
@@ -216,24 +213,17 @@ def study_totals(study):
 
 def describe(jobs):
     """The plan as text: rows, tokens and FLOPs by family, and how much it saves that rows share trunks."""
-    dense_flops = {(j.row["N"], j.row["seed"]): j.row["flops"] // j.row["D"] for j in jobs if "D" in j.row
-                   and j.row["family"] == "dense"}
-    lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}{'each row alone: tokens':>26}"
-             f"{'FLOPs':>10}"]
-    form, totals = "{:10}{:8}{:6}{:12.4g}{:10.3g}{:26.4g}{:10.3g}", [0] * 6
-    for family in ("dense", "moe", "upcycled"):
-        of_family = [job for job in jobs if job.row["family"] == family]
-        rows = [job.row for job in of_family if not job.is_trunk]
-        alone = sum(r.get("D", 0) + r.get("D1", 0) + r.get("D2", 0) for r in rows)
-        alone_flops = sum(r["flops"] + r.get("D1", 0) * dense_flops[r["N"], r["seed"]] for r in rows)
-        tokens, flops = sum(j.tokens for j in of_family), sum(j.flops for j in of_family)
-        values = [len(of_family) - len(rows), len(rows), tokens, flops, alone, alone_flops]
-        totals = [a + b for a, b in zip(totals, values)]
-        lines.append(form.format(family, *values))
-    lines.append(form.format("all", *totals))
-    return "\n".join(lines + [
-        f"shared trunks save {1 - totals[2] / totals[4]:.0%} of the tokens and "
-        f"{1 - totals[3] / totals[5]:.0%} of the FLOPs; {sum(j.done for j in jobs)} of {len(jobs)} runs are finished"])
+    lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}"]
+    for family in ("dense", "moe", "upcycled", "all"):
+        chosen = [job for job in jobs if family in (job.row["family"], "all")]
+        trunks = sum(job.is_trunk for job in chosen)
+        tokens, flops = sum(job.tokens for job in chosen), sum(job.flops for job in chosen)
+        lines.append(f"{family:10}{trunks:8}{len(chosen) - trunks:6}{tokens:12.4g}{flops:10.3g}")
+    rows = [job.row for job in jobs if not job.is_trunk]
+    alone = sum(row.get(key, 0) for row in rows for key in ("D", "D1", "D2"))
+    lines.append(f"shared trunks save {1 - tokens / alone:.0%} of the tokens of training each row alone; "
+                 f"{sum(job.done for job in jobs)} of {len(jobs)} runs are finished")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -288,7 +278,7 @@ def check_unchanged(job):
         check_row(job, checkpoint.read_json(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
-        m, data_sha256 = model_of(begun)
+        begun, m, data_sha256 = resolved(begun)
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
         check_row(job, planned_row(begun, m, job.row, tokens, data_sha256), config)
 

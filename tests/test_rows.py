@@ -135,6 +135,15 @@ def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path
     assert len(rows) == 1 and len(dropped) == 1 and complaint in dropped[0]
 
 
+def test_odd_values_of_optional_columns_stop_nothing(tmp_path):
+    odd = {"hidden_size": "wide", "initializer_range": 10**400, "granularity": 10**400, "seed": [1],
+           "trunk": {"a": 1},
+           "N_total": "many", "learning_rate": float("nan")}
+    rows, dropped = read_rows([write(tmp_path / "rows.jsonl", [GOOD, GOOD | odd])])
+    assert len(rows) == 2 == len(set(map(run_key, rows))) and not dropped
+    assert mixed_conditions(rows) == {} and method_label(rows[1]) and "N_total" not in rows[1]
+
+
 def test_identical_lines_count_once_and_repeated_runs_each_time(tmp_path):
     """A rerun elsewhere that gives the same loss is no new row; another loss of the same run is."""
     elsewhere, rerun = FULL | {"config": "b/config.py", "git": "7654321"}, FULL | {"loss": 2.6}

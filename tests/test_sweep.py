@@ -63,8 +63,8 @@ def test_plan_shares_trunks_and_counts_what_it_trains(mini):
     assert len({(r["family"], r["N"], r.get("D"), r.get("D1"), r.get("D2")) for r in rows}) == len(rows)
     assert [r["family"] for r in rows].count("upcycled") == 18
     assert len(jobs) - len(rows) == 2 * (1 + 1 + 3)  # trunks
-    # By hand, in steps of one size: the dense trunk goes to 40 and its branches decay over 2, 4 and 8; the MoE trunk
-    # and each of three upcycled ones go to 32, with the same decays.
+    # By hand, in steps, for one size: the dense trunk goes to 40, its branches decay over 2, 4 and 8; the MoE
+    # trunk and each of three upcycled ones go to 32, with the same decays.
     assert study_totals(s)["tokens"] == 2 * 128 * ((40 + 14) + (32 + 14) + 3 * (32 + 14))
     for job in jobs:
         runs = [os.path.normpath(j.settings.out_dir) + os.sep for j in jobs]
@@ -98,7 +98,8 @@ def test_virtual_groups_keep_the_dense_N(mini):
                                            ("train = {'schedule': 'cosine'}", "schedule is set by the study"),
                                            ("methods = [{'method': 'copy'}, {'method': 'copy'}]",
                                             "two of methods are equal"),
-                                           ("methods = [{'method': 'copy'}, {'router_std': 0.02}]", "two of methods are equal"),
+                                           ("methods = [{'method': 'copy'}, {'router_std': 0.02}]",
+                                            "two of methods are equal"),
                                            ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
                                            ("trian = {}", "did you mean 'train'")])
 def test_bad_studies_are_refused_by_name(mini, line, message):

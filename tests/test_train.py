@@ -169,6 +169,27 @@ def test_a_run_learns_and_writes_its_row(tiny):
     assert read_config(os.path.join(tiny.out_dir, "config.py"))["max_tokens"] == 150 * STEP
 
 
+@pytest.mark.parametrize("argv, number", [([], 0.17), (["--initializer_range=auto"], 0.17),
+                                          (["--initializer_range=0.03"], 0.03)])
+def test_the_standard_deviation_of_fresh_weights_fits_the_width(tiny, tmp_path, argv, number):
+    """0.68 / sqrt(16) unless it is given: in the row, in config.json and in the weights."""
+    c = dataclasses.replace(parse(Train, argv),
+                            **{f.name: getattr(tiny, f.name) for f in dataclasses.fields(Train)
+                                                   if f.name != "initializer_range"})
+    # A step without learning rate leaves the weights as they were drawn.
+    row = train(dataclasses.replace(c, learning_rate=0.0, max_tokens=STEP, warmup_steps=0, decay_steps=0),
+                report=quiet)
+    path = os.path.join(c.out_dir, "checkpoint-1")
+    assert row["initializer_range"] == json.load(open(os.path.join(path, "config.json")))["initializer_range"]
+    assert row["initializer_range"] == number
+    weights = checkpoint.load_model(path).embed_tokens.weight
+    # 4 standard errors
+    assert weights.std().item() == pytest.approx(number, rel=4 / math.sqrt(2 * weights.numel()))
+    # Whoever starts from it has its value, asked for "auto" or not.
+    other = dataclasses.replace(c, out_dir=str(tmp_path / "other"), init_from=path)
+    assert train(other, report=quiet)["initializer_range"] == number
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe", "moe with bias"])
 def test_resume_is_bit_for_bit(tiny, tmp_path, kind):
     c = tiny if kind == "dense" else moe(tiny, router_bias_update_rate=0.01 if "bias" in kind else 0.0)
@@ -247,7 +268,7 @@ def test_an_upcycled_run_goes_on_where_its_dense_trunk_stopped(tiny, tmp_path, o
 @pytest.mark.parametrize("key, value", [("seed", -1), ("micro_batch_size", 0), ("beta1", 2.0),
                                         ("decay_steps", -5), ("eval_tokens", 0), ("save_at_tokens", [0]),
                                         ("grad_clip", -1.0), ("min_lr_ratio", 1.5),
-                                        ("num_key_value_heads", -2)])
+                                        ("num_key_value_heads", -2), ("initializer_range", -0.1)])
 def test_impossible_numbers_are_refused_by_name(key, value):
     with pytest.raises(ConfigError,
                        match=f"{key}.*{'in' if key in ('beta1', 'min_lr_ratio') else 'at least'}"):
@@ -265,7 +286,7 @@ def torchrun(c, processes, tmp_path):
 
 @pytest.mark.parametrize("kind", ["moe", "dense, accumulating"])
 def test_two_processes_equal_one(tiny, tmp_path, kind):
-    """Same tokens, MoE with balance loss: only the order of sums differs; its rounding grows over 20 steps."""
+    """Same tokens, MoE with balance loss: only the order of sums differs; rounding grows over 20 steps."""
     c = dataclasses.replace(tiny, learning_rate=1e-3, eval_every_steps=5)
     c = moe(c, router_aux_loss_coef=0.1) if kind == "moe" else dataclasses.replace(c, micro_batch_size=2)
     one = train(c, report=quiet)
