@@ -28,14 +28,13 @@ INTERVALS = (
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
 PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 0.8), "dense_trunk": (0.005, 0.8), "cell": (0.005, 1.5)}
 MOE_TRUNK = (0.009, 0.8)
+LEAST_SD = 1e-6
 
 
 def prior(kinds):
     """(c, 2) the median and the width of the prior of each (kind, family)."""
     return np.array([MOE_TRUNK if kind == ("trunk", "moe") else PRIOR[kind[0]] for kind in kinds])
 
-
-LEAST_SD = 1e-6
 
 # ---------------------------------------------------------------------------------------------------------
 # Which rows share luck
@@ -99,9 +98,8 @@ class Effects:
 
 
 def effects_of(rows):
-    """The Effects of rows. A component is there where at least two rows share one of its effects and, for
-    a trunk, where not all rows do; misfit ("cell") is there where a family repeats a design cell with
-    another trunk."""
+    """The Effects of rows. A component is there where at least two rows share one of its effects. That of
+    misfit, "cell", is there where a family repeats a design cell with other seeds."""
     present = list(dict.fromkeys(row["family"] for row in rows))
     families = np.array([row["family"] for row in rows])
     kinds = [("row", family) for family in present]
