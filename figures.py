@@ -16,9 +16,10 @@ from rows import method_label
 plt.rcParams.update({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "legend.fontsize": 8, "figure.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
-FAMILIES = {"dense": ("dense", "o", "#888888"), "moe": ("MoE from scratch", "s", "#222222"),
-            "upcycled": ("upcycled", "D", "#3b6fb6")}  # name, marker, colour
-RIVALS = {  # name, colour and dashes of each upcycled law
+FAMILY_STYLES = {  # name, marker and colour
+    "dense": ("dense", "o", "#888888"), "moe": ("MoE from scratch", "s", "#222222"),
+    "upcycled": ("upcycled", "D", "#3b6fb6")}
+RIVAL_STYLES = {  # name, colour and dashes of each upcycled law
     "upcycled": ("interaction", "#c0392b", "-"),
     "upcycled.no_interaction": ("no interaction", "#7f8c8d", ":"),
     "upcycled.additive": ("additive", "#b8860b", "-."),
@@ -41,7 +42,7 @@ def short(value):
 
 def law_name(law):
     """The name of a law in words."""
-    return (RIVALS.get(law) or FAMILIES.get(law) or [law.replace(".", ": ").replace("_", " ")])[0]
+    return (FAMILY_STYLES | RIVAL_STYLES).get(law, [law.replace(".", ": ").replace("_", " ")])[0]
 
 
 def of_family(rows, family, **values):
@@ -53,6 +54,11 @@ def of_family(rows, family, **values):
 def sorted_levels(rows, name):
     """The different values of a column in the rows that have it, ascending."""
     return sorted({row[name] for row in rows if name in row})
+
+
+def few(levels):
+    """At most nine of the levels, evenly spread: more curves or panels cannot be told apart."""
+    return [levels[i] for i in np.unique(np.linspace(0, len(levels) - 1, 9).round().astype(int)) if levels]
 
 
 def mean_loss(rows, name):
@@ -124,6 +130,11 @@ def log_axis(axis, levels, most=5):
     axis.margins(x=0.09)
 
 
+def aside(levels, place, count):
+    """The factor that moves curve `place` of `count` aside on a log axis over the sorted levels."""
+    return max(levels[-1] / levels[0], 2.0) ** (0.02 * (place - (count - 1) / 2))
+
+
 def shades(levels):
     """{level: colour}, dark to bright."""
     return dict(zip(levels, plt.cm.viridis(np.linspace(0.0, 0.85, len(levels)))))
@@ -142,24 +153,24 @@ def legend_outside(figure, axes, title=None):
 def curves_of(rows):
     """{(family, D1 or number of experts): (label, colour)} of the curves that loss against tokens shows."""
     curves = {}
-    for family, (name, _, color) in FAMILIES.items():
-        column = "D1" if family == "upcycled" else "num_local_experts"
-        levels = sorted({row.get(column, 0) for row in of_family(rows, family)})
-        for level, shade in shades(levels).items():
-            detail = f", {level:g} experts" if level else ""
-            detail = f", D1 = {short(level)}" if family == "upcycled" else detail
-            curves[family, level] = name + detail, shade if len(levels) > 1 or family == "upcycled" else color
+    for d1, color in shades(few(sorted_levels(rows, "D1"))).items():
+        curves["upcycled", d1] = f"upcycled, D1 = {short(d1)}", color
+    counts = few(sorted({row.get("num_local_experts", 0) for row in of_family(rows, "moe")}))
+    for count, color in shades(counts).items():
+        label = FAMILY_STYLES["moe"][0] + f", {count:g} experts" * (count > 0)
+        curves["moe", count] = label, color if len(counts) > 1 else FAMILY_STYLES["moe"][2]
+    for count in {row.get("num_local_experts", 0) for row in of_family(rows, "dense")}:
+        curves["dense", count] = FAMILY_STYLES["dense"][0], FAMILY_STYLES["dense"][2]
     return curves
 
 
 def loss_against_tokens(rows, laws, shown):
-    """One panel a size, nine at most: mean loss, its range over repeats, and the laws.
+    """One panel a size: mean loss, its range over repeats, and the laws.
 
     shown is {family: [law that is drawn as lines, law that is drawn as dashes]}.
     """
     upcycled = of_family(rows, "upcycled")
-    sizes = sorted_levels(upcycled or rows, "N")
-    sizes = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, 9).round().astype(int))]
+    sizes = few(sorted_levels(upcycled or rows, "N"))
     figure, axes = panels(len(sizes))
     for axis, n in zip(axes, sizes):
         for (family, level), (label, color) in curves_of(rows).items():
@@ -168,7 +179,7 @@ def loss_against_tokens(rows, laws, shown):
             if not here:
                 continue
             x, loss, spread = mean_loss(here, tokens)
-            axis.errorbar(x, loss, spread, fmt=FAMILIES[family][1], ms=4, color=color, label=label,
+            axis.errorbar(x, loss, spread, fmt=FAMILY_STYLES[family][1], ms=4, color=color, label=label,
                           mfc=color if family == "upcycled" else "white")
             for law, dash in zip(shown[family], ("-", "--")):
                 fine = [{**here[0], tokens: value} for value in np.geomspace(x[0], x[-1], 60)]
@@ -188,7 +199,7 @@ def loss_against_tokens(rows, laws, shown):
 
 def exponent_against_D1(rows, laws):
     """How fast loss falls with D2, measured and by each law, against D1: one panel a size."""
-    sizes = sorted_levels(of_family(rows, "upcycled"), "N")
+    sizes = few(sorted_levels(of_family(rows, "upcycled"), "N"))
     figure, axes = panels(len(sizes), sharey=True)
     for axis, n in zip(axes, sizes):
         here = of_family(rows, "upcycled", N=n)
@@ -197,7 +208,7 @@ def exponent_against_D1(rows, laws):
         slopes = np.array([local_exponent(D2, loss) for D2, loss, _ in means.values()]).reshape(-1, 2)
         axis.errorbar(list(means), slopes[:, 0], 2 * slopes[:, 1], fmt="o", ms=5, color="black", zorder=5,
                       label="measured, ± 2 s.e.")
-        for law, (name, color, dash) in RIVALS.items():
+        for law, (name, color, dash) in RIVAL_STYLES.items():
             if law in laws:  # over the same D2 as the points
                 fitted = [predicted_losses([{**here[0], "D1": d1, "D2": d2} for d2 in D2], law, laws[law])
                           for d1, (D2, _, _) in means.items()]
@@ -221,16 +232,17 @@ def residuals(rows, law, entry):
     figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.8, 2.8), sharey=True,
                                 squeeze=False)
     for axis, name in zip(axes[0], names):
-        for side, (family, (label, mark, color)) in enumerate(FAMILIES.items(), -1):
-            points = [(row[name] * 1.06 ** side, value) for row, value in fitted
+        families = sorted({row["family"] for row, _ in fitted if row.get(name)})
+        for place, family in enumerate(families):
+            label, mark, color = FAMILY_STYLES[family]
+            points = [(row[name] * aside(levels[name], place, len(families)), value) for row, value in fitted
                       if row["family"] == family and row.get(name)]
-            if points:
-                axis.plot(*zip(*points), mark, ms=3.5, color=color, alpha=0.8, label=label)
+            axis.plot(*zip(*points), mark, ms=3.5, color=color, alpha=0.8, label=label)
         axis.axhline(0, color="black", lw=0.8)
         log_axis(axis, levels[name], most=4)
         axis.set_xlabel(titles[name])
     axes[0, 0].set_ylabel("measured - fitted (%)")
-    legend_outside(figure, axes[0], law_name(law))
+    legend_outside(figure, axes[0], f"law: {law_name(law)}")
     return figure
 
 
@@ -266,18 +278,19 @@ def against_copy(differences):
     alone = len({label for label, _, _ in differences}) == 1
     names = {key: f"{key[0]},\nD1 = {short(key[2])}" if alone else key[0] for key in differences}
     labels = list(dict.fromkeys(names.values()))
-    places = sorted({(n, 0 if alone else d1) for _, n, d1 in differences})
+    places = few(sorted({(n, 0 if alone else d1) for _, n, d1 in differences}))
     figure, axes = panels(len(places), sharey=True)
     for axis, (n, d1) in zip(axes, places):
         here = {key: cells for key, cells in differences.items() if key[1] == n and (alone or key[2] == d1)}
+        tokens = sorted({d2 for cells in here.values() for d2 in cells})
         for key, cells in here.items():
             place = labels.index(names[key])
-            x = np.array(list(cells)) * 1.03 ** (place - (len(labels) - 1) / 2)  # side by side
+            x = np.array(list(cells)) * aside(tokens, place, len(labels))
             mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
             axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
                           label=names[key])
         axis.axhline(0, color="black", lw=0.8, ls=":")
-        log_axis(axis, sorted({d2 for cells in here.values() for d2 in cells}))
+        log_axis(axis, tokens)
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")

@@ -3,6 +3,7 @@
 `rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
 is a list of lines that read on a terminal and in Markdown.
 """
+import json
 import math
 import os
 
@@ -11,7 +12,7 @@ import numpy as np
 
 import figures
 from configurator import ConfigError
-from figures import FAMILIES, RIVALS, law_name, of_family, short, sorted_levels, t_interval
+from figures import FAMILY_STYLES, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
 from laws import SHARED_CURVE, head_start, predict, published_check
 from rows import KNOBS, method_label, same_but
 
@@ -34,10 +35,13 @@ WHY_NOT = """
 
 def before_split(row):
     """{column: value} of experts as they were before virtual groups split each of them into parts."""
-    parts = row.get("granularity") or 1
-    return {"num_local_experts": row.get("num_local_experts", 0) / parts,
-            "num_experts_per_tok": row.get("num_experts_per_tok", 0) / parts,
-            "intermediate_size": row.get("intermediate_size", 0) * parts}
+    def number(column):
+        return row[column] if isinstance(row.get(column), (int, float)) else 0
+
+    parts = number("granularity") or 1
+    return {"num_local_experts": number("num_local_experts") / parts,
+            "num_experts_per_tok": number("num_experts_per_tok") / parts,
+            "intermediate_size": number("intermediate_size") * parts}
 
 
 def method_differences(rows):
@@ -51,7 +55,7 @@ def method_differences(rows):
     differences = {}
     for row in (row for row in rows if row["family"] != "dense" and method_label(row) != "copy"):
         scratch = row["family"] == "moe"
-        label = FAMILIES["moe"][0] if scratch else method_label(row)
+        label = FAMILY_STYLES["moe"][0] if scratch else method_label(row)
         but = columns + ("family", "D", "D1", "D2", "dense_trunk") * scratch
         for copy in (copy for copy in copies if row.get("D2", row.get("D")) == copy["D2"]):
             if before_split(row) == before_split(copy) and same_but(row, copy, but):
@@ -107,7 +111,7 @@ def noise_table(laws):
     for law, entry in laws.items():
         for family in (family for family in entry["noise"] if entry["fitted_with"][family] == law):
             noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
-            lines.append([law_name(law), FAMILIES[family][0],
+            lines.append([law_name(law), FAMILY_STYLES[family][0],
                           *map(percent, [*noise, entry["misfit"].get(family)])])
     header = ["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"]
     return aligned(header, lines)
@@ -170,7 +174,7 @@ def claims_table(claims):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Words
+# Head starts, and words
 
 def overtaking(law, params, n, d1, largest):
     """D2* (S,) of S draws of a law's parameters: where a MoE from scratch gets better, on a grid of 1 %.
@@ -184,45 +188,51 @@ def overtaking(law, params, n, d1, largest):
     return np.append(D2, np.inf)[(upcycled < scratch).sum(axis=1)]
 
 
-def interval_text(values, form=short):
-    """'1.7M to 2.4M': the middle 95 % of (S,) draws; 'never' stands for infinity."""
-    ends = np.quantile(values, [0.025, 0.975], method="nearest")
-    return " to ".join(form(end) if np.isfinite(end) else "never" for end in ends)
+def with_interval(value, draws, form=short):
+    """'2M (1.7M to 2.4M)': a value and the middle 95 % of its (S,) draws; 'never' stands for infinity."""
+    ends = np.quantile(draws, [0.025, 0.975], method="nearest")
+    value, low, high = (form(end) if np.isfinite(end) else "never" for end in (np.squeeze(value), *ends))
+    return value if value == low == high else f"{value} ({low} to {high})"
 
 
-def handicap_words(law, params, draws, n, d1, largest):
-    """Text: what upcycling costs for ever and where from scratch overtakes, with intervals of the draws."""
-    star, stars = overtaking(law, params, n, d1, largest)[0], overtaking(law, draws, n, d1, largest)
-    cost = interval_text(draws["kappa"], lambda value: f"{100 * value:.2f}")
-    overtakes = f"overtakes at D2* = {short(star)}" if np.isfinite(star) else "does not overtake"
-    said = (f" Upcycling costs {100 * params['kappa']:.2f} % of the loss for ever ({cost} %). A MoE from "
-            f"scratch {overtakes} ({interval_text(stars)}).")
-    if np.quantile(draws["kappa"], 0.025) < 0 < np.quantile(draws["kappa"], 0.975):
-        said += " These rows do not tell this cost from none."
-    if max(star, np.quantile(stars, 0.975, method="nearest")) > largest:
-        said += f" The largest measured D2 is {short(largest)}, so part of this lies outside the data."
-    return said
+def head_starts(laws, ranges):
+    """[[law, method, D1, head start, handicap, D2*]], texts with intervals, at the largest N.
 
-
-def head_start_words(laws, ranges):
-    """Sentences, [text]: what the longest dense training is worth, by each law and method."""
-    said = []
-    n, d1, largest = (ranges.get("upcycled", {}).get(name, (0, 0))[1] for name in ("N", "D1", "D2"))
-    for law in (law for law in SHARED_CURVE if law in laws and "upcycled" in ranges):
-        for method, fitted in laws[law].get("methods", {"": laws[law]}).items():
-            params = fitted["params"]
-            draws = {name: np.array(values) for name, values in fitted["draws"].items()}
-            worth, interval = head_start(law, params, n, d1), interval_text(head_start(law, draws, n, d1))
-            text = (f"By the law '{law_name(law)}', N = {short(n)}{', ' * bool(method)}{method}: a dense "
-                    f"checkpoint of {short(d1)} tokens is worth {short(worth)} tokens of MoE training, once "
-                    f"({interval}).")
-            if "H_max" in params:
-                most = interval_text(draws["H_max"])
-                text += f" No checkpoint is worth more than {short(params['H_max'])} tokens ({most})."
+    One line for each law with a head start, method of upcycling, and end of the range of D1.
+    """
+    n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
+    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws
+            for method, fitted in laws[law].get("methods", {"all": laws[law]}).items()]
+    lines = []
+    for law, method, fitted in fits:
+        params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
+        for d1 in ranges["upcycled"]["D1"]:
+            cost = star = "-"
             if "kappa" in params:
-                text += handicap_words(law, params, draws, n, d1, largest)
-            said.append(text)
-    return said
+                cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
+                star = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
+            worth = with_interval(*(head_start(law, p, n, d1) for p in (params, draws)))
+            lines.append([law, method, d1, worth, cost, star])
+    return lines
+
+
+def head_start_table(laws, ranges):
+    """What a dense checkpoint is worth, and what upcycling costs, by each law with a head start."""
+    header = ["law", "method", "D1", "head start H (tokens)", "handicap kappa", "D2* (tokens)"]
+    lines = head_starts(laws, ranges) if "upcycled" in ranges else []
+    return aligned(header, [[law_name(law), method, short(d1), *texts] for law, method, d1, *texts in lines])
+
+
+def handicap_words(laws, ranges):
+    """Sentences, [text]: the handicap law at the largest D1, for each method."""
+    if "upcycled.handicap" not in laws:
+        return []
+    n, d1, d2 = (ranges["upcycled"][name][1] for name in ("N", "D1", "D2"))
+    return [f"By the handicap law, N = {short(n)}, method {method}: a dense checkpoint of {short(d1)} tokens "
+            f"is worth {worth} tokens of MoE training, once. Upcycling costs {cost} of the loss for ever. "
+            f"A MoE from scratch overtakes at D2*: {star}. The largest measured D2 is {short(d2)}."
+            for law, method, tokens, worth, cost, star in head_starts(laws, ranges)
+            if law == "upcycled.handicap" and tokens == d1]
 
 
 def main_method_rows(rows):
@@ -246,7 +256,7 @@ def findings(rows, content):
         if slopes:
             slope = f"D2^{np.mean(slopes):.3f}"
             said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
-    return said + head_start_words(laws, ranges)
+    return said + handicap_words(laws, ranges)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -255,7 +265,7 @@ def findings(rows, content):
 def draw_figures(rows, laws, profiles):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
-    rivals = [law for law in RIVALS if law in laws]
+    rivals = [law for law in RIVAL_STYLES if law in laws and of_family(rows, "upcycled")]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
     best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
@@ -269,9 +279,10 @@ def draw_figures(rows, laws, profiles):
         "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
                                 "copying. Paired runs differ in the method alone."}
     found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
-    if rivals and of_family(rows, "upcycled"):
+    if rivals:
         found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
-    for law in dict.fromkeys([best, *(law for law in laws if law.startswith("moe."))]):
+    alone = [law for law in laws if law.startswith("moe.") or not rivals]
+    for law in dict.fromkeys([best, *alone]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
         found[name] = figures.residuals(rows, law, laws[law])
@@ -291,6 +302,7 @@ def write_report(title, sections, found, directory):
     for name, (_, caption) in found.items():
         text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
     try:
+        os.makedirs(directory, exist_ok=True)
         for name, (figure, _) in found.items():
             figure.savefig(os.path.join(directory, f"{name}.png"))
             figure.savefig(os.path.join(directory, f"{name}.pdf"), metadata={"CreationDate": None})
@@ -307,7 +319,7 @@ def write(rows, content, profiles, notes, directory):
     profiles is {title: profile of E, as fit_laws.profile_E gives it}, notes are warnings, [text].
     """
     laws, first = content["laws"], next(iter(content["laws"].values()))
-    spans = [f"- {FAMILIES[family][0]}: "
+    spans = [f"- {FAMILY_STYLES[family][0]}: "
              + ", ".join(f"{name} {short(low)} to {short(high)}" for name, (low, high) in limits.items())
              for family, limits in content["ranges"].items()]
     draws = len(next(iter(first["draws"].values())))
@@ -317,6 +329,7 @@ def write(rows, content, profiles, notes, directory):
         "What was found": [f"- {text}" for text in findings(rows, content)],
         "Claims under variations of the analysis": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
+        "Head starts at the largest N": head_start_table(laws, content["ranges"]),
         "Noise and misfit": noise_table(laws),
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
@@ -359,14 +372,19 @@ def matching_table(planes):
     return aligned(["N", "the published law is", "share of the plane", "difference", "within ± 2 %"], lines)
 
 
-def write_published(content, directory):
-    """Write report.md on a file of published laws: what loss matching makes of its dense and MoE laws."""
-    params = {law: entry["params"] for law, entry in content["laws"].items()}
-    planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+def write_published(path, directory):
+    """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
+        planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
     caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
                "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
     write_report("Loss matching against a published law", {
-        "What was compared": [f"Source: {content['source']}", "", *MATCHING_WORDS.strip().split("\n")],
+        "What was compared": [f"Source: {content.get('source', path)}", *MATCHING_WORDS.split("\n")],
         "Where it agrees": matching_table(planes),
         "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},
         {"loss_matching": (figures.loss_matching(planes, TOKENS), caption)}, directory)

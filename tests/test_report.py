@@ -7,14 +7,14 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.optimize import brentq
 
 import figures
 import report
 from configurator import ConfigError
 from laws import LAWS
-from rows import FAMILIES
+from rows import FAMILIES, RUN, clean
 from simulated import DATA, HEAD_START, ROOT, SHARED, SIZES, TABLE2, THREE, simulate
 
 
@@ -76,6 +76,19 @@ def test_copying_with_another_knob_is_not_taken_for_copying(column, usual, other
         assert differences.pop(("drop 0.5", 1e6, 1e7)) == {1e6: [pytest.approx(0.1)]}
         (label, _, _), = differences
         assert label.startswith("copy ") and differences == {(label, 1e6, 1e7): {1e6: [pytest.approx(0.5)]}}
+
+
+ODD = st.sampled_from([0, -1, 2.0, "copy", "2", "x", True, None, "nan", [1], {}])
+
+
+@settings(max_examples=200)
+@given(st.lists(st.dictionaries(st.sampled_from(["method", *RUN]), ODD), max_size=6))
+def test_whatever_rows_can_be_read_can_be_paired(columns):
+    rows = [clean({**odd, "family": family, "N": 1e6, "D": 1e6, "D1": 1e6, "D2": 1e6, "loss": 2.0})
+            for odd in columns for family in FAMILIES]
+    for cells in report.method_differences(rows).values():
+        assert set(cells) == {1e6} and set(cells[1e6]) == {0.0}  # all losses are equal
+    report.methods_table(report.method_differences(rows))
 
 
 def test_virtual_groups_are_paired_at_equal_experts_before_the_split():
@@ -142,8 +155,9 @@ def test_the_planted_alpha3_and_head_start_are_said():
                                         if row.get("D1") == DATA[-1] and row["N"] == n], 1)[0] for n in SIZES]
     assert f"At D1 = 100B the loss falls as D2^{np.mean(slopes):.3f}, on average over sizes." in said
     rows = simulate(HEAD_START, SHARED)
-    said = " ".join(report.findings(rows, content_of(rows, HEAD_START, SHARED)))
-    assert f"100B tokens is worth {figures.short(80 * 1e11 ** 0.67)} tokens of MoE training" in said
+    content = content_of(rows, HEAD_START, SHARED)
+    table = report.head_start_table(content["laws"], content["ranges"])
+    assert len(table) == 4 and f"| 100B | {figures.short(80 * 1e11 ** 0.67)} (" in table[3]
 
 
 CURVE = dict(A=60.0, alpha=0.22, B=7.05, beta=0.16, E=1.0, c=80.0, gamma=0.67)
@@ -168,21 +182,22 @@ def test_from_scratch_overtakes_where_the_handicap_outweighs_the_head_start():
 
 def test_each_method_has_its_head_start_handicap_and_overtaking_in_words():
     def fitted(c, kappa):
-        params = CURVE | {"c": c, "kappa": kappa}
-        return {"params": params, "draws": {name: [value] * 20 for name, value in params.items()}}
+        params, errors = CURVE | {"c": c, "kappa": kappa}, np.linspace(-1e-3, 1e-3, 21)
+        draws = {name: np.full(21, value) for name, value in params.items()} | {"kappa": kappa + errors}
+        return {"params": params, "draws": draws}
 
     methods = {"copy": fitted(80.0, 0.03), "drop 0.5": fitted(40.0, 1e-3), "noise 0.1 σ": fitted(9.0, -0.01)}
     laws = {"upcycled.handicap": methods["copy"] | {"methods": methods}}
     ranges = {"upcycled": {"N": [1e5, 1e6], "D1": [1e7, 1e8], "D2": [1e7, 2e8]}}
-    copied, dropped, noisy = report.head_start_words(laws, ranges)
+    copied, dropped, noisy = report.handicap_words(laws, ranges)
     head = 80 * 1e8 ** 0.67
     assert f"copy: a dense checkpoint of 100M tokens is worth {figures.short(head)} tokens" in copied
     assert f"is worth {figures.short(head / 2)} tokens" in dropped
-    assert "Upcycling costs 3.00 % of the loss for ever (3.00 to 3.00 %)." in copied
+    assert "Upcycling costs 3.00 % (2.90 % to 3.10 %) of the loss for ever." in copied
     star, = report.overtaking("upcycled.handicap", methods["copy"]["params"], 1e6, 1e8, 2e8)
-    assert f"overtakes at D2* = {figures.short(star)} (" in copied and "outside the data" not in copied
-    assert "outside the data" in dropped and star < 2e8
-    assert "does not overtake (never to never)" in noisy
+    assert f"overtakes at D2*: {figures.short(star)} (" in copied and "D2*: never." in noisy
+    table = report.head_start_table(laws, ranges)
+    assert len(table) == 2 + 3 * 2 and figures.short(80 * 1e7 ** 0.67) in table[2]  # methods, ends of D1
 
 
 def test_rows_are_predicted_by_the_parameters_of_their_own_method():
@@ -216,11 +231,25 @@ def test_loss_matching_of_the_published_laws_and_where_it_agrees():
 
 
 def test_a_report_on_published_laws_has_its_figure(tmp_path):
-    with open(os.path.join(ROOT, "laws", "liew2025.json")) as file:
-        report.write_published(json.load(file), str(tmp_path))
-    text = (tmp_path / "report.md").read_text()
+    report.write_published(os.path.join(ROOT, "laws", "liew2025.json"), str(tmp_path / "out"))
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "arXiv 2502.03009" in text and "](loss_matching.png)" in text
-    assert (tmp_path / "loss_matching.png").stat().st_size > 20000
+    assert (tmp_path / "out" / "loss_matching.png").stat().st_size > 20000
+
+
+@pytest.mark.parametrize("content", [
+    None, "{", "[]", "{}", '{"laws": {"dense": {"params": {}}}}', '{"laws": 3}',
+    json.dumps({"laws": {law: {"params": params} for law, params in TABLE2.items()},
+                "ranges": {"upcycled": {"N": 3}}}),
+    json.dumps({"laws": {law: {"params": {"A": "x"}} for law in TABLE2},
+                "ranges": {"upcycled": {"N": [1e6, 1e9]}}})])
+def test_a_file_of_no_published_laws_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "laws.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match="no laws file with dense, moe and upcycled") as error:
+        report.write_published(str(path), str(tmp_path / "out"))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 # Tables
@@ -356,7 +385,7 @@ def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
     assert headings == ["Terms", "The laws", "What was measured", "Warnings", "What was found",
                         "Claims under variations of the analysis", "How well the laws predict",
                         "Noise and misfit", "Parameters"]
-    assert all(f"`{law}`" in text for law in LAWS)  # each has its formula under The laws
+    assert all(f"`{law}`" in text and figures.law_name(law) in text for law in LAWS)  # under The laws
     assert "- something is odd" in text and f"There are {len(rows)} rows" in text
     for name in ("loss_against_tokens", "exponent_against_D1", "residuals"):
         for kind in ("png", "pdf"):
@@ -369,3 +398,18 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "residuals.png").mkdir()
     with pytest.raises(ConfigError, match="the report cannot be written"):
         report.write(rows, content_of(rows, TABLE2, {"dense": "dense"}), {}, [], str(tmp_path))
+
+
+def test_a_random_design_makes_no_more_panels_and_curves_than_can_be_told_apart():
+    random = np.random.default_rng(0)
+    rows = []  # a random design: every D1, D2 and N of its own
+    for _ in range(60):
+        rows += simulate(TABLE2, {"upcycled": "upcycled"}, N=[float(random.uniform(1e7, 1e9))],
+                         D1=random.uniform(1e9, 1e11, 1), D2=random.uniform(1e9, 1e11, 1))
+    system = {"upcycled": "upcycled"}
+    found = report.draw_figures(rows, content_of(rows, TABLE2, system)["laws"], {})
+    for figure, _ in found.values():
+        figure.canvas.draw()
+        assert min(axis.get_window_extent().width / figure.dpi for axis in figure.axes) > 1.5  # inches
+        assert len(figure.axes) <= 9 and all(len(legend.get_texts()) <= 9 for legend in figure.legends)
+        plt.close(figure)
