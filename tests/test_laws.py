@@ -258,7 +258,7 @@ def test_many_whitened_refits_are_what_scipy_finds_one_by_one():
     whiten[:5] = 0.0
     theta, cost = engine.descend(fit.problem, np.tile(fit.theta, (6, 1)), 0.005, y, whiten)
     for k in range(6):
-        for start, least in ((fit.theta, 0.0), (theta[k], cost[k] * (1 - 1e-6))):  # scipy gains nothing from ours
+        for start, least in ((fit.theta, 0.0), (theta[k], cost[k] * (1 - 1e-6))):
             scipy = least_squares(
                 lambda t: whiten @ (engine.evaluate(fit.problem, t[None])[0][0] - y[k]), start,
                 loss="huber", jac=lambda t: whiten @ engine.evaluate(fit.problem, t[None])[1][0].T,
