@@ -102,10 +102,11 @@ def study_jobs(study):
         size = {key: value for key, value in size.items() if key not in seeds}
         for seed in seeds["seeds"] + seeds["scratch_seeds"]:
             settings = study.train | size | {"seed": seed, "rows": None}
-            dense, m, _ = resolved(from_dict(Train, settings, f"{study.config}: "))
+            dense = from_dict(Train, settings, f"{study.config}: ")
             if dense.tokens_per_step % dense.max_seq_len:
                 raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
                                   f"multiple of max_seq_len = {dense.max_seq_len}")
+            dense, m, _ = resolved(dense)
             n = parameter_counts(m)["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
