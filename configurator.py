@@ -174,8 +174,8 @@ def checked(cls, values, where=""):
     for f in dataclasses.fields(cls):
         least, most, value = f.metadata["least"], f.metadata["most"], result.get(f.name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and (least is not None and number < least
-                                       or most is not None and number > most):
+            if isinstance(number, (int, float)) and (least is not None and number < least
+                                                         or most is not None and number > most):
                 allowed = f"at least {least}" if most is None else f"in {least} .. {most}"
                 raise ConfigError(f"{where}{f.name}: {number!r} is not {allowed}")
     return result
@@ -251,6 +251,9 @@ def run(main, cls):
             print(help_text(cls, script))
         else:
             main(parse(cls, argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has gone, as in `--help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts many processes, and one of them speaks
             print(f"{os.path.basename(script)}: {error}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Rows of finished runs -> scaling laws with intervals, rivals and held-out errors.
 
-
     python fit_laws.py results/study_quick.jsonl --out=out/laws
 """
 import hashlib
@@ -15,316 +14,341 @@ import numpy as np
 
 import report
 from configurator import REQUIRED, ConfigError, code_version, progress, run, setting
-from laws import LAWS, RIVALS, descend, evaluate, fit, grid_starts, missing, n_levels, parameter_names, predict, variable
-from rows import FAMILIES, read_rows
+from engine import fit
+from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
+                  predict, variable, variables_of)
+from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
+from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
+                         standard_errors, unidentified)
 
-INTERVALS = ("parametric bootstrap: fitted losses with redrawn row noise and a random effect per trunk, variances estimated by REML; runs "
-             "upcycled from one dense trunk at different D1 count as trunks of their own, so with one seed that trunk's own noise is not in the intervals")
-
-# ---------------------------------------------------------------------------------------------------------
-# Uncertainty: runs that share a trunk share its luck
-
-def trunk_of(rows):
-    """(n,) trunk number of each row; a row that names no trunk is its own."""
-    names = [(row["family"], str(row["trunk"])) if "trunk" in row else i for i, row in enumerate(rows)]
-    place = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return np.array([place[name] for name in names])
-
-
-def variances(fit, trunks):
-    """(row variance, trunk variance, their degrees of freedom) of ln loss, given each row's trunk (n,).
-
-    By restricted maximum likelihood (REML): what is left of the residuals when the fitted parameters are projected out, as row
-    noise plus one random effect a trunk. Directions of trunk effects that the law all but absorbs are left out: there its
-    misfit would pass for them.
-    """
-    jacobian = evaluate(fit.problem, fit.theta[None])[1][0]
-    _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300))
-    rest = basis[(size > 1e-9 * size[0]).sum():]  # (n - p, n) orthonormal
-    effects = rest @ (trunks[:, None] == np.arange(trunks.max() + 1))
-    visible, directions = np.linalg.eigh(effects @ effects.T)
-    power = (directions.T @ (rest @ fit.residual)) ** 2 + 1e-30
-    visible = np.where(visible > 1.0, visible, 0.0)
-    if not len(power) or len(set(trunks)) == len(trunks):
-        return power.mean() if len(power) else 0.0, 0.0, max(len(power), 1), 1
-    ratio = np.array([0.0, *np.geomspace(1e-3, 1e3, 121)])[:, None]
-    spread = 1.0 + ratio * visible
-    row = (power / spread).mean(axis=1)
-    best = np.argmin(np.log(spread).sum(axis=1) + len(power) * np.log(row))
-    return row[best], row[best] * ratio[best, 0], len(power), max((visible > 0).sum(), 1)
-
-
-def second_start(fit):
-    """(p,) the best start of the grid, for refits: the estimate itself may sit on a bound, a term that vanished, that a refit can leave."""
-    starts = grid_starts(fit.problem)
-    return starts[np.argmin(descend(fit.problem, starts, fit.delta, max_steps=20, tolerance=1e-5)[1])]
-
-
-def bootstrap(fit, draws=1000, seed=0, by_trunk=True, tick=lambda n: None):
-    """Parameters refitted to redrawn losses, (draws, p) centred: fitted losses times row noise times one random effect a trunk.
-
-    Redrawing whole trunks with replacement loses whole levels of N when a size has one trunk, and weighting trunks or flipping
-    their signs cannot see how much that one trunk may be off. This bootstrap learns the trunk variance where levels do
-    have company (REML over all families) and gives it to all; both variances are drawn from their chi-squared posterior.
-    In simulations of quick studies (12 trunks) and larger ones (48) its 95 % intervals covered 94 % and 96 % of the true values;
-    resampled trunks 78 % and 96 %, exponential trunk weights 63 % and 90 %, the wild cluster bootstrap (CR3) 79 % and 93 %.
-    """
-    problem, random = fit.problem, np.random.default_rng(seed)
-    trunks = trunk_of(problem.rows) if by_trunk else np.arange(len(problem.rows))
-    row, trunk, row_df, trunk_df = variances(fit, trunks)
-    start = second_start(fit)
-    found = []
-    for first in range(0, draws, 100):
-        count = min(100, draws - first)
-        noise = np.sqrt(row * row_df / random.chisquare(row_df, (count, 1))) * random.standard_normal((count, len(trunks)))
-        effect = np.sqrt(trunk * trunk_df / random.chisquare(trunk_df, (count, 1))) * random.standard_normal((count, trunks.max() + 1))
-        y = problem.y - fit.residual + noise + effect[:, trunks]
-        theta, cost = descend(problem, np.tile(fit.theta, (count, 1)), fit.delta, y, tolerance=1e-7, max_steps=100)
-        other, other_cost = descend(problem, np.tile(start, (count, 1)), fit.delta, y, tolerance=1e-7, max_steps=100)
-        found.append(np.where((other_cost < cost)[:, None], other, theta))
-        tick(count)
-    return np.concatenate(found)
-
-
-def covariance(jacobian, trunks, row, trunk):
-    """(p, p) of least-squares parameters from the Jacobian (p, n), to first order, under row noise and a random effect a trunk."""
-    scale = np.linalg.norm(jacobian, axis=1) + 1e-12
-    inverse = np.linalg.pinv((jacobian / scale[:, None]) @ (jacobian / scale[:, None]).T, rcond=1e-12, hermitian=True) / np.outer(scale, scale)
-    sums = np.stack([jacobian[:, trunks == t].sum(axis=1) for t in np.unique(trunks)], axis=1)
-    return inverse @ (row * jacobian @ jacobian.T + trunk * sums @ sums.T) @ inverse
-
-
-def standard_errors(fit, law):
-    """{parameter: asymptotic standard error} of a law of the fit."""
-    problem = fit.problem
-    trunks = trunk_of(problem.rows)
-    row, trunk, _, _ = variances(fit, trunks)
-    cov = problem.to_raw @ covariance(evaluate(problem, fit.theta[None])[1][0], trunks, row, trunk) @ problem.to_raw.T
-    error = np.sqrt(np.maximum(np.diag(cov), 0.0))
-    names = [name.rpartition(":") for name in problem.names]
-    params = fit.params(law)
-    mine = {name: error[j] * (params[name] if problem.is_log[j] else 1.0) for j, (owner, _, name) in enumerate(names) if owner in ("", law)}
-    return {name: float(mine.get(name, 0.0)) for name in params}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Truth tests
-
-def leave_trunk_out(fit):
-    """(n,) ln measured - ln predicted by fits that never saw the row's trunk; nan where leaving it out loses a level of N."""
-    problem, trunks = fit.problem, trunk_of(fit.problem.rows)
-    numbers = []
-    for number in np.unique(trunks):
-        kept = [row for row, t in zip(problem.rows, trunks) if t != number]
-        if not missing(kept, problem.system) and n_levels(kept, problem.system) == n_levels(problem.rows, problem.system):
-            numbers.append(number)
-    error = np.full(len(trunks), np.nan)
-    if numbers:
-        weights = (trunks != np.array(numbers)[:, None]).astype(float)
-        best, cost = descend(problem, np.tile(fit.theta, (len(numbers), 1)), fit.delta, weights=weights)
-        other, other_cost = descend(problem, np.tile(second_start(fit), (len(numbers), 1)), fit.delta, weights=weights)
-        best = np.where((other_cost < cost)[:, None], other, best)
-        predicted = evaluate(problem, best)[0]
-        for k, number in enumerate(numbers):
-            error[trunks == number] = (problem.y - predicted[k])[trunks == number]
-    return error
-
-
-def extrapolate(rows, system, law, name, share, delta):
-    """Held-out rows of the law at the largest level of variable `name`, and ln measured - ln predicted by a fit without that
-    level (for N: without it in any family). None where too little is left to fit."""
-    families = [family for family, its in system.items() if its == law]
-    family = "upcycled" if "upcycled" in families else families[-1]
-    top = max(variable(row, name) for row in rows if row["family"] == family)
-    held = [row for row in rows if row["family"] == family and row[name] == top]
-    kept = [row for row in rows if not ((row["family"] == family or name == "N") and row.get(name, 0) >= top)]
-    if missing(kept, system) or name == "N" and min(n_levels(kept, system)) < 2:
-        return None
-    params = fit(kept, system, share, delta).params(law)
-    return held, np.log([row["loss"] for row in held]) - np.log([predict(law, params, **{v: row[v] for v in FAMILIES[family]}) for row in held])
-
-
-def profile_E(fit, law):
-    """E held on a grid, all else refitted: {"E", "alpha3", "objective" (above its minimum, relative): lists, "fit": [E, alpha3],
-    "inside": the relative objective of E's 95 % likelihood interval}; None where the fit has no E of its own."""
-    problem = fit.problem
-    place = [j for j, name in enumerate(problem.names) if name in ("E", f"{law}:E")]
-    if not place:
-        return None
-    values = np.linspace(0.02, 0.98, 33) * math.exp(problem.y.min())
-    theta = np.tile(fit.theta, (len(values), 1))
-    theta[:, place[0]] = np.log(values)
-    theta, cost = descend(problem, theta, fit.delta, free=np.arange(theta.shape[1]) != place[0])
-    params = fit.params(law)
-    return {"E": values.tolist(), "alpha3": fit.params(law, theta)["alpha3"].tolist(), "objective": (cost / max(fit.cost, 1e-300) - 1).tolist(),
-            "fit": [float(params["E"]), float(params["alpha3"])], "inside": 3.84 / max(len(fit.residual) - len(fit.theta), 1)}
-
-
-def aicc(fit):
-    """Akaike's criterion with its small-sample correction, Gaussian in ln loss, over all rows of the system, more than p + 2."""
-    n, k = len(fit.residual), len(fit.theta) + 1
-    return n * math.log((fit.residual ** 2).mean() + 1e-300) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The command
 
 @dataclass
 class Options:
-    """Fit dense, MoE and upcycled scaling laws and their rivals to rows of finished runs; write laws.json, report.md and figures."""
-    rows: list[str] = setting(REQUIRED, "JSONL files of rows, or CSV files with columns family,N,D,D1,D2,loss", positional=True)
+    """Fit dense, MoE and upcycled scaling laws and their rivals to rows of finished runs; write laws.json,
+    report.md and figures."""
+    rows: list[str] = setting(
+        REQUIRED, "JSONL files of rows, or CSV files with columns family,N,D,D1,D2,loss", positional=True)
     out: str = setting("out/laws", "directory for laws.json, report.md and the figures")
     laws: str = setting("", "laws to fit, comma-separated; empty: all that the rows allow")
-    share: str = setting("E", "parameters that dense, MoE and upcycled laws have in common, comma-separated; none: nothing")
-    delta: Literal["auto"] | float = setting("auto", "Huber's delta on log residuals; auto: 1.345 robust standard deviations")
+    share: str = setting(
+        "E", "parameters that the laws of the families share, comma-separated; none: nothing")
+    delta: Literal["auto"] | float = setting(
+        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise")
+    A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
+    repeats: Literal["refuse", "lowest", "mean"] = setting(
+        "refuse", "of repeated runs take the lowest loss (of a search) or the mean loss (of seeds)")
     draws: int = setting(1000, "bootstrap draws", least=20)
     seed: int = setting(0, "seed of the bootstrap", least=0)
     skip_bad: bool = setting(False, "drop bad rows and count them, instead of stopping at the first")
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Which laws, on which rows
+
+def resolve_repeats(rows, how):
+    """([row], [text: what was done]) where no run is repeated: each group of one run_key gives the row of
+    its lowest loss, or its first row with the mean loss. Raises ConfigError where runs are repeated and
+    how is "refuse"."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(run_key(row), []).append(row)
+    repeated = [group for group in groups.values() if len(group) > 1]
+    if not repeated:
+        return rows, []
+    first = repeated[0]
+    losses = ", ".join(format(row["loss"], ".4g") for row in first[:4])
+    said = (f"{len(repeated)} runs are there more than once, such as {first[0]['family']} "
+            f"N={first[0]['N']:g} with losses {losses}")
+    if how == "refuse":
+        raise ConfigError(f"{said}; --repeats=mean takes their mean, --repeats=lowest the best of a search, "
+                          "or add the columns that tell them apart (seed, trunk, learning_rate)")
+    kept = []
+    for group in groups.values():
+        best = min(group, key=lambda row: row["loss"])
+        mean = float(np.mean([row["loss"] for row in group]))
+        kept.append(best if how == "lowest" else group[0] | {"loss": mean})
+    return kept, [f"{said}; the {how} loss of each is taken"]
+
+
+def rows_at_one_data(rows):
+    """The rows of the (D, D1, D2) that occurs most often; of those that tie, the one with most tokens."""
+    data = [tuple(row.get(name, 0.0) for name in ("D", "D1", "D2")) for row in rows]
+    counts = Counter(data)
+    chosen = max(counts, key=lambda tokens: (counts[tokens], sum(tokens)), default=None)
+    return [row for row, tokens in zip(rows, data) if tokens == chosen]
+
+
+def system_of(law, base):
+    """{family: law} of the system that a law is fitted in. Dense, MoE and upcycled law are one system;
+    each rival takes the upcycled law's place, so that all of them explain the same rows. A law whose curve
+    from scratch is its own takes the MoE's place too. Loss matching with delta = 0 is fitted to no
+    upcycled row."""
+    if law in FAMILIES:
+        return base | {law: law}
+    if law not in RIVALS:
+        return {law.partition(".")[0]: law}
+    system = base | {"upcycled": law} | ({"moe": law} if law in SHARED_CURVE else {})
+    if law == "upcycled.loss_matching_0":
+        del system["upcycled"]
+    return system
+
+
 def plan_fits(rows, wanted=()):
-    """({law: (system, rows)} of what can be fitted, {law: what it lacks}). Dense, MoE and upcycled law are one system; each
-    rival takes the upcycled law's place in it, so that all of them explain the same rows."""
+    """({law: (system, rows)} of what can be fitted, {law: what it lacks})."""
     fits, lacks = {}, {}
     base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
     for law in wanted or LAWS:
-        family, _, kind = law.partition(".")
-        if law in FAMILIES:
-            system = base | {law: law}
-        elif law in RIVALS:
-            system = base | {"upcycled": law} | ({"moe": law} if kind.endswith("shared") else {})
-        else:
-            system = {family: law}
-        mine = [row for row in rows if row["family"] in system]
-        if "sparsity" in kind and "optimal" not in kind and mine:  # at fixed data: where most rows are
-            data = Counter(tuple(row.get(v) for v in ("D", "D1", "D2")) for row in mine).most_common(1)[0][0]
-            mine = [row for row in mine if tuple(row.get(v) for v in ("D", "D1", "D2")) == data]
-        lack = missing(mine, {f: l for f, l in system.items() if l == law})
+        system = system_of(law, base)
+        chosen = [row for row in rows if row["family"] in system]
+        if law.endswith(("sparsity", "sparsity_additive")) and law != "moe.optimal_sparsity":  # at fixed data
+            chosen = rows_at_one_data(chosen)
+        own = {family: name for family, name in system.items()
+               if name == law or law in MATCHING and family == "dense"}
+        lack = missing(chosen, own)
         if lack:
             lacks[law] = "; ".join(lack)
         else:
-            fits[law] = (system, mine)
+            fits[law] = (system, chosen)
     return fits, lacks
 
 
 def shared_names(options):
+    """The parameters that --share names."""
     return tuple(name for name in map(str.strip, options.share.split(",")) if name not in ("", "none"))
 
 
+# ---------------------------------------------------------------------------------------------------------
+# From fits to the entries of laws.json
+
 def rounded(params):
-    return {k: [float(f"{x:.7g}") for x in v] if np.ndim(v) else float(v) for k, v in params.items()}
+    """Parameters as JSON: arrays of draws with seven digits."""
+    return {name: [float(f"{x:.7g}") for x in value] if np.ndim(value) else float(value)
+            for name, value in params.items()}
 
 
-def rms(values):
-    values = np.asarray(values)
-    return float(np.sqrt((values ** 2).mean())) if len(values) else None
+@dataclass
+class Analysis:
+    """A fitted system with what is known about its errors."""
+    fit: object             # engine.Fit
+    narrow: object          # the fit at Huber's delta 0.001
+    theta: np.ndarray       # (draws, p) bootstrap
+    left_out: np.ndarray    # (n,) log errors where the row's trunk was left out
+    aicc: float
 
 
-def analyse(rows, options, fits, bar):
-    """{law: its entry in laws.json} and {law: what figures need: its Fit, left-out errors, extrapolations, profile of E}."""
-    share = shared_names(options)
-    entries, details, cache = {}, {}, {}
-    for law, (system, mine) in fits.items():
-        key = tuple(system.items()) + (len(mine),)
-        if key not in cache:
-            its = share if set(system) & {"dense", "upcycled"} or law == "moe" else ()
-            f = fit(mine, system, its, options.delta)
-            cache[key] = (f, fit(mine, system, its, 1e-3), bootstrap(f, options.draws, options.seed, tick=bar.update), leave_trunk_out(f), its)
-        f, narrow, theta, left_out, its = cache[key]
-        here = np.array([system[row["family"]] == law for row in f.problem.rows])
-        draws, params = f.params(law, theta), f.params(law)
-        variables = FAMILIES[law.partition(".")[0]] if law in FAMILIES or law in RIVALS else ()
-        far = {name: extrapolate(mine, system, law, name, its, options.delta) for name in variables}
-        row, trunk, _, trunk_df = variances(f, trunk_of(f.problem.rows))
-        entries[law] = {
-            "params": rounded(params),
-            "ci95": {k: np.quantile(v, [0.025, 0.975]).tolist() for k, v in draws.items()},
-            "se_asymptotic": standard_errors(f, law), "n": int(here.sum()), "rmse_log": rms(f.residual[here]),
-            "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)]), "extrapolation": {k: v and rms(v[1]) for k, v in far.items()},
-            "aicc": aicc(f), "n_with": len(f.residual), "fitted_with": system, "shared": sorted(set(its) & {name for name in f.problem.names}),
-            "not_identified": {k: why for k, (_, why) in f.problem.fixed[law].items()} | unidentified(f, law, theta),
-            "huber_delta": f.delta, "params_at_delta_0.001": rounded(narrow.params(law)),
-            "row_sd": math.sqrt(row), "trunk_sd": math.sqrt(trunk), "trunks": len(set(trunk_of(f.problem.rows))),
-            "draws": rounded(draws)}
-        if law in RIVALS:  # compare it with these: of the same fit, draw by draw
-            entries[law]["beside"] = {other: {"params": rounded(f.params(other)), "draws": rounded(f.params(other, theta))}
-                                      for other in dict.fromkeys(system.values()) if other != law}
-        if "alpha3" in draws:
-            below = int((draws["alpha3"] <= 0).sum())
-            entries[law]["alpha3_p"] = min(1.0, 2 * (min(below, options.draws - below) + 1) / (options.draws + 1))
-        details[law] = {"fit": f, "here": here, "left_out": left_out, "far": far,
-                        "profile": profile_E(f, law) if law == "upcycled" else None}
-    return entries, details
+def analysed(rows, system, options, tick):
+    """The Analysis of one system; options are those of the command."""
+    settings = {"share": shared_names(options), "A_of_N": options.A_of_N}
+    fitted = fit_with_noise(rows, system, delta=options.delta, **settings)
+    theta = bootstrap(fitted, options.draws, options.seed, tick)
+    narrow = fit(rows, system, delta=1e-3, **settings)
+    return Analysis(fitted, narrow, theta, leave_trunk_out(fitted), aicc(fitted))
 
 
-def at_each_N(rows, options):
-    """{N: {law: {"params", "se_asymptotic", "n", "rmse_log", "leave_trunk_out"}}} of the upcycled laws fitted to one size at a time,
-    and {N: profile of E}: what holds with no assumption on how N enters."""
-    found, profiles = {}, {}
-    for n in sorted({row["N"] for row in rows if row["family"] == "upcycled"}):
-        fits, _ = plan_fits([row for row in rows if row["N"] == n], RIVALS)
-        for law, (system, mine) in fits.items():
-            f = fit(mine, system, (), options.delta)
-            here, left_out = np.array([system[row["family"]] == law for row in f.problem.rows]), leave_trunk_out(f)
-            found.setdefault(f"{n:.6g}", {})[law] = {
-                "params": rounded(f.params(law)), "se_asymptotic": standard_errors(f, law), "n": int(here.sum()),
-                "rmse_log": rms(f.residual[here]), "leave_trunk_out": rms(left_out[here & np.isfinite(left_out)])}
-            if law == "upcycled":
-                profiles[n] = profile_E(f, law)
-    return found, profiles
+def explained_rows(law, rows):
+    """The rows whose losses a law is there to explain: those of its own family."""
+    return [row for row in rows if row["family"] == law.partition(".")[0]]
 
 
-def unidentified(fit, law, theta):
-    """{parameter: why} where the fit or an end of its interval (theta: draws) sits on a bound, or an exponent's sign or a
-    coefficient's size is open."""
-    problem, why, draws = fit.problem, {}, fit.params(law, theta)
-    low, high = np.quantile(theta, [0.025, 0.975], axis=0)
-    bound = (np.minimum(fit.theta, low) <= problem.low) | (np.maximum(fit.theta, high) >= problem.high)
-    at_bound = {name.rpartition(":")[2] for name, its in zip(problem.names, bound) if its and name.rpartition(":")[0] in ("", law)}
-    for name, values in draws.items():
-        low, high = np.quantile(values, [0.025, 0.975])
-        if name in problem.fixed[law]:
-            continue
-        if name in at_bound:
-            why[name] = "not identified: it or its interval at a bound of the fit"
-        elif low > 0 and high > 100 * low:
-            why[name] = "not identified: its interval spans a factor of more than 100"
-        elif low < 0 < high and name != "alpha3":
-            why[name] = "not identified: its sign is open"
-    return why
+def law_entry(law, rows, analysis, held_out):
+    """The entry of one law in laws.json."""
+    fitted, theta = analysis.fit, analysis.theta
+    problem = fitted.problem
+    system, draws, own = problem.system, fitted.params(law, theta), explained_rows(law, rows)
+    noise, misfit = fitted.noise.table()
+    fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
+    entry = {
+        "params": rounded(fitted.params(law)),
+        "ci95": {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()},
+        "se_asymptotic": standard_errors(fitted, law),
+        "n": len(own), "rmse_log": rms(errors(fitted, law, own)), "held_out": held_out,
+        "aicc": analysis.aicc, "n_with": len(fitted.residual), "fitted_with": system,
+        "shared": sorted(set(problem.options["share"]) & set(problem.names)),
+        "not_identified": fixed | unidentified(fitted, law, theta),
+        "huber_delta": float(np.median(fitted.delta)),
+        "params_at_delta_0.001": rounded(analysis.narrow.params(law)),
+        "noise": noise, "misfit": misfit, "draws": rounded(draws)}
+    if "sparsity" in law and law != "moe.optimal_sparsity":
+        entry["at"] = {name: own[0][name] for name in ("D", "D1", "D2") if name in own[0]}
+    if problem.methods and law == system.get("upcycled"):
+        entry["methods"] = {
+            label: {"params": rounded(fitted.params(law, method=label)),
+                    "draws": rounded(fitted.params(law, theta, label))} for label in problem.methods}
+    if law in RIVALS:  # the laws to compare it with are those of the same fit, draw by draw
+        others = [other for other in dict.fromkeys(system.values()) if other != law]
+        entry["beside"] = {other: {"params": rounded(fitted.params(other)),
+                                   "draws": rounded(fitted.params(other, theta))} for other in others}
+    return entry
 
 
-def ranges(rows):
-    """{family: {variable: [smallest, largest]}}."""
-    out = {}
-    for family, names in FAMILIES.items():
-        if mine := [row for row in rows if row["family"] == family]:
-            out[family] = {name: [min(row[name] for row in mine), max(row[name] for row in mine)] for name in names}
-    return out
-
-
-def mixtures(rows):
-    """Warnings, [text], where rows of one family come from different data, methods or numbers of experts."""
-    found = []
-    for family in FAMILIES:
-        for key in ("data_sha256", "method", "num_local_experts", "num_experts_per_tok"):
-            values = {f"{row[key]:g}" if isinstance(row[key], float) else ascii(row[key]).strip("'") for row in rows if row["family"] == family and key in row}
-            if len(values) > 1:
-                found.append(f"{family} rows mix {len(values)} values of {key} ({', '.join(sorted(v[:12] for v in values))}); the laws take them as one")
+def held_out_errors(law, rows, analysis, options):
+    """{variable or "trunk": {"rms", "rows", "beyond"} or None}: errors of rows of the law's family that
+    the fit did not see."""
+    fitted = analysis.fit
+    settings = {"delta": options.delta, **fitted.problem.options}
+    names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
+    found = {name: extrapolate(rows, fitted.problem.system, law, name, **settings) for name in names}
+    family = law.partition(".")[0]
+    left = analysis.left_out[[row["family"] == family for row in fitted.problem.rows]]
+    left = left[np.isfinite(left)]
+    if law == "upcycled.loss_matching_0":  # no upcycled trunk was seen
+        left = errors(fitted, law, explained_rows(law, rows))
+    found["trunk"] = counted(left)
     return found
 
 
-def main(options):
-    rows, dropped = read_rows(options.rows, options.skip_bad)
+def analyse(rows, options, fits, bar):
+    """({law: its entry in laws.json}, the Fit with the interaction law or None)."""
+    entries, cache, main_fit = {}, {}, None
+    for law, (system, chosen) in fits.items():
+        key = tuple(system.items()) + (len(chosen),)
+        if key not in cache:
+            cache[key] = analysed(chosen, system, options, bar.update)
+        if law == "upcycled":
+            main_fit = cache[key].fit
+        if law == "upcycled.loss_matching_0":
+            chosen = chosen + explained_rows(law, rows)
+        entries[law] = law_entry(law, chosen, cache[key], held_out_errors(law, chosen, cache[key], options))
+    return entries, main_fit
+
+
+def at_each_N(rows, options):
+    """({N: {law: {"params", "se_asymptotic", "n", "rmse_log", "held_out"}}}, {title: profile of E}) of the
+    upcycled laws fitted to one size at a time. They hold with no assumption on how N enters."""
+    found, profiles = {}, {}
+    for n in levels(row["N"] for row in rows if row["family"] == "upcycled"):
+        one = [row for row in rows if n <= row["N"] <= 1.05 * n]
+        for law, (system, chosen) in plan_fits(one, RIVALS)[0].items():
+            fitted = fit_with_noise(chosen, system, (), options.delta)
+            own, left = explained_rows(law, one), leave_trunk_out(fitted)
+            left = left[np.isfinite(left) & [row["family"] == "upcycled" for row in fitted.problem.rows]]
+            found.setdefault(f"{n:.6g}", {})[law] = {
+                "params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
+                "n": len(own), "rmse_log": rms(errors(fitted, law, own)),
+                "held_out": {"trunk": counted(left)}}
+            if law == "upcycled":
+                profiles[f"N = {report.short(n)} alone"] = profile_E(fitted, law)
+    return found, profiles
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows that a fit did not see
+
+def rms(values):
+    """Root mean square; None of nothing."""
+    values = np.asarray(values, float)
+    return float(np.sqrt((values ** 2).mean())) if len(values) else None
+
+
+def counted(values, beyond=None):
+    """An entry of held_out: {"rms" of errors of ln loss, "rows", "beyond"}; None of no errors."""
+    return {"rms": rms(values), "rows": len(values), "beyond": beyond} if len(values) else None
+
+
+def errors(fitted, law, rows):
+    """(len(rows),) ln measured - ln predicted by a law of the fit for rows of the law's family, each by
+    its own method, whether the fit saw them or not."""
+    params = {label: fitted.params(law, method=label) for label in {method_label(row) for row in rows}}
+    names, predicted = variables_of(law), []
+    for row in rows:
+        point = {name: variable(row, name) for name in names}
+        predicted.append(float(predict(law, params[method_label(row)], **point)))
+    return np.log([row["loss"] for row in rows]) - np.log(predicted)
+
+
+def held_out_from(rows, family, name):
+    """The value of variable `name` from which rows of a family are held out: its largest level, or the
+    upper fifth of its range (in logarithms) where that level has less than 15 % of the rows. None where
+    that leaves nothing."""
+    values = np.array([variable(row, name) for row in rows if row["family"] == family], float)
+    values = values[np.isfinite(values)]
+    found = levels(values)
+    if len(found) < 2:
+        return None
+    threshold = found[-1]
+    if (values >= threshold).mean() < 0.15:
+        threshold = min(threshold, math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
+    return threshold
+
+
+def extrapolate(rows, system, law, name, **options):
+    """How a fit predicts a law's rows at the largest values of variable `name`, which it did not see; for N
+    it saw them in no family. options go to fit_with_noise.
+
+    Returns {"rms": error of ln loss, "rows": how many rows were held out, "beyond": the largest held-out
+    value over the largest fitted one}, or None where too few rows are left to fit.
+    """
+    family = law.partition(".")[0]
+    threshold = held_out_from(rows, family, name)
+    if threshold is None:
+        return None
+
+    def is_held(row, families):
+        return row["family"] in families and variable(row, name) >= threshold
+
+    held = [row for row in rows if is_held(row, {family})]
+    kept = [row for row in rows if not is_held(row, set(system) | {family} if name == "N" else {family})]
+    if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
+        return None
+    fitted = fit_with_noise(kept, system, **options)
+    rest = [variable(row, name) for row in kept if row["family"] == family]
+    largest = max(variable(row, name) for row in held)
+    return counted(errors(fitted, law, held), float(largest / max(rest)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+def ranges(rows):
+    """{family: {variable: [smallest, largest]}}."""
+    found = {}
+    for family, names in FAMILIES.items():
+        members = [row for row in rows if row["family"] == family]
+        if members:
+            found[family] = {name: [extreme(row[name] for row in members) for extreme in (min, max)]
+                             for name in names}
+    return found
+
+
+def mixtures(rows):
+    """Warnings, [text], where rows of one family come from different data or numbers of experts, where
+    methods are mixed (only laws with a head start tell them apart), and where rows were made under
+    different settings."""
+    found = []
+    for family in FAMILIES:
+        for key in ("data_sha256", "method", "num_local_experts", "num_experts_per_tok"):
+            values = [row[key] for row in rows if row["family"] == family and key in row]
+            names = {f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")
+                     for value in values}
+            if len(names) > 1:
+                shown = ", ".join(sorted(name[:12] for name in names))
+                found.append(f"{family} rows mix {len(names)} values of {key} ({shown}); "
+                             "the laws take them as one")
+    for key, values in mixed_conditions(rows).items():
+        shown = ", ".join(map(str, values[:5]))
+        found.append(f"rows mix {len(values)} values of {key} ({shown}); the laws take them as one")
+    return found
+
+
+def wanted_laws(options):
+    """The laws that --laws names. Raises ConfigError where --laws, --delta or --share make no sense."""
     wanted = [name.strip() for name in options.laws.split(",") if name.strip()]
     for name in wanted:
         if name not in LAWS:
             raise ConfigError(f"--laws: no law '{name}'; there are {', '.join(LAWS)}")
     if options.delta != "auto" and options.delta <= 0:
-        raise ConfigError(f"--delta={options.delta:g} is not positive; auto, or a size of log residuals such as 0.001")
+        raise ConfigError(f"--delta={options.delta:g} is not positive; "
+                          "auto, or a size of log residuals such as 0.001")
     for name in shared_names(options):
         if name not in parameter_names("dense"):
-            raise ConfigError(f"--share: '{name}' is none of {', '.join(parameter_names('dense'))}")
+            known = ", ".join(parameter_names("dense"))
+            raise ConfigError(f"--share: '{name}' is none of {known}")
+    return wanted
+
+
+def planned(rows, wanted, options):
+    """{law: (system, rows)} of the laws that these rows allow; it prints which laws it skips. Raises
+    ConfigError where a wanted law, or every law, lacks rows."""
     fits, lacks = plan_fits(rows, wanted)
     if wanted and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
@@ -332,33 +356,149 @@ def main(options):
         print(f"skipped {', '.join(law for law in lacks if lacks[law] == lack)}: {lack}")
     if not fits:
         raise ConfigError(f"{', '.join(options.rows)}: no law can be fitted to these {len(rows)} rows")
+    return fits
+
+
+def unidentified_note(entries):
+    """[a warning] that names the parameters these rows do not identify."""
+    unclear = {}
+    for law, entry in entries.items():
+        why = entry["not_identified"]
+        names = [name for name in why if why[name].endswith(("bound of the fit", "sign is open"))]
+        if names:
+            unclear[law] = names
+    said = ", ".join(f"{law} ({', '.join(names)})" for law, names in unclear.items())
+    return [f"these rows do not identify {said}; outside the data those laws say little"] if said else []
+
+
+def scope_notes(entries):
+    """[warning] on laws that hold at one horizon D, and at one D, D1 and D2 by their definition."""
+    folded = [law for law, entry in entries.items()
+              if "one level of D" in entry["not_identified"].get("A", "")]
+    notes = [f"{', '.join(folded)}: the rows have one horizon D, whose term is part of E; "
+             "the law says nothing of other horizons"] if folded else []
+    for law, entry in entries.items():
+        if "at" in entry:
+            tokens = ", ".join(f"{name} = {report.short(value)}" for name, value in entry["at"].items())
+            notes.append(f"{law} is fitted at {tokens} alone")
+    return notes
+
+
+def write_json(path, content):
+    """Write a JSON file whole: a temporary file beside it takes its name once it is on the disk."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(content, f, allow_nan=False)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def origin(rows):
+    """{family: {column: its values}} of what must agree among laws that are compared."""
+    columns = ("data_sha256", "tokenizer", "num_local_experts", "num_experts_per_tok", "max_seq_len")
+    found = {}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        found[family] = {name: sorted({row[name] for row in own if name in row}, key=str) for name in columns}
+    return found
+
+
+def models(rows):
+    """[{"family", "N", "N_active", "N_total", "num_local_experts", "num_experts_per_tok",
+    "flops_per_token"}]: the models of the rows that say their FLOPs."""
+    found = {}
+    for row in rows:
+        tokens = row.get("D2", row.get("D"))
+        columns = ("family", "N", "N_active", "N_total", "num_local_experts", "num_experts_per_tok")
+        model = {name: row[name] for name in columns if name in row}
+        if isinstance(row.get("flops"), (int, float)) and row["flops"] > 0:
+            found[tuple(model.values())] = model | {"flops_per_token": row["flops"] / tokens}
+    return list(found.values())
+
+
+def compared(rows, options, settings):
+    """[(claim, whether it holds, text)] on the interaction law and the handicap law; [] where one cannot
+    be fitted."""
+    fits, _ = plan_fits(rows, ["upcycled", "upcycled.handicap"])
+    if len(fits) < 2:
+        return []
+    settings = {"delta": options.delta, **settings}
+    fitted = {law: fit_with_noise(own, system, **settings) for law, (system, own) in fits.items()}
+    found = []
+    for claim, (law, name) in {"alpha3 of the interaction law is positive": ("upcycled", "alpha3"),
+                               "upcycling has a lasting cost kappa": ("upcycled.handicap", "kappa")}.items():
+        value, error = fitted[law].params(law)[name], standard_errors(fitted[law], law)[name]
+        found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
+    gain = aicc(fitted["upcycled"]) - aicc(fitted["upcycled.handicap"])
+    better = "the handicap law is better than the interaction law"
+    found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
+    for name in ("D1", "D2"):
+        held = [extrapolate(own, system, law, name, **settings) for law, (system, own) in fits.items()]
+        if all(held):
+            errors_of = " against ".join(f"{100 * one['rms']:.2f} %" for one in held[::-1])
+            text = f"{errors_of} on {held[0]['rows']} rows"
+            found.append((f"{better} at the held-out largest {name}", held[1]["rms"] < held[0]["rms"], text))
+    return found
+
+
+def claims(rows, options):
+    """{claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows.
+
+    The variations drop the smallest D2, share B and beta among the families, and let A depend on N.
+    """
+    smallest = min((row["D2"] for row in rows if row["family"] == "upcycled"), default=0.0)
+    without = [row for row in rows if row.get("D2", math.inf) > 1.05 * smallest]
+    usual = {"share": shared_names(options), "A_of_N": options.A_of_N}
+    variations = {"as fitted": (rows, usual), "without the smallest D2": (without, usual),
+                  "B and beta shared": (rows, usual | {"share": ("E", "B", "beta")}),
+                  "A depends on N": (rows, usual | {"A_of_N": True})}
+    found = {}
+    for variation, (chosen, settings) in variations.items():
+        for claim, holds, text in compared(chosen, options, settings):
+            found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
+    return found
+
+
+def main(options):
+    """Read rows, fit the laws, write the results; laws.json comes last, since its presence says that all
+    is done."""
+    rows, dropped = read_rows(options.rows, options.skip_bad)
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
-    notes += mixtures(rows)
+    rows, said = resolve_repeats(rows, options.repeats)
+    wanted = wanted_laws(options)
+    fits = planned(rows, wanted, options)
+    notes += said + mixtures(rows)
     try:
         os.makedirs(options.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
     systems = {tuple(system.items()) for system, _ in fits.values()}
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
-        entries, details = analyse(rows, options, fits, bar)
-    unclear = {law: [k for k, why in e["not_identified"].items() if why.endswith(("bound of the fit", "sign is open"))] for law, e in entries.items()}
-    if said := [f"{law} ({', '.join(names)})" for law, names in unclear.items() if names]:
-        notes.append("these rows do not identify " + ", ".join(said) + "; outside the data those laws say little")
+        entries, main_fit = analyse(rows, options, fits, bar)
+    notes += unidentified_note(entries) + scope_notes(entries)
     sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
-    content = hashlib.sha256("".join(sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)).encode()).hexdigest()
-    out = {"version": 1, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows), "data_sha256": content, "git": code_version()}
-    if ratios := [row["N_active"] / row["N"] for row in rows if row["family"] != "dense" and "N_active" in row]:
-        out["active_ratio"] = float(np.mean(ratios))
-    with open(os.path.join(options.out, "laws.json"), "w", encoding="utf-8") as f:
-        json.dump(out, f, allow_nan=False)
-    compared, parameters, each = report.table(entries, sizes)
+    if main_fit:
+        profiles = {"all N": profile_E(main_fit, "upcycled")} | profiles
+    profiles = {title: profile for title, profile in profiles.items() if profile}
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows),
+           "origin": origin(rows), "models": models(rows),
+           "claims": claims(rows, options) if not wanted else {},
+           "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(), "git": code_version()}
+    report.write(rows, out, profiles, notes, options.out)
+    path = os.path.join(options.out, "laws.json")
+    write_json(path, out)
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
-    methods = report.method_lines(report.method_differences(rows))
-    report.report(rows, out, details, profiles, [*compared, "", *parameters, "", *each, "", *methods], notes, options.out)
-    shown = [line for i, line in enumerate(parameters) if i < 2 or wanted or line.split("|")[1].strip() in (*FAMILIES, best)]
-    for block in (compared, each, shown, methods, report.findings(entries, out["ranges"]), [f"warning: {note}" for note in notes]):
+    shown = {law: entry for law, entry in entries.items() if wanted or law in (*FAMILIES, best)}
+    for block in (report.comparison_table(entries), report.single_size_table(sizes),
+                  report.parameter_table(shown), report.methods_table(report.method_differences(rows)),
+                  report.findings(rows, out), [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))
-    print(f"{os.path.join(options.out, 'laws.json')}, report.md and figures written")
+    print(f"{path}, report.md and figures written")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""Scaling laws as data, and the engine that fits them.
+"""Scaling laws as data, what they predict, and rows with a system of laws as the arrays that engine.py fits.
 
-A law is a sum of terms, each a coefficient times powers of N, D, D1, D2, ...: in logs a log-sum-exp of features that
-are linear in (ln coefficient, exponents). LAWS holds them as data and one engine fits them all. Token and parameter
-counts are raw numbers, losses nats per token, ln natural.
+A law is a sum of terms. Each term is a coefficient times powers of N, D, D1, D2, ..., so its logarithm is
+linear in (ln coefficient, exponents), and the logarithm of the loss is a log-sum-exp. LAWS holds the laws as
+data; engine.py fits them all. Token and parameter counts are raw numbers, losses are nats per token, ln is
+natural.
 """
-import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from configurator import ConfigError
+from rows import method_label
 
 # ---------------------------------------------------------------------------------------------------------
-# The laws: {coefficient: {exponent: feature}}. "-D" is -ln D, "D1*D2" is ln D1 * ln D2, "-effective" is
-# -ln(D2 + c D1^gamma), which adds the parameters c and gamma.
+# The laws: {coefficient: {exponent: feature}}. The feature "-D" is -ln D, "D1*D2" is ln D1 * ln D2, and
+# "-effective" is -ln(D2 + H), where H is the head start that the dense checkpoint gives, in tokens.
 
 N_AND_E = {"B": {"beta": "-N"}, "E": {}}
 SPARSITY = {"A": {"alpha": "-sparsity", "beta": "-N_active"}, "E": {}}
 SPARSITY_ADDITIVE = {"A": {"alpha": "-sparsity"}, "B": {"beta": "-N_active"}, "E": {}}
+EFFECTIVE = {"A": {"alpha": "-effective"}, **N_AND_E}
 LAWS = {
     "dense": {"A": {"alpha": "-D"}, **N_AND_E},
     "moe": {"A": {"alpha": "-D"}, **N_AND_E},
@@ -27,8 +29,14 @@ LAWS = {
     "upcycled": {"A": {"alpha1": "-D1", "alpha2": "-D2", "alpha3": "D1*D2"}, **N_AND_E},
     "upcycled.no_interaction": {"A": {"alpha1": "-D1", "alpha2": "-D2"}, **N_AND_E},
     "upcycled.additive": {"A1": {"alpha1": "-D1"}, "A2": {"alpha2": "-D2"}, **N_AND_E},
-    "upcycled.effective_data": {"A": {"alpha": "-effective"}, **N_AND_E},
-    "upcycled.effective_data_shared": {"A": {"alpha": "-effective"}, **N_AND_E},  # from-scratch MoE is D1 = 0 of it
+    # A (D2 + H)^-alpha + B N^-beta + E: the head start H, in tokens, fades
+    "upcycled.effective_data": EFFECTIVE,
+    # the same curve for the MoE from scratch, which is H = 0, in all that follow
+    "upcycled.effective_data_shared": EFFECTIVE,
+    "upcycled.saturating": EFFECTIVE,
+    "upcycled.handicap": EFFECTIVE,  # times e^kappa for upcycled runs
+    "upcycled.loss_matching": EFFECTIVE,
+    "upcycled.loss_matching_0": EFFECTIVE,
     # arXiv 2502.03009 at fixed data, sparsity = N_total / N_active
     "moe.sparsity": SPARSITY, "moe.sparsity_additive": SPARSITY_ADDITIVE,
     "upcycled.sparsity": SPARSITY, "upcycled.sparsity_additive": SPARSITY_ADDITIVE,
@@ -36,11 +44,26 @@ LAWS = {
     "moe.joint": {"a": {"delta": "experts", "alpha": "N_active", "gamma": "N_active*experts"},
                   "b": {"omega": "experts", "beta": "D", "zeta": "D*experts"}, "c": {}},
     # arXiv 2501.12370, active_share = 1 - S = top-k / experts
-    "moe.optimal_sparsity": {"a": {"alpha": "-N_total"}, "b": {"beta": "-D"}, "c": {"lambda": "-active_share"},
-                             "d": {"delta": "-active_share", "gamma": "-N_total"}, "e": {}},
+    "moe.optimal_sparsity": {
+        "a": {"alpha": "-N_total"}, "b": {"beta": "-D"}, "c": {"lambda": "-active_share"},
+        "d": {"delta": "-active_share", "gamma": "-N_total"}, "e": {}},
 }
+HEAD_START = {  # {law with a head start: the parameters that it adds}
+    "upcycled.effective_data": ("c", "gamma"),         # H = c D1^gamma
+    "upcycled.effective_data_shared": ("c", "gamma"),
+    "upcycled.saturating": ("c", "gamma", "H_max"),    # H^-alpha = (c D1^gamma)^-alpha + H_max^-alpha
+    "upcycled.handicap": ("c", "gamma", "kappa"),
+    "upcycled.loss_matching": ("delta",),              # L_moe(N, H) = e^delta L_dense(N, D1)
+    "upcycled.loss_matching_0": (),                    # delta = 0: nothing is fitted to upcycled runs
+}
+# Each method of upcycling has its own c and kappa. Methods have gamma in common: fitted apart, six of seven
+# methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
+BY_METHOD = ("c", "kappa")
+MATCHING = ("upcycled.loss_matching", "upcycled.loss_matching_0")
+SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
+LEAST_GAP = 1e-4  # loss matching: the dense loss counts as at least this share above the MoE's asymptote
 SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
-RIVALS = [name for name in LAWS if name.startswith("upcycled") and "sparsity" not in name]
+RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not in law]
 
 
 def parse_feature(feature):
@@ -48,59 +71,90 @@ def parse_feature(feature):
     return (-1 if feature.startswith("-") else 1), feature.lstrip("-").split("*")
 
 
-def predict(law, params, **variables):
-    """Loss by the law of that name, nats per token; params {name: number or array of draws}, variables N=, D=, D1=, ...
+def parameter_names(law, A_of_N=False):
+    """The names of a law's parameters in the order of the formula: A alpha1 alpha2 alpha3 B beta E.
 
-    All broadcast against each other. Under effective data D1 = 0 is training from scratch.
+    With A_of_N, A is A N^-nu. Loss matching has the dense law's parameters too, as dense_A, dense_alpha, ...
     """
+    names = []
+    for coefficient, exponents in law_terms(law, A_of_N).items():
+        names += [coefficient, *exponents] + [*HEAD_START.get(law, ())] * ("-effective" in exponents.values())
+    if law in MATCHING:
+        names += [f"dense_{name}" for name in parameter_names("dense", A_of_N)]
+    return list(dict.fromkeys(names))
+
+
+def law_terms(law, A_of_N=False):
+    """The terms of a law. With A_of_N the terms of data are also proportional to N^-nu, in laws that know
+    N."""
+    terms = LAWS[law]
+    if not A_of_N or terms.get("B") != {"beta": "-N"}:
+        return terms
+    return {name: exponents | {"nu": "-N"} if name in ("A", "A1", "A2") else exponents
+            for name, exponents in terms.items()}
+
+
+def head_start(law, params, N=None, D1=0.0):
+    """H in tokens: how many tokens of MoE training a dense checkpoint is worth that has seen D1 tokens.
+
+    Only loss matching needs N: its H solves L_moe(N, H) = e^delta L_dense(N, D1).
+    """
+    alpha = params["alpha"]
+    with np.errstate(divide="ignore", over="ignore"):
+        if law in MATCHING:
+            names = [name for name in params if name.startswith("dense_")]
+            dense = {name.removeprefix("dense_"): params[name] for name in names}
+            goal = np.exp(params.get("delta", 0.0)) * predict("dense", dense, N=N, D=D1)
+            floor = params["B"] * np.asarray(N, float) ** -params["beta"] + params["E"]
+            gap = np.maximum(goal - floor, LEAST_GAP * goal)
+            scale = params["A"] * np.asarray(N, float) ** -params.get("nu", 0.0)
+            return (gap / scale) ** (-1 / alpha)
+        power = np.exp(np.log(params["c"]) + params["gamma"] * np.log(np.asarray(D1, float)))
+        if "H_max" in params:
+            return (power ** -alpha + params["H_max"] ** -alpha) ** (-1 / alpha)
+        return power
+
+
+def predict(law, params, **variables):
+    """The loss by the law of that name, in nats per token.
+
+    params is {name: number or array of draws}; variables are N=, D=, D1=, D2=, ... All of them broadcast
+    against each other. Under a law with a head start, D1 = 0 or D= instead of D1= and D2= is training from
+    scratch.
+    """
+    variables = {name: np.asarray(value, float) for name, value in variables.items()}
+    factor = 1.0
     with np.errstate(divide="ignore"):
-        logs = {name: np.log(np.asarray(value, float)) for name, value in variables.items()}
+        if law in HEAD_START:
+            D1, D2 = variables.get("D1", np.zeros(())), variables.get("D2", variables.get("D"))
+            head = head_start(law, params, variables.get("N"), D1)
+            variables["effective"] = D2 + np.where(D1 > 0, head, 0.0)
+            factor = np.exp(np.where(D1 > 0, params.get("kappa", 0.0), 0.0))
+        logs = {name: np.log(value) for name, value in variables.items()}
     loss = 0.0
-    for coefficient, exponents in LAWS[law].items():
+    for coefficient, exponents in law_terms(law, "nu" in params).items():
         power = 0.0
         for exponent, feature in exponents.items():
             sign, factors = parse_feature(feature)
-            if factors == ["effective"]:
-                value = np.logaddexp(logs["D2"], np.log(params["c"]) + params["gamma"] * logs["D1"])
-            else:
-                value = math.prod(logs[name] for name in factors)
-            power = power + sign * params[exponent] * value
+            power = power + sign * params[exponent] * math.prod(logs[name] for name in factors)
         loss = loss + params[coefficient] * np.exp(power)
-    return loss
+    return factor * loss
+
+
+def published_check(params, N, D1, D2):
+    """Loss matching from dense and MoE laws alone, relative to an upcycled law: its prediction / the law's -
+    1.
+
+    params is {"dense", "moe", "upcycled": {parameter: value}}, as laws/liew2025.json has them. With D1 tokens
+    per dense checkpoint and D2 after it, all broadcast against each other.
+    """
+    matched = params["moe"] | {f"dense_{name}": value for name, value in params["dense"].items()}
+    predicted = predict("upcycled.loss_matching_0", matched, N=N, D1=D1, D2=D2)
+    return predicted / predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The engine: features of a system of laws, prediction with its Jacobian, starts, descent
-
-@dataclass
-class Problem:
-    """Rows and laws as arrays; p parameters, n rows, K terms. Coefficients are fitted as logs, variables are centred."""
-    rows: list
-    system: dict           # {family: law}
-    names: list            # "law:parameter", or "parameter" where laws share it
-    is_log: np.ndarray     # (p,) the parameter is the log of a coefficient
-    slot: np.ndarray       # (p,) the term it belongs to
-    features: np.ndarray   # (p, n)
-    offset: np.ndarray     # (K, n) 0 where the row's law has the term, -inf where not
-    to_raw: np.ndarray     # (p, p) and
-    to_raw0: np.ndarray    # (p,) raw = to_raw @ centred + to_raw0
-    y: np.ndarray          # (n,) ln loss
-    fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
-    layout: dict           # {law: (its rows (n,), {coefficient's place in p: {exponent's place: values to start from}})}
-    limit: np.ndarray      # (p,) bound on the size of an exponent
-    head: tuple | None = None  # effective data: rows of alpha, c, gamma; centred ln D1, ln D2; which rows use it; which have D1
-    by_slot: np.ndarray = field(init=False)  # (K, p, n)
-    low: np.ndarray = field(init=False)      # (p,) bounds that keep what is not identified finite: exponents within 3 (of a product .3),
-    high: np.ndarray = field(init=False)     # (p,) a term at least a millionth of the loss at the centre, a head start within e^7
-
-    def __post_init__(self):
-        self.low = np.where(self.is_log, self.y.min() + math.log(1e-6), -self.limit)
-        self.high = np.where(self.is_log, self.y.max() + 3.0, self.limit)
-        if self.head:
-            _, c, gamma = self.head[:3]
-            self.low[c], self.high[c], self.low[gamma] = -7.0, 7.0, 0.01
-        self.by_slot = np.where(self.slot[None, :, None] == np.arange(len(self.offset))[:, None, None], self.features, 0.0)
-
+# What rows hold
 
 def variable(row, name):
     """The row's value of a law's variable; nan where it has none."""
@@ -114,293 +168,345 @@ def variable(row, name):
         return math.nan
 
 
+def factors_of(terms):
+    """The names in the features of a law's terms."""
+    return {name for exponents in terms.values() for feature in exponents.values()
+            for name in parse_feature(feature)[1]}
+
+
+def variables_of(law):
+    """The variables of a law, sorted: N, D, D1, ..."""
+    factors = factors_of(LAWS[law])
+    return sorted(factors - {"effective"} | ({"D1", "D2"} if "effective" in factors else set()))
+
+
+def levels(values):
+    """The distinct levels of some numbers, ascending: each is the smallest of the values within 5 % above
+    it."""
+    found = []
+    for value in sorted(value for value in set(values) if not math.isnan(value)):
+        if not found or value > 1.05 * found[-1]:
+            found.append(value)
+    return found
+
+
 def count_levels(rows, name):
-    return len({variable(row, name) for row in rows} - {math.nan})
+    """How many levels a variable has in these rows."""
+    return len(levels(variable(row, name) for row in rows))
 
 
-def n_levels(rows, system):
-    """Levels of N of each family of the system."""
+def levels_of_N(rows, system):
+    """The number of levels of N in each family of the system {family: law}."""
     return [count_levels([row for row in rows if row["family"] == family], "N") for family in system]
 
 
-def build(rows, system, share=("E",)):
-    """The Problem of fitting `system` = {family: law} to the rows of those families, at once, laws sharing the named parameters.
+# ---------------------------------------------------------------------------------------------------------
+# Rows and a system of laws as arrays
 
-    One level of N: the B-term folds into an E of the law's own. Two levels of N in every law that shares E: E and B N^-beta
-    cannot be told apart, E is 0. Raises ConfigError where laws would share a coefficient but not its exponents.
-    """
-    rows = [row for row in rows if row["family"] in system]
-    of_row = np.array([system[row["family"]] for row in rows])
-    laws = {law: dict(LAWS[law]) for law in dict.fromkeys(system.values())}
-    members = {law: [row for row, name in zip(rows, of_row) if name == law] for law in laws}
-    sizes = {law: count_levels(members[law], "N") for law in laws if laws[law].get("B") == {"beta": "-N"}}
-    solo, fixed = {law for law, count in sizes.items() if count == 1}, {law: {} for law in laws}
-    for law, count in sizes.items():
-        others = [c for name, c in sizes.items() if name not in solo] if "E" in share and law not in solo else [count]
-        if count == 1:
-            del laws[law]["B"]
-            fixed[law] = {name: (0.0, "one level of N: B N^-beta is part of E") for name in ("B", "beta")}
-        elif max(others) == 2:
-            del laws[law]["E"]
-            fixed[law] = {"E": (0.0, "two levels of N do not separate E from B N^-beta")}
-
-    for name in share:
-        users = [law for law in laws if law not in solo and name in laws[law]]
-        forms = [laws[law][name] for law in users]
-        if len(forms) > 1 and any(form != forms[0] or not set(form) <= set(share) for form in forms):
-            raise ConfigError(f"--share: {', '.join(users)} can share {name} only where its exponents are the same and shared too "
-                              f"({', '.join(forms[0])}): else what is shared depends on the unit of counting")
-
-    features_used = {v for law in laws.values() for e in law.values() for f in e.values() for v in parse_feature(f)[1]}
-    logs = {v: np.log([variable(row, v) for row in rows]) for v in features_used - {"effective"}}
-    center = {v: np.nanmean(value) for v, value in logs.items()}
-    index, slots, features, log_names, slot = {}, {}, [], [], []
-    offset = {}
-
-    def position(law, name, coefficient, is_log=False):
-        full = name if name in share and law not in solo else f"{law}:{name}"
-        if full not in index:
-            index[full] = len(index)
-            features.append(np.zeros(len(rows)))
-            slot.append(slots.setdefault(coefficient, len(slots)))
-            log_names.append(is_log)
-        return index[full]
-
-    head, linear, constant, products, layout = None, [], [], [], {}
-    for law, terms in laws.items():
-        here = of_row == law
-        layout[law] = (here, {})
-        for coefficient, exponents in terms.items():
-            a = position(law, coefficient, coefficient, True)
-            features[a][here] = 1.0
-            offset.setdefault(coefficient, np.full(len(rows), -np.inf))[here] = 0.0
-            grid = layout[law][1][a] = {}
-            single = {}
-            for exponent, feature in exponents.items():
-                j = position(law, exponent, coefficient)
-                sign, factors = parse_feature(feature)
-                if factors == ["effective"]:  # u = m2 + logaddexp(x2, ln c' + gamma x1)
-                    c, gamma = position(law, "c", coefficient, True), position(law, "gamma", coefficient)
-                    d1 = np.array([row.get("D1", 0.0) for row in rows], float)
-                    x2 = np.log([row.get("D2", row.get("D")) for row in rows])
-                    m1, m2 = np.log(d1[here & (d1 > 0)]).mean(), x2[here].mean()
-                    started = here & (d1 > 0)
-                    x1 = np.where(started, np.log(np.where(started, d1, 1.0)) - m1, 0.0)
-                    grid |= {j: SLOPES, c: (-2.0, 0.0, 2.0), gamma: (0.3, 0.7, 1.1)}
-                    head = (j, c, gamma, x1, x2 - m2, here, started)
-                    linear += [(a, j, m2), (c, gamma, -m1)]
-                    constant.append((c, m2))
-                    continue
-                features[j][here] = sign * math.prod(logs[v][here] - center[v] for v in factors)
-                if len(factors) == 1:
-                    single[factors[0]] = (j, sign)
-                    grid[j] = [-sign * slope for slope in SLOPES]
-                    linear.append((a, j, -sign * center[factors[0]]))
-                else:
-                    v, w = factors
-                    grid[j] = (-0.03, 0.0, 0.03)
-                    products.append(j)
-                    linear += [(a, j, sign * center[v] * center[w]),
-                               (single[v][0], j, -sign * center[w] * single[v][1]),
-                               (single[w][0], j, -sign * center[v] * single[w][1])]
-    to_raw, to_raw0 = np.eye(len(index)), np.zeros(len(index))
-    limit = np.full(len(index), 3.0)
-    limit[products] = 0.3  # at 3 a raw coefficient overflows
-    for i, j, value in linear:
-        if to_raw[i, j] == 0:  # laws that share both parameters agree
-            to_raw[i, j] = value
-    for i, value in constant:
-        to_raw0[i] = value
-    return Problem(rows, system, list(index), np.array(log_names), np.array(slot), np.array(features), np.array([offset[s] for s in slots]),
-                   to_raw, to_raw0, np.log([row["loss"] for row in rows]), fixed, layout, limit, head)
-
-
-def log_terms(problem, theta):
-    """Logs of a law's terms (K, S, n); under effective data also ln of the head start and ln of the effective tokens (S, n)."""
-    terms, z, u = np.matmul(theta, problem.by_slot) + problem.offset[:, None, :], None, None
-    if problem.head:
-        a, c, gamma, x1, x2, here, started = problem.head
-        z = np.where(started, theta[:, c, None] + theta[:, gamma, None] * x1, -np.inf)
-        u = np.logaddexp(x2, z)
-        terms[problem.slot[a]] -= np.where(here, theta[:, a, None] * u, 0.0)
-    return terms, z, u
-
-
-def evaluate(problem, theta):
-    """ln loss (S, n) and its Jacobian (S, p, n) at centred parameters theta (S, p)."""
-    terms, z, u = log_terms(problem, theta)
-    top = terms.max(axis=0)
-    terms = np.exp(terms - top)
-    total = terms.sum(axis=0)
-    share = (terms / total).transpose(1, 0, 2)  # (S, K, n)
-    jacobian = share[:, problem.slot] * problem.features
-    if problem.head:
-        a, c, gamma, x1, _, here, _ = problem.head
-        mine = share[:, problem.slot[a]] * here
-        jacobian[:, a] = -mine * u
-        jacobian[:, c] = -mine * theta[:, a, None] * np.exp(z - u)
-        jacobian[:, gamma] = jacobian[:, c] * x1
-    return top + np.log(total), jacobian
-
-
-def huber(residual, delta):
-    size = np.abs(residual)
-    return np.where(size <= delta, 0.5 * size * size, delta * (size - 0.5 * delta))
-
-
-def descend(problem, theta, delta, y=None, weights=None, free=None, max_steps=400, tolerance=1e-11):
-    """Many weighted Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
-
-    y and weights: (S, n) or (n,), default the problem's own losses and 1; free: (p,) False holds a parameter at its start.
-    """
-    theta = np.array(theta, float)
-    count, n = len(theta), len(problem.y)
-    y = np.broadcast_to(problem.y if y is None else y, (count, n))
-    weights = np.broadcast_to(1.0 if weights is None else weights, (count, n))
-    final, live = np.full(count, np.inf), np.arange(count)
-    damping = np.full(count, 1e-3)
-    predicted, jacobian = evaluate(problem, theta)
-    for _ in range(max_steps):
-        residual = y[live] - predicted
-        cost = (weights[live] * huber(residual, delta)).sum(axis=1)
-        weight = weights[live] * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
-        gradient = (jacobian @ (weight * residual)[:, :, None])
-        held = ((theta[live] <= problem.low) & (gradient[:, :, 0] < 0)) | ((theta[live] >= problem.high) & (gradient[:, :, 0] > 0))
-        open_ = ~held if free is None else ~held & free
-        jacobian, gradient = jacobian * open_[:, :, None], gradient * open_[:, :, None]
-        hessian = (jacobian * weight[:, None, :]) @ jacobian.transpose(0, 2, 1)
-        diagonal = np.einsum("sii->si", hessian)
-        floor = 1e-14 * diagonal.max(axis=1, keepdims=True) + 1e-300
-        added = damping[live, None] * diagonal + floor
-        hessian[:, np.arange(theta.shape[1]), np.arange(theta.shape[1])] += added
-        step = np.linalg.solve(hessian, gradient)[:, :, 0]
-        gain = (step * gradient[:, :, 0]).sum(axis=1)  # twice the decrease that the quadratic model promises, at least
-        step = np.where(problem.is_log, np.log(np.maximum(1.0 + step, 0.1)), step)  # linear in the coefficient: 20 times fewer steps
-        target = np.where(open_, np.clip(theta[live] + step, problem.low, problem.high), theta[live])
-        trial, trial_jacobian = evaluate(problem, target)
-        with np.errstate(invalid="ignore"):
-            trial_cost = (weights[live] * huber(y[live] - trial, delta)).sum(axis=1)
-        better = trial_cost <= cost
-        theta[live[better]] = target[better]
-        final[live] = np.where(better, trial_cost, cost)
-        done = (better & (gain <= tolerance * cost) & (damping[live] < 1e-2)) | (damping[live] > 1e12) | (cost < 1e-26 * n)
-        damping[live] = np.where(better, np.maximum(damping[live] / 10, 1e-9), damping[live] * 5)
-        predicted = np.where(better[:, None], trial, predicted)[~done]
-        jacobian = np.where(better[:, None, None], trial_jacobian, jacobian)[~done]
-        live = live[~done]
-        if not len(live):
-            break
-    return theta, final
-
-
-def grid_starts(problem, keep=3):
-    """Starts (S, p) by variable projection: with exponents on a grid and E a share of the lowest loss, the other
-    coefficients are a linear least-squares problem, solved in closed form and kept positive. The best of each law and E are joined."""
-    loss, low = np.exp(problem.y), math.exp(problem.y.min())
-    has_constant = any(not exponents for _, terms in problem.layout.values() for exponents in terms.values())
-    shares = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95) if has_constant else (0.0,)
-    starts = np.zeros((len(shares), keep, len(problem.names)))
-    for here, terms in problem.layout.values():
-        grid = {j: values for exponents in terms.values() for j, values in exponents.items()}
-        theta = np.zeros((math.prod(map(len, grid.values())), len(problem.names)))
-        theta[:, list(grid)] = list(itertools.product(*grid.values()))
-        coefficients = [a for a, exponents in terms.items() if exponents]
-        basis = np.exp(log_terms(problem, theta)[0][problem.slot[coefficients]][:, :, here]) / loss[here]  # (k, G, n)
-        normal = np.einsum("jgn,kgn->gjk", basis, basis)
-        mean = basis.mean(axis=2)
-        for i, share in enumerate(shares):
-            target = 1.0 - share * low / loss[here]
-            ridge = 1e-9 * np.einsum("gjj->gj", normal).max(axis=1)[:, None, None] * np.eye(len(coefficients))
-            value = np.linalg.solve(normal + ridge, (basis @ target).T[:, :, None])[:, :, 0]
-            value = np.maximum(value, 0.02 * target.mean() / mean.T)
-            cost = ((np.einsum("gk,kgn->gn", value, basis) - target) ** 2).sum(axis=1)
-            best = np.resize(np.argsort(cost)[:keep], keep)
-            starts[i, :, list(grid)] = theta[best][:, list(grid)].T
-            starts[i, :, coefficients] = np.log(value[best]).T
-            for a, exponents in terms.items():
-                if not exponents:
-                    starts[i, :, a] = math.log(max(share, 1e-3) * low)
-    return starts.reshape(-1, len(problem.names))
-
-
-def robust_sigma(residual, parameters):
-    """Standard deviation by the median absolute residual, corrected for the fitted parameters."""
-    n = len(residual)
-    return 1.4826 * np.median(np.abs(residual)) * math.sqrt(n / max(n - parameters, 1))
+@dataclass
+class Head:
+    """The head start in a problem: the term A (D2 + H)^-alpha, where ln H or what it saturates from is
+    linear."""
+    slot: int                  # the term A
+    alpha: int                 # the place of alpha
+    x2: np.ndarray             # (n,) centred ln D2, or ln D from scratch
+    here: np.ndarray           # (n,) whether the row's law has the term
+    started: np.ndarray        # (n,) whether the row started from a dense checkpoint
+    linear: np.ndarray         # (p, n) features of ln(c D1^gamma)
+    H_max: int | None          # its place, in the saturating law
+    delta: int | None          # its place, in loss matching
+    dense: np.ndarray | None   # (terms, p, n) features of the dense law at (N, D1), in loss matching
 
 
 @dataclass
-class Fit:
-    problem: Problem
-    theta: np.ndarray      # (p,) centred
-    delta: float           # Huber's, on log residuals
-    cost: float
-    residual: np.ndarray   # (n,) ln measured - ln fitted
+class Problem:
+    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred."""
+    rows: list
+    system: dict           # {family: law}
+    options: dict          # what build was called with: share, A_of_N
+    names: list            # "law:parameter", or "parameter" where laws share it, or "law:parameter|method"
+    is_log: np.ndarray     # (p,) the parameter is the log of a coefficient
+    low: np.ndarray        # (p,) bounds keep finite what rows do not identify: exponents within 3, those of
+    high: np.ndarray       # (p,) a product within 0.3, a term at the centre above a millionth of the loss
+    features: np.ndarray   # (K, p, n)
+    offset: np.ndarray     # (K, n) 0 where the row's law has the term, -inf where it has not
+    to_raw: np.ndarray     # (p, p) and
+    to_raw0: np.ndarray    # (p,) raw = to_raw @ centred + to_raw0
+    y: np.ndarray          # (n,) ln loss
+    fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
+    layout: dict           # {law: (its rows (n,), {place of a coefficient: {place of an exponent: grid}})}
+    slots: list            # (K,) the term's coefficient, by name
+    methods: list          # labels of methods of upcycling that have parameters of their own
+    shift: np.ndarray      # (p, n) features of what is added to ln loss: kappa
+    head: Head | None
+    used: list = field(init=False)  # (K,) places of the parameters that occur in each term
 
-    def params(self, law, theta=None):
-        """{parameter: value} of a law of the system; from theta (S, p) arrays of draws."""
-        problem, theta = self.problem, self.theta if theta is None else theta
-        raw = theta @ problem.to_raw.T + problem.to_raw0
-        raw = np.where(problem.is_log, np.exp(raw), raw)
-        found = {name.rpartition(":")[2]: raw[..., j] for j, name in enumerate(problem.names) if name.rpartition(":")[0] in ("", law)}
-        found |= {name: np.full(theta.shape[:-1], value)[()] for name, (value, _) in problem.fixed[law].items()}
-        return {name: found[name] for name in parameter_names(law)}
-
-
-def parameter_names(law):
-    """In the order of the formula: A alpha1 alpha2 alpha3 B beta E."""
-    names = []
-    for coefficient, exponents in LAWS[law].items():
-        names += [coefficient, *exponents] + ["c", "gamma"] * ("-effective" in exponents.values())
-    return names
-
-
-def fit(rows, system, share=("E",), delta="auto"):
-    """The Fit of a system {family: law}: variable-projection starts, then Huber least squares on ln loss with the analytic
-    Jacobian. delta "auto" is 1.345 robust standard deviations of the residuals."""
-    problem = build(rows, system, share)
-    theta, cost = descend(problem, grid_starts(problem), 0.02 if delta == "auto" else max(delta, 0.005), max_steps=7, tolerance=1e-4)
-    theta = theta[np.argsort(cost)[:2]]
-    width = delta
-    for tolerance in (1e-5, 1e-5, 1e-11) if delta == "auto" else (1e-11,):
-        if delta == "auto":
-            width = max(1.345 * robust_sigma(problem.y - evaluate(problem, theta[:1])[0][0], len(problem.names)), 1e-7)
-        theta, cost = descend(problem, theta, width, tolerance=tolerance)
-        theta = theta[[np.argmin(cost)]]
-    theta = theta[0]
-    inside = (theta > problem.low) & (theta < problem.high)
-
-    def full(t):
-        return np.where(inside, np.bincount(np.flatnonzero(inside), t, len(theta)), theta)[None]
-
-    best = least_squares(lambda t: evaluate(problem, full(t))[0][0] - problem.y, theta[inside], loss="huber", f_scale=width, x_scale="jac",
-                         jac=lambda t: evaluate(problem, full(t))[1][0, inside].T, xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=50)
-    polished = full(best.x)[0]
-    if best.cost <= cost.min() and (polished >= problem.low).all() and (polished <= problem.high).all():
-        theta, cost = polished, best.cost
-    return Fit(problem, theta, width, float(np.min(cost)), problem.y - evaluate(problem, theta[None])[0][0])
+    def __post_init__(self):
+        self.used = [np.flatnonzero(np.abs(features).any(axis=1)) for features in self.features]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What rows must hold
+def identified_terms(rows, law_of_row, options):
+    """({law: its terms that these rows can tell apart}, {law: {parameter: (fixed value, why)}}, laws that
+    share nothing).
+
+    One level of N or D: the term folds into an E of the law's own. Rows that mix numbers of experts have an E
+    of their own too. Two levels of N in every law that shares E: E and B N^-beta cannot be told apart, E is
+    0.
+    """
+    laws = {law: dict(law_terms(law, options["A_of_N"])) for law in dict.fromkeys(law_of_row)}
+    members = {law: [row for row, name in zip(rows, law_of_row) if name == law] for law in laws}
+    fixed, alone = {law: {} for law in laws}, set()
+    sizes = {law: count_levels(members[law], "N") for law in laws if laws[law].get("B") == {"beta": "-N"}}
+    for law, count in sizes.items():
+        experts = [variable(row, "experts") / (row.get("granularity") or 1) for row in members[law]]
+        if len(levels(experts)) > 1:
+            alone.add(law)
+        if law in ("dense", "moe") and count_levels(members[law], "D") == 1:
+            why = "one level of D: A D^-alpha is part of E"
+            fixed[law] |= {name: (0.0, why) for name in ("A", *laws[law].pop("A"))}
+            alone.add(law)
+        if count == 1:
+            for name in laws[law]:
+                laws[law][name] = {k: feature for k, feature in laws[law][name].items() if k != "nu"}
+            fixed[law] |= {name: (0.0, "one level of N: B N^-beta is part of E") for name in ("B", "beta")}
+            fixed[law] |= {"nu": (0.0, "one level of N: N^-nu is part of A")} if options["A_of_N"] else {}
+            del laws[law]["B"]
+            alone.add(law)
+    joint = [count for law, count in sizes.items() if law not in alone]
+    for law, count in sizes.items():
+        if count == 2 and max(joint if "E" in options["share"] and law not in alone else [count]) == 2:
+            del laws[law]["E"]
+            fixed[law]["E"] = (0.0, "two levels of N do not separate E from B N^-beta")
+    return laws, fixed, alone
+
+
+def check_shares(laws, share, alone):
+    """Raises ConfigError where laws would share a coefficient but not its exponents."""
+    for name in share:
+        users = [law for law in laws if law not in alone and name in laws[law]]
+        forms = [laws[law][name] for law in users]
+        if len(forms) > 1 and any(form != forms[0] or not set(form) <= set(share) for form in forms):
+            raise ConfigError(
+                f"--share: {', '.join(users)} can share {name} only where its exponents are the same and "
+                f"shared too ({', '.join(forms[0])}): else what is shared depends on the unit of counting")
+
+
+@dataclass
+class Draft:
+    """A problem under construction: what its arrays will hold."""
+    rows: list
+    law_of_row: np.ndarray                        # (n,)
+    share: tuple
+    alone: set                                    # laws that share nothing
+    logs: dict                                    # {variable: (n,) ln of it}
+    center: dict                                  # {variable: mean of its ln}
+    methods: list                                 # labels of methods with parameters of their own
+    names: dict = field(default_factory=dict)     # {full name: place}
+    bounds: dict = field(default_factory=dict)    # {place: (low, high)} where they are not a coefficient's
+    features: dict = field(default_factory=dict)  # {(coefficient, place): (n,)}
+    shift: dict = field(default_factory=dict)     # {place: (n,)}
+    linear: list = field(default_factory=list)    # (place, place, value) off the diagonal of to_raw
+    constant: list = field(default_factory=list)  # (place, value) of to_raw0
+    head: dict = field(default_factory=dict)      # the fields of Head, features as {place: (n,)}
+
+    def place(self, law, name):
+        """The place of a law's parameter; a new one where it has none yet."""
+        full = name if name in self.share and law not in self.alone else f"{law}:{name}"
+        return self.names.setdefault(full, len(self.names))
+
+    def feature(self, coefficient, place, here, value):
+        """Set the feature of a parameter in a term, for some rows."""
+        self.features.setdefault((coefficient, place), np.zeros(len(self.rows)))[here] = value
+
+
+def add_term(draft, law, coefficient, exponents):
+    """Add one term of a law to the draft; returns {exponent's place: values to start from}."""
+    here, a = draft.law_of_row == law, draft.place(law, coefficient)
+    draft.feature(coefficient, a, here, 1.0)
+    grid, single = {}, {}
+    for exponent, feature in exponents.items():
+        sign, factors = parse_feature(feature)
+        if factors == ["effective"]:
+            grid |= add_head(draft, law, coefficient, exponent)
+            continue
+        j = draft.place(law, exponent)
+        centred = math.prod(draft.logs[name][here] - draft.center[name] for name in factors)
+        draft.feature(coefficient, j, here, sign * centred)
+        if len(factors) == 1:
+            single[factors[0]] = (j, sign)
+            grid[j] = (0.0,) if exponent == "nu" else [-sign * slope for slope in SLOPES]
+            draft.bounds[j] = (-3.0, 3.0)
+            draft.linear.append((a, j, -sign * draft.center[factors[0]]))
+        else:
+            v, w = factors
+            (jv, sign_v), (jw, sign_w) = single[v], single[w]
+            grid[j] = (-0.03, 0.0, 0.03)
+            draft.bounds[j] = (-0.3, 0.3)  # at 3 a raw coefficient overflows
+            mean_v, mean_w = draft.center[v], draft.center[w]
+            draft.linear += [(a, j, sign * mean_v * mean_w), (jv, j, -sign * mean_w * sign_v),
+                             (jw, j, -sign * mean_v * sign_w)]
+    return grid
+
+
+def add_head(draft, law, coefficient, exponent):
+    """Add ln(D2 + H) to the draft; returns {place: values to start from}."""
+    here, alpha = draft.law_of_row == law, draft.place(law, exponent)
+    D1 = np.array([row.get("D1", 0.0) for row in draft.rows], float)
+    x2 = np.log([row.get("D2", row.get("D")) for row in draft.rows])
+    started = here & (D1 > 0)
+    log_D1 = np.where(started, np.log(np.where(started, D1, 1.0)), 0.0)
+    m1, m2 = log_D1[started].mean() if started.any() else 0.0, x2[here].mean()
+    draft.head = dict(slot=coefficient, alpha=alpha, x2=x2 - m2, here=here, started=started, linear={},
+                      H_max=None, delta=None, dense=None, log_D1=log_D1)
+    draft.linear.append((draft.place(law, coefficient), alpha, m2))
+    draft.bounds[alpha] = (-3.0, 3.0)
+    grid = {alpha: SLOPES}
+    if "c" in HEAD_START[law]:
+        gamma = draft.place(law, "gamma")
+        draft.head["linear"][gamma] = np.where(started, log_D1 - m1, 0.0)
+        draft.bounds[gamma] = (0.01, 3.0)
+        for c, of_method in own_parameters(draft, law, "c", started):
+            draft.head["linear"][c] = of_method
+            draft.linear.append((c, gamma, -m1))
+            draft.constant.append((c, m2))
+            draft.bounds[c] = (-7.0, 7.0)
+            grid[c] = (-2.0, 0.0, 2.0)
+        grid[gamma] = (0.3, 0.7, 1.1)
+    if "H_max" in HEAD_START[law]:
+        draft.head["H_max"] = draft.place(law, "H_max")
+        draft.constant.append((draft.head["H_max"], m2))
+        draft.bounds[draft.head["H_max"]] = (-7.0, 9.0)
+    if "kappa" in HEAD_START[law]:
+        draft.shift = dict(own_parameters(draft, law, "kappa", started))
+        draft.bounds |= {kappa: (-1.0, 1.0) for kappa in draft.shift}
+    if "delta" in HEAD_START[law]:
+        draft.head["delta"] = draft.place(law, "delta")
+        draft.bounds[draft.head["delta"]] = (-1.0, 1.0)
+    if "H_max" in HEAD_START[law] or law in MATCHING:
+        draft.bounds[alpha] = (0.005, 3.0)
+    return grid
+
+
+def own_parameters(draft, law, name, started):
+    """[(place, (n,) which started rows have it)] of a parameter that each method of upcycling has for
+    itself."""
+    if not draft.methods:
+        return [(draft.place(law, name), started.astype(float))]
+    labels = np.array([method_label(row) for row in draft.rows])
+    return [(draft.place(law, name + f"|{label}" * (k > 0)), (started & (labels == label)).astype(float))
+            for k, label in enumerate(draft.methods)]
+
+
+def add_dense_loss(draft, terms):
+    """Add to the draft's head the terms {coefficient: exponents} of the dense law at (N, D1)."""
+    values = {"D": draft.head["log_D1"]}
+    draft.head["dense"] = []
+    for coefficient, exponents in terms.items():
+        features = {draft.place("dense", coefficient): np.ones(len(draft.rows))}
+        for exponent, feature in exponents.items():
+            sign, (name,) = parse_feature(feature)
+            centred = values.get(name, draft.logs[name]) - draft.center[name]
+            features[draft.place("dense", exponent)] = sign * centred
+        draft.head["dense"].append(features)
+
+
+def methods_of(rows, system):
+    """Labels of the methods of upcycling in the rows, copy or the first one first; [] of one method, or of
+    laws in which methods do not differ."""
+    if not set(BY_METHOD) & set(HEAD_START.get(system.get("upcycled"), ())):
+        return []
+    labels = {method_label(row) for row in rows if row["family"] == "upcycled"}
+    return sorted(labels, key=lambda label: (label != "copy", label)) if len(labels) > 1 else []
+
+
+def build(rows, system, share=("E",), A_of_N=False):
+    """The Problem of fitting `system` = {family: law} to the rows of those families at once; laws share
+    the named parameters. With A_of_N, A depends on N. Raises ConfigError where laws would share a
+    coefficient but not its exponents."""
+    options = {"share": share, "A_of_N": A_of_N}
+    rows = [row for row in rows if row["family"] in system]
+    law_of_row = np.array([system[row["family"]] for row in rows])
+    laws, fixed, alone = identified_terms(rows, law_of_row, options)
+    check_shares(laws, share, alone)
+    factors = set().union(*map(factors_of, laws.values())) - {"effective"}
+    logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
+    center = {name: np.nanmean(value) for name, value in logs.items()}
+    draft = Draft(rows, law_of_row, share, alone, logs, center, methods_of(rows, system))
+    layout, offset = {}, {}
+    for law, terms in laws.items():
+        here = law_of_row == law
+        layout[law] = (here, {})
+        for coefficient, exponents in terms.items():
+            offset.setdefault(coefficient, np.full(len(rows), -np.inf))[here] = 0.0
+            grid = add_term(draft, law, coefficient, exponents)
+            layout[law][1][draft.place(law, coefficient)] = grid
+    if set(system.values()) & set(MATCHING):
+        add_dense_loss(draft, laws["dense"])
+    return finished(draft, system, options, fixed, layout, offset)
+
+
+def finished(draft, system, options, fixed, layout, offset):
+    """The Problem of a complete draft."""
+    p, n, slots = len(draft.names), len(draft.rows), list(offset)
+    y = np.log([row["loss"] for row in draft.rows])
+
+    def array(features):
+        return np.array([features.get(j, np.zeros(n)) for j in range(p)])
+
+    features = {name: {} for name in slots}
+    for (name, j), value in draft.features.items():
+        features[name][j] = value
+    to_raw, to_raw0 = np.eye(p), np.zeros(p)
+    for i, j, value in draft.linear:
+        to_raw[i, j] = to_raw[i, j] or value  # laws that share both parameters agree
+    for i, value in draft.constant:
+        to_raw0[i] = value
+    logs = (*slots, "c", "H_max")
+    is_log = np.array([name.rpartition(":")[2].partition("|")[0] in logs for name in draft.names])
+    bounds = [draft.bounds.get(j, (y.min() + math.log(1e-6), y.max() + 3.0)) for j in range(p)]
+    low, high = np.array(bounds).T
+    head = None
+    if draft.head:
+        dense = draft.head["dense"] and np.array([array(term) for term in draft.head["dense"]])
+        parts = {name: value for name, value in draft.head.items() if name != "log_D1"}
+        head = Head(**parts | {"slot": slots.index(draft.head["slot"]), "dense": dense,
+                               "linear": array(draft.head["linear"])})
+    return Problem(draft.rows, system, options, list(draft.names), is_log, low, high,
+                   np.array([array(features[name]) for name in slots]),
+                   np.array([offset[name] for name in slots]), to_raw, to_raw0, y, fixed, layout,
+                   slots, draft.methods, array(draft.shift), head)
+
 
 def missing(rows, system):
-    """What these rows lack to fit `system`, [text]: three levels of each variable (N may have one), and more rows than parameters."""
+    """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows.
+
+    N may have one level, and so may D where N has three. Laws that share the MoE's curve need fewer D1.
+    """
     lacks = []
+    needed_D1 = {"upcycled.effective_data_shared": 2, "upcycled.handicap": 2} | dict.fromkeys(MATCHING, 1)
+    if set(system.values()) & set(MATCHING) and "dense" not in system:
+        return ["needs a dense law of the same rows"]
     for law in dict.fromkeys(system.values()):
-        mine = [row for row in rows if system.get(row["family"]) == law]
-        names = {v for e in LAWS[law].values() for f in e.values() for v in parse_feature(f)[1]}
-        variables = sorted({v for name in names for v in (("D1", "D2") if name == "effective" else (name,))})
-        families = [family for family, its in system.items() if its == law]
-        if lost := [family for family in families if not any(row["family"] == family for row in rows)]:
-            lacks.append(f"has no {' or '.join(lost)} rows")
+        families = [family for family in system if system[family] == law]
+        absent = [family for family in families if not any(row["family"] == family for row in rows)]
+        if absent:
+            lacks.append(f"has no {' or '.join(absent)} rows")
             continue
-        for name in variables:
-            needed, has = 1 if name == "N" else 3, count_levels(mine, name)
-            if has < needed:
-                lacks.append(f"needs {needed} levels of {name}, has {has}")
+        members = [row for row in rows if row["family"] in families]
+        found = {name: count_levels(members, name) for name in variables_of(law)}
+        if "upcycled" not in families and law in SHARED_CURVE:  # the MoE's own curve
+            found = {name: count_levels(members, name) for name in ("D", "N")}
+        one_D = law in ("dense", "moe") and found["D"] == 1
+        for name, count in found.items():
+            needed = needed_D1.get(law, 3) if name == "D1" else 3 if name != "N" or one_D else 1
+            if count < needed and not (name == "D" and one_D):
+                lacks.append(f"needs {needed} levels of {name}, has {count}" + ", at one D" * one_D)
+    for label, count in Counter(method_label(row) for row in rows if row["family"] == "upcycled").items():
+        if label in methods_of(rows, system) and count < 4:
+            lacks.append(f"needs 4 rows of the method {label}, has {count}")
     if not lacks:
         problem = build(rows, system)
-        if len(problem.y) < len(problem.names) + 3:
-            lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {len(problem.names) + 3}")
+        needed = len(problem.names) + 3
+        if len(problem.y) < needed:
+            lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")
     return lacks

@@ -1,10 +1,12 @@
 """The transformer: dense (Llama) and mixture of experts (Mixtral), one forward pass for both.
 
-RMSNorm, SwiGLU, half-split RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense;
-otherwise every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are Hugging Face's.
+RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense;
+otherwise every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are
+Hugging Face's. Under torch.autocast the matrix products are bf16; weights, router, norms and loss stay fp32.
 
-Shape suffixes in comments: B sequences, T positions, D hidden_size, F intermediate_size, H heads, K key-value heads,
-V vocabulary, L layers, E experts, k experts per token, S = B·T tokens.
+Shapes in comments: B sequences, T positions, D hidden_size, F intermediate_size, H heads, K key-value heads,
+W = (H + 2K)·head_dim, V vocabulary, L layers, E experts, k experts per token, S = B·T tokens, R = S·k rows
+that the experts compute.
 """
 import math
 from dataclasses import dataclass, fields
@@ -46,14 +48,17 @@ class ModelConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                                 f"{self.num_attention_heads}")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                             f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs")
         if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..num_local_experts ({self.num_local_experts})")
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..num_local_experts "
+                             f"({self.num_local_experts})")
 
 # ---------------------------------------------------------------------------------------------------------
 # Counts
@@ -61,9 +66,9 @@ class ModelConfig:
 def parameter_counts(c):
     """Parameters of a ModelConfig by group, and the sums the laws use.
 
-    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (What was upcycled to
-    slices of its MLP has a larger N, that of its dense model, which its lineage records.)
-    N_active, N_total: non-embedding parameters of this model that a token uses, and all of them (equal to N if dense).
+    N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (The
+    lineage of a model that was upcycled to slices of its MLP records a larger N, that of its dense model.)
+    N_active, N_total: non-embedding parameters of this model that a token uses, and all of them; N if dense.
     """
     L, D, E = c.num_hidden_layers, c.hidden_size, c.num_local_experts
     attention = L * D * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
@@ -78,9 +83,9 @@ def parameter_counts(c):
 
 
 def flops_per_token(c, seq_len):
-    """Training FLOPs a token, forward and backward: 6 a weight in a matrix product it meets (active experts, router and
-    head; not the embedding look-up), and 12·H·head_dim·seq_len a layer for attention, causal half not deducted (the count
-    of PaLM, arXiv 2204.02311, appendix B)."""
+    """Training FLOPs a token, forward and backward (PaLM, arXiv 2204.02311, appendix B): 6 for each weight
+    in a matrix product that it meets (active experts, router, head; not the embedding look-up), and
+    12·H·head_dim·seq_len a layer for attention, from which the causal half is not deducted."""
     n = parameter_counts(c)
     matrices = n["N_active"] - n["norms"] + c.vocab_size * c.hidden_size
     return 6 * matrices + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
@@ -89,8 +94,20 @@ def flops_per_token(c, seq_len):
 # ---------------------------------------------------------------------------------------------------------
 # Pieces
 
+def wide(t):
+    """t as fp32; fp64 stays fp64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def narrow(t):
+    """t in the type of matrix products: autocast's where autocast is on, else as it is."""
+    kind = t.device.type
+    return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
+
+
 def rope_frequencies(c):
-    """Angular frequency of each of head_dim / 2 pairs, (head_dim / 2,) fp64. Linear and llama3 scaling as transformers defines them."""
+    """Angular frequency of each pair, (head_dim / 2,) fp64. Linear and llama3 scaling are as in transformers.
+    Raises ValueError for any other scaling."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     scaling = c.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -106,10 +123,48 @@ def rope_frequencies(c):
     return freq
 
 
-def rotate(x, cos, sin):
-    """RoPE on x (B, T, heads, head_dim) by cos, sin (T, 1, head_dim / 2): Llama's half-split pairing."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def rope_tables(c):
+    """RoPE as complex products on q k v (…, W): returns (turns, pairs).
+
+    turns (max_position_embeddings, W / 2, 2) fp32: cosine and sine by which a position turns a pair of
+    columns; pairs of v do not turn. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2, but a
+    complex number wants neighbours, so q k v are computed with the rows of their weight in this order.
+    """
+    angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c))
+    turned, kept = c.num_attention_heads + c.num_key_value_heads, c.num_key_value_heads
+    angles = torch.cat((angles.repeat(1, turned), torch.zeros(len(angles), kept * c.head_dim // 2)), dim=1)
+    pairs = torch.arange((turned + kept) * c.head_dim)
+    q_k = pairs[:turned * c.head_dim]
+    q_k.copy_(q_k.view(turned, 2, -1).transpose(1, 2).flatten())
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float(), pairs
+
+
+def rotate(x, turns):
+    """RoPE by turns (T, W / 2, 2) on x (B, T, W), whose columns 2i and 2i + 1 are a pair."""
+    x = wide(x).unflatten(-1, (-1, 2))
+    turns = turns.to(x.dtype)
+    if torch.compiler.is_compiling():  # the compiler knows no complex numbers
+        (a, b), (cos, sin) = x.unbind(-1), turns.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(turns)).flatten(-2)
+
+
+class NormFunction(torch.autograd.Function):
+    """x / sqrt(mean x² + eps) · weight, in a third of the operations that F.rms_norm takes on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.shape[-1]).add(eps).rsqrt()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        product = (grad * normed).flatten(0, -2)
+        along = (product @ weight).view_as(scale) / len(weight)
+        return (grad * weight).addcmul_(normed, along, value=-1).mul_(scale), product.sum(0), None
 
 
 class RMSNorm(nn.Module):
@@ -119,7 +174,9 @@ class RMSNorm(nn.Module):
         self.eps = c.rms_norm_eps
 
     def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if x.is_cuda or torch.compiler.is_compiling():
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return NormFunction.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -129,14 +186,20 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(c.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin):
-        B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                             enable_gqa=self.heads != self.kv_heads)  # (B, H, T, head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x, turns, pairs):
+        qkv = F.linear(x, self.qkv_proj.weight.index_select(0, pairs))  # (B, T, W)
+        return self.o_proj(self.attend(qkv, turns))
+
+    def attend(self, qkv, turns):
+        """qkv (B, T, W), W = (H + 2K)·head_dim -> (B, T, H·head_dim)."""
+        B, T, _ = qkv.shape
+        with torch.autocast(qkv.device.type, enabled=False):
+            qkv_turned = rotate(qkv, turns).view(B, T, -1, self.head_dim)
+            if qkv.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
+                qkv_turned = qkv_turned.to(qkv.dtype)
+            q, k, v = qkv_turned.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=len(q[0]) != len(k[0]))
+        return out.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
 
 
 class MLP(nn.Module):
@@ -148,37 +211,61 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        x = narrow(x)
+        # Two products, since the halves of one are not contiguous, which makes element-wise work slow.
+        gate, up = (F.linear(x, w) for w in self.gate_up_proj.weight.chunk(2))
         return self.down_proj(F.silu(gate) * up)
 
 
-def experts_grouped(x, gate_up, down, ends):
-    """SwiGLU experts on rows sorted by expert: x (R, D), gate_up (E, 2F, D), down (E, D, F), ends (E,) int32 where each
-    expert's rows end. Returns (R, D)."""
-    gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+# ---------------------------------------------------------------------------------------------------------
+# Experts
+
+@torch.library.custom_op("nanoupcycle::grouped_mm", mutates_args=())
+def grouped_op(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """F.grouped_mm with a shape rule that takes fp32 too; torch's own does not, so it cannot be compiled."""
+    return F.grouped_mm(x, w, offs=ends)
 
 
-@torch.compiler.disable  # compiling grouped_mm works in bf16 alone (torch 2.13)
-def experts_eager(x, gate_up, down, ends):
-    """experts_grouped where grouped_mm takes the type and the sizes (rows of whole 16 bytes; on CUDA bf16), else experts_loop."""
+@grouped_op.register_fake
+def _(x, w, ends):
+    return x.new_empty((len(ends), x.shape[0], w.shape[1]) if w.dim() == 2 else (x.shape[0], w.shape[2]))
+
+
+def grouped_backward(ctx, grad):
+    x, w, ends = ctx.saved_tensors
+    return grouped_op(grad, w.transpose(1, 2), ends), grouped_op(x.T, grad, ends), None
+
+
+def grouped_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+grouped_op.register_autograd(grouped_backward, setup_context=grouped_context)
+
+
+@torch.compiler.disable
+def loop_mm(x, w, ends):
+    """grouped_mm, an expert at a time: for types and widths that it refuses."""
+    starts = [0, *ends.tolist()]
+    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(starts, starts[1:]))])
+
+
+def grouped_mm(x, w, ends):
+    """x (R, M) in order of experts, w (E, M, N), ends (E,) int32 where an expert's rows end -> (R, N)."""
     dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
-    fits = x.dtype in dtypes and all(t.shape[-1] * t.element_size() % 16 == 0 for t in (gate_up, down))
-    return (experts_grouped if fits else experts_loop)(x, gate_up, down, ends)
+    if x.dtype not in dtypes or any(n * x.element_size() % 16 for n in w.shape[1:]):  # rows of whole 16 bytes
+        return loop_mm(x, w, ends)
+    return grouped_op(x, w, ends) if torch.compiler.is_compiling() else F.grouped_mm(x, w, offs=ends)
 
 
-def experts_loop(x, gate_up, down, ends):
-    """The same, an expert at a time."""
-    out, start = [], 0
-    for e, end in enumerate(ends.tolist()):
-        gate, up = (x[start:end] @ gate_up[e].T).chunk(2, dim=-1)
-        out.append((F.silu(gate) * up) @ down[e].T)
-        start = end
-    return torch.cat(out)
+def run_experts(x, gate_up, down, ends):
+    """SwiGLU experts: x (R, D) in their order, gate_up (E, 2F, D), down (E, D, F), ends (E,) -> (R, D)."""
+    gate, up = (grouped_mm(x, w.transpose(1, 2), ends) for w in gate_up.chunk(2, dim=1))
+    return grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends)
 
 
 class MoE(nn.Module):
-    """Mixtral's sparse MLP: fp32 softmax over experts, top-k, weights renormalised to sum to 1; no capacity, no drops."""
+    """Mixtral's sparse MLP: fp32 softmax over experts, top-k, weights renormalised, no capacity."""
 
     def __init__(self, c):
         super().__init__()
@@ -190,36 +277,35 @@ class MoE(nn.Module):
         if c.router_bias:
             self.register_buffer("bias", torch.zeros(E))
 
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D), and the router's statistics over these tokens: assignments (E,), mean softmax (E,), z-loss ()."""
-        shape, x = x.shape, x.view(-1, x.shape[-1])  # (S, D)
-        wide = torch.promote_types(x.dtype, torch.float32)
+    def route(self, x):
+        """x (S, D) -> weights (S, k), chosen experts (S, k), mean softmax (E,), z-loss ()."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.gate.weight.to(wide))  # (S, E)
+            logits = F.linear(wide(x), wide(self.gate.weight))  # (S, E)
             probs = logits.softmax(-1)
             if hasattr(self, "bias"):  # moves the choice, not the weights
                 chosen = (probs + self.bias).topk(self.k, dim=-1).indices
                 weights = probs.gather(-1, chosen)
             else:
-                weights, chosen = probs.topk(self.k, dim=-1)  # (S, k)
+                weights, chosen = probs.topk(self.k, dim=-1)
             weights = weights / weights.sum(-1, keepdim=True)
-            z_loss = logits.logsumexp(-1).square().mean()
-        # Sort the S·k assignments by expert, run each expert on its run of rows, and put the rows back.
-        order = chosen.view(-1).argsort(stable=True)  # (S·k,)
-        counts = torch.zeros(logits.shape[-1], dtype=torch.int64, device=x.device).scatter_add_(
-            0, chosen.view(-1), torch.ones_like(order))
-        ends = counts.cumsum(0).to(torch.int32)
-        gate_up, down = self.gate_up_proj, self.down_proj
-        rows = x[order // self.k]
-        if torch.is_autocast_enabled(x.device.type):
-            rows, gate_up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (rows, gate_up, down))
-        aligned = shape[-1] % 8 == 0 and down.shape[-1] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
-        experts = experts_grouped if rows.dtype == torch.bfloat16 and aligned else experts_eager
-        rows = experts(rows, gate_up, down, ends)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        rows = rows[back].view(-1, self.k, shape[-1])  # (S, k, D)
-        out = (rows * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
-        return out.view(shape), (counts.float(), probs.mean(0), z_loss)
+            return weights, chosen, probs.mean(0), logits.logsumexp(-1).square().mean()
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, D), and the router's statistics over these tokens: assignments (E,), mean
+        softmax (E,), z-loss ()."""
+        shape, x = x.shape, x.view(-1, x.shape[-1])  # (S, D)
+        weights, chosen, probs, z_loss = self.route(x)
+        # Sort the S·k assignments by expert, run each expert on its run of rows, add them to their tokens.
+        sorted_experts, order = chosen.view(-1).sort(stable=True)  # (R,)
+        experts = torch.arange(len(probs), device=x.device)
+        ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
+        token = order // self.k
+        rows = narrow(x).index_select(0, token)
+        rows = run_experts(rows, narrow(self.gate_up_proj), narrow(self.down_proj), ends)
+        rows = rows * weights.view(-1, 1).index_select(0, order)  # (R, D) in the router's type
+        out = torch.zeros_like(x, dtype=rows.dtype).index_add(0, token, rows).to(x.dtype)
+        counts = ends.diff(prepend=ends.new_zeros(1)).float()
+        return out.view(shape), (counts, probs, z_loss)
 
 
 class Layer(nn.Module):
@@ -230,11 +316,50 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c)
         self.mlp = MoE(c) if c.num_local_experts else MLP(c)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, turns, pairs):
+        x = x + self.self_attn(self.input_layernorm(x), turns, pairs)
         y = self.mlp(self.post_attention_layernorm(x))
         y, router = y if isinstance(y, tuple) else (y, None)
         return x + y, router
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Head and loss
+
+CHUNK = 2 ** 18  # logits that are held at a time on a CPU, so that they stay in its cache
+
+
+def token_losses(x, weight, targets):
+    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), by CHUNK logits."""
+    rows = max(1, CHUNK // len(weight))
+    pairs = zip(x.split(rows), targets.split(rows))
+    return torch.cat([F.cross_entropy(wide(F.linear(a, weight)), t, reduction="none") for a, t in pairs])
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy in nats for x (S, D), weight (V, D), targets (S,). It holds CHUNK logits at a time:
+    the forward pass takes their gradients while they are there."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        ctx.dtypes = x.dtype, weight.dtype
+        x, weight = narrow(x), narrow(weight)
+        grad_x, grad_weight, losses = torch.empty_like(x), wide(torch.zeros_like(weight)), []
+        rows = max(1, CHUNK // len(weight))
+        chunks = zip(x.split(rows), targets.unsqueeze(1).split(rows), grad_x.split(rows))
+        for part, target, grad_part in chunks:
+            log_probs = wide(part @ weight.T).log_softmax(-1)  # (rows, V)
+            losses.append(log_probs.gather(1, target).sum())
+            grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_probs.dtype))
+            grad = grad.div_(len(x)).to(x.dtype)
+            torch.mm(grad, weight, out=grad_part)
+            grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return -torch.stack(losses).sum() / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (*((t * grad).to(dtype) for t, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None)
 
 
 class Transformer(nn.Module):
@@ -247,9 +372,9 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c)).unsqueeze(1)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)  # (max_position_embeddings, 1, head_dim / 2)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        turns, pairs = rope_tables(c)
+        self.register_buffer("turns", turns, persistent=False)
+        self.register_buffer("pairs", pairs, persistent=False)
         assert sum(p.numel() for p in self.parameters()) == parameter_counts(c)["total"]
 
     @torch.no_grad()
@@ -270,39 +395,48 @@ class Transformer(nn.Module):
             std = self.config.initializer_range
             if "o_proj" in name or "down_proj" in name:
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
-            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))  # drawn on the CPU in fp32: the same on any device
+            # Drawn on the CPU in fp32, so that they are the same on any device.
+            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
         return self
 
-    def forward(self, ids, targets=None):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T): (mean cross-entropy in nats, router).
+    def forward(self, ids, targets=None, reduction="mean"):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T): (cross-entropy in nats, router).
 
-        router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax, "z_loss": ()}.
-        Raises ValueError when T exceeds max_position_embeddings.
+        reduction "mean": the mean over tokens; "none": each token's (B, T), meant for use without gradients.
+        router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax,
+        "z_loss": ()}. Raises ValueError when T exceeds max_position_embeddings.
         """
-        T = ids.shape[1]
-        if T > self.config.max_position_embeddings:
-            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings {self.config.max_position_embeddings}")
+        T, limit = ids.shape[1], self.config.max_position_embeddings
+        if T > limit:
+            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings {limit}")
         x = self.embed_tokens(ids)  # (B, T, D)
-        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        routers = []
+        turns, routers = self.turns[:T], []
         for layer in self.layers:
-            x, router = layer(x, cos, sin)
+            x, router = layer(x, turns, self.pairs)
             routers.append(router)
-        logits = self.lm_head(self.norm(x))
+        x = self.norm(x)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
+            return self.lm_head(x)
+        head = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
+        loss = HeadLoss.apply(*head) if reduction == "mean" else token_losses(*head).view_as(targets)
         if not self.config.num_local_experts:
             return loss, None
         counts, probs, z_loss = (torch.stack(s) for s in zip(*routers))
         return loss, {"counts": counts, "probs": probs, "z_loss": z_loss.mean()}
 
 
-def balance_loss(counts, probs):
-    """Mean over layers of E·Σ f_i·P_i; 1 is balanced whatever E, k and depth (Switch, arXiv 2101.03961, eq. 4, f summing to 1).
+def compile_layers(model):
+    """Compile each layer of a Transformer on its own, in place. Layers share the compiled code, so it
+    takes as long as one layer does. Parameters keep their names."""
+    for layer in model.layers:
+        layer.compile(dynamic=False)
 
-    counts (L, E): this rank's assignments, summed over ranks here; probs (L, E): this rank's mean router softmax, whose
-    gradient the ranks average.
+
+def balance_loss(counts, probs):
+    """Mean over layers of E·Σ f_i·P_i (Switch, arXiv 2101.03961, eq. 4, with Σ f = 1); 1 is balanced.
+
+    counts (L, E): this rank's assignments, summed over ranks here; probs (L, E): this rank's mean router
+    softmax, whose gradient the ranks average.
     """
     if dist.is_initialized():
         counts = counts.clone()
@@ -312,6 +446,6 @@ def balance_loss(counts, probs):
 
 
 def effective_experts(counts):
-    """exp(entropy) of the share of assignments, a layer: E when balanced, 1 when collapsed. counts (L, E) -> (L,)."""
+    """exp(entropy) of a layer's shares, from counts (L, E) to (L,): E when balanced, 1 when collapsed."""
     share = counts / counts.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1).exp()

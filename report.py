@@ -1,355 +1,390 @@
-"""Figures (PNG and PDF) and report.md of what fit_laws.py found."""
+"""What fit_laws.py found, in words, tables and figures: report.md.
+
+`rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
+is a list of lines that read on a terminal and in Markdown.
+"""
+import json
 import math
 import os
 
-import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy import stats
 
-from laws import predict
-from rows import method_label
+import figures
+from configurator import ConfigError
+from figures import FAMILY_STYLES, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
+from laws import SHARED_CURVE, head_start, predict, published_check
+from rows import KNOBS, method_label, same_but
 
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                     "legend.fontsize": 8, "figure.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
-MARKS = {"dense": ("o", "#888888"), "moe": ("s", "#222222"), "upcycled": ("D", "#3b6fb6")}
-STYLE = {"upcycled": ("#c0392b", "-"), "upcycled.no_interaction": ("#7f8c8d", ":"), "upcycled.additive": ("#b8860b", "-."),
-         "upcycled.effective_data": ("#27874a", "--"), "upcycled.effective_data_shared": ("#5b3b9c", (0, (4, 1, 1, 1)))}
+TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
+HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
+            "experts": "most experts"}
+TOKENS = np.geomspace(1e9, 1e12, 61)  # D1 and D2 of published laws that do not say where they were fitted
+MATCHING_WORDS = """
+Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
+on along the MoE's own curve, from where that curve has the loss of the dense model. The difference is this
+prediction less that of the published upcycled law, for D1 and D2 from 1B to 1T tokens."""
+WHY_NOT = """
+- A copied model starts with the loss of its dense checkpoint. A law that lies above this start is not valid
+  there. Loss matching never does.
+- An upcycled model has seen more tokens than a MoE from scratch on D = D2 tokens. Loss matching always puts
+  the upcycled model below. The published law lets the MoE from scratch overtake it."""
 
+# ---------------------------------------------------------------------------------------------------------
+# Methods of upcycling, paired with copying
 
-def short(value):
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+def before_split(row):
+    """{column: value} of experts as they were before virtual groups split each of them into parts."""
+    def number(column):
+        return row[column] if isinstance(row.get(column), (int, float)) else 0
 
-
-def shades(values):
-    return dict(zip(values, plt.cm.viridis(np.linspace(0.0, 0.85, len(values)))))
-
-
-def named(law):
-    return "interaction law" if law == "upcycled" else law.removeprefix("upcycled.").replace("_", " ")
-
-
-def levels(rows, name):
-    return sorted({row[name] for row in rows})
-
-
-def mean_loss(rows, name):
-    """x, mean loss and half the spread over seeds at each level of a variable."""
-    x = levels(rows, name)
-    groups = [[row["loss"] for row in rows if row[name] == v] for v in x]
-    return np.array(x), np.array([np.mean(g) for g in groups]), np.array([np.ptp(g) / 2 for g in groups])
-
-
-def panels(count, height=3.4, sharey=False):
-    columns = 2 if count == 4 else min(count, 3)
-    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(3.3 * columns + 0.6, height * -(-count // columns)), squeeze=False, sharey=sharey)
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, axes.flat[:count]
-
-
-def log_axis(axis, values, which="x"):
-    """A log axis with up to five of the values as ticks, written short."""
-    picked = np.array(values)[np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).astype(int))]
-    getattr(axis, f"set_{which}scale")("log")
-    getattr(axis, f"set_{which}ticks")(picked, [short(v) for v in picked])
-    getattr(axis, f"{which}axis").set_minor_formatter("")
-
-
-def loss_against_D2(rows, laws, best):
-    up = [row for row in rows if row["family"] == "upcycled"]
-    figure, axes = panels(len(levels(up, "N")))
-    for axis, n in zip(axes, levels(up, "N")):
-        mine = [row for row in up if row["N"] == n]
-        color = shades(levels(mine, "D1"))
-        for d1 in color:
-            x, y, spread = mean_loss([row for row in mine if row["D1"] == d1], "D2")
-            axis.errorbar(x, y, spread, fmt="D", ms=4, color=color[d1], label=f"upcycled at D1 = {short(d1)}")
-            fine = np.geomspace(x[0] / 1.2, x[-1] * 1.2, 60)
-            for law, style in ((("upcycled", "-"),) + (((best, "--"),) if best != "upcycled" else ())):
-                if law in laws:
-                    axis.plot(fine, predict(law, laws[law]["params"], N=n, D1=d1, D2=fine), style, lw=1.2, color=color[d1])
-        for family, name in (("moe", "MoE from scratch"), ("dense", "dense")):
-            its = [row for row in rows if row["family"] == family and row["N"] == n]
-            if its:
-                x, y, spread = mean_loss(its, "D")
-                axis.errorbar(x, y, spread, fmt=MARKS[family][0], ms=4, mfc="white", color=MARKS[family][1], label=name)
-                if family in laws:
-                    fine = np.geomspace(x[0], x[-1], 60)
-                    axis.plot(fine, predict(family, laws[family]["params"], N=n, D=fine), lw=0.8, color=MARKS[family][1])
-        log_axis(axis, sorted({row.get("D2", row.get("D")) for row in rows if row["N"] == n}))
-        axis.set(yscale="log", xlabel="D2 (from scratch: D), tokens", title=f"N = {short(n)}")
-        axis.yaxis.set_major_formatter("{x:.2f}")
-        axis.yaxis.set_minor_formatter("{x:.2f}")
-    axes[0].set_ylabel("validation loss (nats a token)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title_fontsize=8, alignment="left",
-                  title="lines: interaction law" + (f"\ndashes: {named(best)}" if best != "upcycled" else ""))
-    return figure
-
-
-def slope(d2, loss):
-    """d ln loss / d ln D2 by least squares, and its standard error."""
-    x, y = np.log(d2) - np.log(d2).mean(), np.log(loss) - np.log(loss).mean()
-    b = (x * y).sum() / (x * x).sum()
-    return b, np.sqrt(((y - b * x) ** 2).sum() / max(len(x) - 2, 1) / (x * x).sum())
-
-
-def slope_against_D1(rows, laws):
-    up = [row for row in rows if row["family"] == "upcycled"]
-    figure, axes = panels(len(levels(up, "N")), sharey=True)
-    for axis, n in zip(axes, levels(up, "N")):
-        mine = [row for row in up if row["N"] == n]
-        d1s = [d for d in levels(mine, "D1") if len(levels([r for r in mine if r["D1"] == d], "D2")) > 2]
-        measured = [slope(*mean_loss([row for row in mine if row["D1"] == d], "D2")[:2]) for d in d1s]
-        axis.errorbar(d1s, [m[0] for m in measured], [2 * m[1] for m in measured], fmt="o", ms=5, color="black", label="measured, ± 2 s.e.", zorder=5)
-        for law, (color, dash) in STYLE.items():
-            if law in laws:  # over the D2 that were measured, as the points are
-                axis.plot(d1s, [slope(d2 := np.array(levels([r for r in mine if r["D1"] == d], "D2")),
-                                      predict(law, laws[law]["params"], N=n, D1=d, D2=d2))[0] for d in d1s],
-                          color=color, ls=dash, label=named(law))
-        log_axis(axis, d1s)
-        axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
-    axes[0].set_ylabel("local exponent  d ln L / d ln D2")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def predicted_against_measured(laws, details):
-    figure, axes = panels(min(len(STYLE), sum(law in laws for law in STYLE)), height=3.2, sharey=True)
-    for axis, law in zip(axes, [law for law in STYLE if law in laws]):
-        detail = details[law]
-        f = detail["fit"]
-        for family, (mark, color) in MARKS.items():
-            here = np.array([row["family"] == family for row in f.problem.rows])
-            if here.any():
-                axis.plot(np.exp(f.problem.y[here]), 100 * np.expm1(-f.residual[here]), mark, ms=3.5, color=color, alpha=0.8, label=family)
-        for name, mark in (("D1", "^"), ("D2", "v"), ("N", "P")):
-            if detail["far"].get(name):
-                held, error = detail["far"][name]
-                axis.plot([row["loss"] for row in held], 100 * np.expm1(-error), mark, ms=6, mfc="none", color="#c0392b", label=f"largest {name} held out")
-        axis.axhline(0, color="black", lw=0.8)
-        axis.set(xlabel="measured loss (nats a token)", title=named(law))
-    axes[0].set_ylabel("predicted - measured (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def residuals(details):
-    f = details["fit"]
-    names = [name for name in ("N", "D", "D1", "D2") if any(name in row for row in f.problem.rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names) + 1, 2.8), sharey=True, squeeze=False)
-    axes = axes[0]
-    for axis, name in zip(axes, names):
-        for k, (family, (mark, color)) in enumerate(MARKS.items()):
-            mine = [(row[name], r) for row, r in zip(f.problem.rows, f.residual) if row["family"] == family and name in row]
-            if mine:
-                x, r = np.array(mine).T
-                axis.plot(x * (1 + 0.06 * (k - 1)), 100 * r, mark, ms=3.5, color=color, alpha=0.8, label=family)
-        axis.axhline(0, color="black", lw=0.8)
-        log_axis(axis, levels([row for row in f.problem.rows if name in row], name))
-        axis.set_xlabel(name)
-    axes[0].set_ylabel("measured - fitted (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
-def alpha3_along_E(profiles):
-    figure, axes = panels(len(profiles), height=3.0)
-    for axis, (title, profile) in zip(axes, profiles.items()):
-        near = np.array(profile["objective"]) < 1
-        E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
-        axis.plot(E, alpha3, color="#c0392b", label="alpha3")
-        axis.plot(*profile["fit"], "o", color="#c0392b", label="fit")
-        axis.axhline(0, color="black", lw=0.8)
-        likely = E[objective < profile["inside"]]
-        if len(likely):
-            axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0, label="E within its 95 % likelihood interval")
-        axis.set(xlabel="E held at (nats a token)", title=title)
-        other = axis.twinx()
-        other.plot(E, 100 * objective, color="#888888", ls="--", label="objective above its minimum (right, %)")
-        other.set_ylim(0, 105)
-        other.spines["right"].set_visible(True)
-    axes[0].set_ylabel("alpha3, all else refitted")
-    handles = [sum(pair, []) for pair in zip(axes[0].get_legend_handles_labels(), other.get_legend_handles_labels())]
-    figure.legend(*handles, loc="outside upper center", ncols=2)
-    return figure
-
-
-def contours(rows, laws, best):
-    up = [row for row in rows if row["family"] == "upcycled"]
-    n = max(levels(up, "N"))
-    show = [law for law in dict.fromkeys(("upcycled", best)) if law in laws]
-    d1, d2 = (np.geomspace(levels(up, name)[0] / 2, levels(up, name)[-1] * 2, 80) for name in ("D1", "D2"))
-    losses = {law: predict(law, laws[law]["params"], N=n, D1=d1[None, :], D2=d2[:, None]) for law in show}
-    inside = [predict(law, laws[law]["params"], N=n, D1=row["D1"], D2=row["D2"]) for law in show for row in up]
-    at = np.unique(np.geomspace(min(inside), max(inside), 11))  # levels where the data are
-    figure, axes = panels(len(show), sharey=True)
-    for axis, law in zip(axes, show):
-        mine = [row for row in up if row["N"] == n]
-        log_axis(axis, levels(mine, "D1"))
-        log_axis(axis, levels(mine, "D2"), "y")  # before the labels are placed
-        axis.clabel(axis.contour(d1, d2, losses[law], levels=at, cmap="viridis", linewidths=1.2), fmt="%.2f", fontsize=7)
-        axis.plot([row["D1"] for row in mine], [row["D2"] for row in mine], "D", ms=3, color="#3b6fb6", label="measured here")
-        axis.set(xlabel="D1 (tokens)", title=f"{named(law)}, N = {short(n)}")
-    axes[0].set_ylabel("D2 (tokens)")
-    return figure
+    parts = number("granularity") or 1
+    return {"num_local_experts": number("num_local_experts") / parts,
+            "num_experts_per_tok": number("num_experts_per_tok") / parts,
+            "intermediate_size": number("intermediate_size") * parts}
 
 
 def method_differences(rows):
-    """{method: {(N, D1, D2): {seed: relative difference of loss from copy}}}: pairs that share the dense trunk and its data."""
-    up = {(method_label(r), r["N"], r["D1"], r["D2"], str(r.get("seed")), r.get("data_sha256")): r["loss"] for r in rows if r["family"] == "upcycled"}
-    out = {}
-    for (label, n, d1, d2, seed, data), loss in up.items():
-        base = up.get(("copy", n, d1, d2, seed, data))
-        if label != "copy" and base:
-            out.setdefault(label, {}).setdefault((n, d1, d2), {})[seed] = loss / base - 1
-    return out
+    """{(label, N, D1): {D2: [loss / loss of copying - 1]}}, a difference for each pair of runs.
+
+    The runs of a pair differ in the method and its knobs alone. A MoE from scratch on D = D2 tokens is paired
+    with copied runs in the same way.
+    """
+    copies = [row for row in of_family(rows, "upcycled") if method_label(row) == "copy"]
+    columns = ("trunk", "method", *KNOBS, *before_split({}))
+    differences = {}
+    for row in (row for row in rows if row["family"] != "dense" and method_label(row) != "copy"):
+        scratch = row["family"] == "moe"
+        label = FAMILY_STYLES["moe"][0] if scratch else method_label(row)
+        but = columns + ("family", "D", "D1", "D2", "dense_trunk") * scratch
+        for copy in (copy for copy in copies if row.get("D2", row.get("D")) == copy["D2"]):
+            if before_split(row) == before_split(copy) and same_but(row, copy, but):
+                cells = differences.setdefault((label, copy["N"], copy["D1"]), {})
+                cells.setdefault(copy["D2"], []).append(row["loss"] / copy["loss"] - 1)
+    return {key: dict(sorted(cells.items())) for key, cells in sorted(differences.items())}
 
 
-def interval(values):
-    """Mean and half of its 95 % t-interval; the half is nan for one value, both for none."""
-    if not values:
-        return np.nan, np.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return np.mean(values), half
+# ---------------------------------------------------------------------------------------------------------
+# Tables
 
-
-def methods_against_copy(differences):
-    cells = sorted({cell for its in differences.values() for cell in its})
-    columns = sorted({cell[:2] for cell in cells})
-    figure, axes = panels(len(columns), sharey=True)
-    for axis, column in zip(axes, columns):
-        d2s = [cell[2] for cell in cells if cell[:2] == column]
-        for i, (label, its) in enumerate(differences.items()):
-            points = [interval(list(its.get((*column, d2), {}).values())) for d2 in d2s]
-            x = np.array(d2s) * 1.06 ** (i - (len(differences) - 1) / 2)  # side by side
-            axis.errorbar(x, [100 * m for m, _ in points], [100 * h for _, h in points], fmt="o", ms=4, lw=1, color=plt.cm.tab10(i), label=label)
-        axis.axhline(0, color="black", lw=0.8)
-        log_axis(axis, d2s)
-        axis.set(xlabel="D2 (tokens after upcycling)", title=f"N = {short(column[0])}, D1 = {short(column[1])}")
-    axes[0].set_ylabel("validation loss against copy (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", title="mean over seeds\nand 95 % interval", title_fontsize=8, alignment="left")
-    return figure
-
-
-def method_lines(differences):
-    """A table: each method's mean difference over cells (N, D1, D2), one value a seed that has them all, with its 95 % t-interval over seeds."""
-    lines = ["| method | loss against copy | 95 % interval | seeds | cells |", "|---|---|---|---|---|"] * bool(differences)
-    for label, its in differences.items():
-        whole = set.intersection(*map(set, its.values()))
-        mean, half = interval([np.mean([cell[seed] for cell in its.values()]) for seed in whole])
-        numbers = f"{100 * mean:+.2f} % | {100 * (mean - half):+.2f} .. {100 * (mean + half):+.2f} %" if len(whole) > 1 else \
-                  f"{100 * mean:+.2f} % | -" if whole else "no seed has every cell | -"
-        lines.append(f"| {label} | {numbers} | {len(whole)} | {len(its)} |")
-    return aligned(lines)
-
-
-def say_p(entry):
-    floor = 2 / (len(entry["draws"]["alpha3"]) + 1)
-    return f"p {'<=' if entry['alpha3_p'] <= floor * 1.001 else '='} {entry['alpha3_p']:.2g}"
+def aligned(header, lines):
+    """A Markdown table with its columns padded to one width; [] for no lines."""
+    cells = [header, *lines]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * w for w in width])
+    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |" for line in cells]
+    return padded if lines else []
 
 
 def percent(value):
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def table(entries, sizes):
-    """The comparison, the parameters and the fits at each N: lines of three tables that read on a terminal and in Markdown."""
-    best = {}
-    for law, e in entries.items():
-        group = *e["fitted_with"], e["n_with"]
-        best[group] = min(best.get(group, math.inf), e["aicc"])
-    compared = ["| law | rows | in sample | trunk left out | to largest D or D1 | to largest D2 | to largest N | AICc - best |", "|---|---|---|---|---|---|---|---|"]
-    for law, e in entries.items():
-        far = e["extrapolation"]
-        behind = "-" if law in ("dense", "moe") else f"{e['aicc'] - best[*e['fitted_with'], e['n_with']]:.1f}"  # theirs is their system's
-        compared.append(f"| {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {percent(far.get('D1', far.get('D')))} | "
-                     f"{percent(far.get('D2'))} | {percent(far.get('N'))} | {behind} |")
-    parameters = ["| law | parameter | estimate | 95 % interval | asymptotic s.e. | at delta 0.001 | |", "|---|---|---|---|---|---|---|"]
-    for law, e in entries.items():
-        for name, value in e["params"].items():
-            low, high = e["ci95"][name]
-            note = e["not_identified"].get(name, "shared" if name in e["shared"] else "")
-            if name == "alpha3":
-                note = "; ".join(filter(None, [say_p(e), note]))
-            numbers = f"{low:.4g} .. {high:.4g} | {e['se_asymptotic'][name]:.2g} | {e['params_at_delta_0.001'][name]:.4g}" if low < high else "- | - | -"
-            parameters.append(f"| {law} | {name} | {value:.4g} | {numbers} | {note} |")
-    each = ["| at one N | law | rows | in sample | trunk left out | exponents, each with its asymptotic s.e. |", "|---|---|---|---|---|---|"] * bool(sizes)
-    for n, its in sizes.items():
-        for law, e in its.items():
-            exponents = ", ".join(f"{k} {v:.3g} ± {e['se_asymptotic'][k]:.1g}" for k, v in e["params"].items() if k.startswith(("alpha", "gamma")))
-            each.append(f"| {short(float(n))} | {law} | {e['n']} | {percent(e['rmse_log'])} | {percent(e['leave_trunk_out'])} | {exponents} |")
-    return aligned(compared), aligned(parameters), aligned(each)
+def held_out_text(held):
+    """'1.88 % (12 rows, 2.5 x)': error, rows it rests on, how far beyond the fitted ones they reach."""
+    if not held:
+        return "-"
+    beyond = f", {held['beyond']:.2g} x" if held.get("beyond") else ""
+    return f"{percent(held['rms'])} ({held['rows']} row{'s' * (held['rows'] != 1)}{beyond})"
 
 
-def aligned(lines):
-    """Lines of a Markdown table with their columns padded to one width."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    width = [max(map(len, column)) for column in zip(*cells)]
-    return ["| " + " | ".join("-" * w if cell == "---" else cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in cells]
+def comparison_table(laws):
+    """Errors in sample and on held-out rows, and AICc, of each law."""
+    same_rows = {}  # {(families, number of rows): [AICc]}; laws that explain the same rows are compared
+    for entry in (entry for law, entry in laws.items() if law not in ("dense", "moe")):
+        same_rows.setdefault((*entry["fitted_with"], entry["n_with"]), []).append(entry["aicc"])
+    kinds = [kind for kind in HELD_OUT if any(entry["held_out"].get(kind) for entry in laws.values())]
+    lines = []
+    for law, entry in laws.items():
+        rivals = same_rows.get((*entry["fitted_with"], entry["n_with"]), [])
+        compared = len(rivals) > 1 and law not in ("dense", "moe")  # these two are part of each rival's fit
+        lines.append([law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
+                      *(held_out_text(entry["held_out"].get(kind)) for kind in kinds),
+                      f"{entry['aicc'] - min(rivals):.1f}" if compared else "-"])
+    titles = [f"{HELD_OUT[kind]} held out" for kind in kinds]
+    return aligned(["law", "rows", "in sample", *titles, "AICc above the best"], lines)
 
 
-def findings(laws, ranges):
-    """What the laws say, [sentence]."""
-    said = []
+def noise_table(laws):
+    """The noise of each family and the misfit of each law, as standard deviations of ln loss."""
+    lines = []
+    for law, entry in laws.items():
+        for family in (family for family in entry["noise"] if entry["fitted_with"][family] == law):
+            noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
+            lines.append([law_name(law), FAMILY_STYLES[family][0],
+                          *map(percent, [*noise, entry["misfit"].get(family)])])
+    header = ["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"]
+    return aligned(header, lines)
+
+
+def alpha3_p(entry):
+    """'p = 0.03': twice the share of draws on the other side of 0."""
+    draws = np.array(entry["draws"]["alpha3"])
+    count = min((draws <= 0).sum(), (draws > 0).sum())
+    return f"p {'=' if count else '<='} {min(1.0, 2 * (count + 1) / (len(draws) + 1)):.2g}"
+
+
+def parameter_table(laws):
+    """Each parameter with its interval, asymptotic standard error, and value at Huber's delta = 0.001."""
+    lines = []
+    for law, entry in laws.items():
+        for name, value in entry["params"].items():
+            low, high = entry["ci95"][name]
+            numbers = [f"{low:.4g} .. {high:.4g}", f"{entry['se_asymptotic'].get(name, math.nan):.2g}",
+                       f"{entry['params_at_delta_0.001'][name]:.4g}"]
+            notes = [alpha3_p(entry) if name == "alpha3" else "", "shared" if name in entry["shared"] else "",
+                     entry["not_identified"].get(name, "")]
+            lines.append([law_name(law), name, f"{value:.4g}", *(numbers if low < high else "---"),
+                          "; ".join(filter(None, notes))])
+    header = ["law", "parameter", "estimate", "95 % interval", "asymptotic s.e.", "at delta 0.001", "note"]
+    return aligned(header, lines)
+
+
+def single_size_table(sizes):
+    """Fits at one N each, {N: {law: entry}}: nothing is assumed about how N enters."""
+    lines = []
+    for n, entries in sizes.items():
+        for law, entry in entries.items():
+            exponents = [f"{name} {entry['params'][name]:.3g} ± {error:.1g}"
+                         for name, error in entry["se_asymptotic"].items()
+                         if name.startswith(("alpha", "gamma", "kappa"))]
+            lines.append([short(float(n)), law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
+                          held_out_text(entry["held_out"].get("trunk")), ", ".join(exponents)])
+    header = ["N", "law", "rows", "in sample", "a trunk held out", "exponents ± asymptotic s.e."]
+    return aligned(header, lines)
+
+
+def methods_table(differences):
+    """Mean loss against copying ± half of its t-interval, number of pairs: one line a method, N and D1."""
+    tokens, lines = sorted({d2 for cells in differences.values() for d2 in cells}), []
+    for (label, n, d1), cells in differences.items():
+        lines.append([label, short(n), short(d1)])
+        for pairs in map(cells.get, tokens):
+            mean, half = t_interval(pairs) if pairs else (math.nan, math.nan)
+            half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
+            lines[-1].append(f"{100 * mean:+.2f}{half_text} % ({len(pairs)})" if pairs else "-")
+    return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (pairs)" for d2 in tokens)], lines)
+
+
+def claims_table(claims):
+    """Each claim and variation of the analysis: {claim: {variation: {"holds": bool, "value": text}}}."""
+    lines = [[claim, variation, "yes" if found["holds"] else "no", found["value"]]
+             for claim, variations in claims.items() for variation, found in variations.items()]
+    return aligned(["claim", "variation", "holds", "value"], lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Head starts, and words
+
+def overtaking(law, params, n, d1, largest):
+    """D2* (S,) of S draws of a law's parameters: where a MoE from scratch gets better, on a grid of 1 %.
+
+    It is inf where that is beyond 1000 times the largest D2. A head start fades, so there is one crossing at
+    most.
+    """
+    D2 = largest * np.geomspace(1e-4, 1e3, 1620)
+    params = {name: np.reshape(value, (-1, 1)) for name, value in params.items()}
+    upcycled, scratch = (predict(law, params, N=n, D1=tokens, D2=D2) for tokens in (d1, 0.0))  # (S, 1620)
+    return np.append(D2, np.inf)[(upcycled < scratch).sum(axis=1)]
+
+
+def with_interval(value, draws, form=short):
+    """'2M (1.7M to 2.4M)': a value and the middle 95 % of its (S,) draws; 'never' stands for infinity."""
+    ends = np.quantile(draws, [0.025, 0.975], method="nearest")
+    value, low, high = (form(end) if np.isfinite(end) else "never" for end in (np.squeeze(value), *ends))
+    return value if value == low == high else f"{value} ({low} to {high})"
+
+
+def head_starts(laws, ranges):
+    """[[law, method, D1, head start, handicap, D2*]], texts with intervals, at the largest N.
+
+    One line for each law with a head start, method of upcycling, and end of the range of D1.
+    """
+    n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
+    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws
+            for method, fitted in laws[law].get("methods", {"all": laws[law]}).items()]
+    lines = []
+    for law, method, fitted in fits:
+        params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
+        for d1 in ranges["upcycled"]["D1"]:
+            cost = star = "-"
+            if "kappa" in params:
+                cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
+                star = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
+            worth = with_interval(*(head_start(law, p, n, d1) for p in (params, draws)))
+            lines.append([law, method, d1, worth, cost, star])
+    return lines
+
+
+def head_start_table(laws, ranges):
+    """What a dense checkpoint is worth, and what upcycling costs, by each law with a head start."""
+    header = ["law", "method", "D1", "head start H (tokens)", "handicap kappa", "D2* (tokens)"]
+    lines = head_starts(laws, ranges) if "upcycled" in ranges else []
+    return aligned(header, [[law_name(law), method, short(d1), *texts] for law, method, d1, *texts in lines])
+
+
+def handicap_words(laws, ranges):
+    """Sentences, [text]: the handicap law at the largest D1, for each method."""
+    if "upcycled.handicap" not in laws:
+        return []
+    n, d1, d2 = (ranges["upcycled"][name][1] for name in ("N", "D1", "D2"))
+    return [f"By the handicap law, N = {short(n)}, method {method}: a dense checkpoint of {short(d1)} tokens "
+            f"is worth {worth} tokens of MoE training, once. Upcycling costs {cost} of the loss for ever. "
+            f"A MoE from scratch overtakes at D2*: {star}. The largest measured D2 is {short(d2)}."
+            for law, method, tokens, worth, cost, star in head_starts(laws, ranges)
+            if law == "upcycled.handicap" and tokens == d1]
+
+
+def main_method_rows(rows):
+    """copy or else the commonest method of the upcycled rows, and the rows without other methods."""
+    labels = [method_label(row) for row in of_family(rows, "upcycled")]
+    method = "copy" if "copy" in labels else max(labels, key=labels.count, default="none")
+    return method, [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
+
+
+def findings(rows, content):
+    """What the rows and the laws say, [text]."""
+    said, laws, ranges = [], content["laws"], content["ranges"]
     if "upcycled" in laws:
-        e = laws["upcycled"]
-        (low, high), p = e["ci95"]["alpha3"], e["params"]
-        ends = [-p["alpha2"] + p["alpha3"] * np.log(d) for d in ranges["upcycled"]["D1"]]
-        said.append(f"alpha3 = {p['alpha3']:.3g} ({low:.3g} .. {high:.3g}, {say_p(e)}): from D1 = {short(ranges['upcycled']['D1'][0])} to "
-                    f"{short(ranges['upcycled']['D1'][1])} the exponent of D2 goes from {ends[0]:.3f} to {ends[1]:.3f}.")
-    for name in ("D1", "D2", "N"):
-        errors = {law: laws[law]["extrapolation"].get(name) for law in STYLE if law in laws and laws[law]["extrapolation"].get(name) is not None}
-        if len(errors) > 1:
-            order = sorted(errors, key=errors.get)
-            said.append(f"Predicting the held-out largest {name}: " + ", ".join(f"{law} {100 * errors[law]:.2f} %" for law in order) + ".")
-    for law in ("upcycled.effective_data_shared", "upcycled.effective_data"):
-        if law in laws:
-            draws, p = laws[law]["draws"], laws[law]["params"]
-            for d1 in ranges["upcycled"]["D1"]:
-                worth = np.quantile(np.array(draws["c"]) * d1 ** np.array(draws["gamma"]), [0.025, 0.975])
-                said.append(f"Under {law} a dense checkpoint of {short(d1)} tokens is worth {short(p['c'] * d1 ** p['gamma'])} "
-                            f"({short(worth[0])} .. {short(worth[1])}) tokens of " + ("MoE training." if law.endswith("_shared") else
-                                                                                     "upcycled training (fitted apart from the MoE from scratch)."))
-            break
-    return said
+        low, high = laws["upcycled"]["ci95"]["alpha3"]
+        said.append(f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % "
+                    f"interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
+    for d1 in ranges.get("upcycled", {}).get("D1", ()):
+        here = of_family(main_method_rows(rows)[1], "upcycled", D1=d1)
+        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
+        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
+        if slopes:
+            slope = f"D2^{np.mean(slopes):.3f}"
+            said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
+    return said + handicap_words(laws, ranges)
 
 
-def report(rows, out, details, profiles, lines, notes, directory):
-    """Write report.md and every figure that the fitted laws allow: {figure name} in PNG and PDF."""
-    laws = out["laws"]
-    rivals = [law for law in STYLE if law in laws]
-    best = min(rivals, key=lambda law: laws[law]["aicc"]) if rivals else None
-    figures = {}
+# ---------------------------------------------------------------------------------------------------------
+# report.md
+
+def draw_figures(rows, laws, profiles):
+    """{file name: (figure, caption)} of all that these rows and laws allow."""
+    method, one_method = main_method_rows(rows)
+    rivals = [law for law in RIVAL_STYLES if law in laws and of_family(rows, "upcycled")]
+    comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
+    best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
+    shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
+             "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
+             "dense": [law for law in ("dense",) if law in laws]}
+    captions = {
+        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method}. "
+                               "Bars are the range over repeats.",
+        "exponent_against_D1": "The interaction: how fast the loss falls with D2, against D1.",
+        "alpha3_along_E": "alpha3 of the interaction law, with E held at each value and all else refitted.",
+        "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
+                                "copying. Paired runs differ in the method alone."}
+    found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
     if rivals:
-        figures["loss_against_D2"] = (loss_against_D2(rows, laws, best), "Loss against D2 for each D1, measured and fitted.")
-        figures["slope_against_D1"] = (slope_against_D1(rows, laws), "The interaction, seen directly: how fast loss falls with D2, against D1.")
-        figures["predicted_against_measured"] = (predicted_against_measured(laws, details), "Errors of each law in sample, and where the largest level was held out.")
-        figures["contours"] = (contours(rows, laws, best), "Predicted loss over (D1, D2).")
-    main = details.get("upcycled") or next(iter(details.values()))
-    figures["residuals"] = (residuals(main), "Residuals against each variable.")
-    shown = {"all N": main["profile"]} if main["profile"] else {}
-    shown |= {f"N = {short(n)} alone": profile for n, profile in profiles.items()}
-    if shown:
-        figures["alpha3_along_E"] = (alpha3_along_E(shown), "alpha3 with E held at each value.")
+        found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
+    alone = [law for law in laws if law.startswith("moe.") or not rivals]
+    for law in dict.fromkeys([best, *alone]):
+        name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
+        captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
+        found[name] = figures.residuals(rows, law, laws[law])
+    if profiles:
+        found["alpha3_along_E"] = figures.alpha3_along_E(profiles)
     if differences := method_differences(rows):
-        figures["methods_against_copy"] = (methods_against_copy(differences), "Ways to upcycle against copying: runs of the same dense trunk and data, paired.")
-    for name, (figure, _) in figures.items():
-        for kind in ("png", "pdf"):
-            figure.savefig(os.path.join(directory, f"{name}.{kind}"), metadata={"CreationDate": None} if kind == "pdf" else {})
-        plt.close(figure)
-    spans = "; ".join(f"{family}: " + ", ".join(f"{name} {short(a)} .. {short(b)}" for name, (a, b) in its.items()) for family, its in out["ranges"].items())
-    first = next(iter(laws.values()))
-    text = ["# Scaling laws", "", f"{len(rows)} rows. Fitted ranges: {spans}.", "",
-            f"Noise of ln loss: {100 * first['row_sd']:.2f} % a run, {100 * first['trunk_sd']:.2f} % a trunk ({first['trunks']} trunks). "
-            f"Huber's delta {first['huber_delta']:.2g}. Intervals: {len(next(iter(first['draws'].values())))} draws, {out['intervals']}.", ""]
-    text += [f"- {said}" for said in [*findings(laws, out["ranges"]), *(f"warning: {note}" for note in notes)]] + ["", *lines]
-    for name, (_, caption) in figures.items():
-        text += ["", f"![{caption}]({name}.png)", "", caption]
-    with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(text) + "\n")
+        found["methods_against_copy"] = figures.against_copy(differences)
+    return {name: (figure, captions[name]) for name, figure in found.items()}
+
+
+def write_report(title, sections, found, directory):
+    """Write report.md: the terms, {heading: lines} where there are lines, {file name: (figure, caption)}."""
+    with open(TERMS, encoding="utf-8") as file:
+        text = [f"# {title}", "", file.read()]
+    for heading, lines in sections.items():
+        text += [f"## {heading}", "", *lines, ""] if lines else []
+    for name, (_, caption) in found.items():
+        text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
+    try:
+        os.makedirs(directory, exist_ok=True)
+        for name, (figure, _) in found.items():
+            figure.savefig(os.path.join(directory, f"{name}.png"))
+            figure.savefig(os.path.join(directory, f"{name}.pdf"), metadata={"CreationDate": None})
+            plt.close(figure)
+        with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as file:
+            file.write("\n".join(text).rstrip() + "\n")
+    except OSError as error:
+        raise ConfigError(f"{directory}: the report cannot be written: {error.strerror}") from None
+
+
+def write(rows, content, profiles, notes, directory):
+    """Write report.md and its figures (PNG and PDF) of rows and laws.
+
+    profiles is {title: profile of E, as fit_laws.profile_E gives it}, notes are warnings, [text].
+    """
+    laws, first = content["laws"], next(iter(content["laws"].values()))
+    spans = [f"- {FAMILY_STYLES[family][0]}: "
+             + ", ".join(f"{name} {short(low)} to {short(high)}" for name, (low, high) in limits.items())
+             for family, limits in content["ranges"].items()]
+    draws = len(next(iter(first["draws"].values())))
+    sections = {
+        "What was measured": [f"There are {len(rows)} rows, in these ranges:", "", *spans],
+        "Warnings": [f"- {note}" for note in notes],
+        "What was found": [f"- {text}" for text in findings(rows, content)],
+        "Claims under variations of the analysis": claims_table(content.get("claims", {})),
+        "How well the laws predict": comparison_table(laws),
+        "Head starts at the largest N": head_start_table(laws, content["ranges"]),
+        "Noise and misfit": noise_table(laws),
+        "Parameters": [*parameter_table(laws), "",
+                       f"The intervals come from {draws} draws: {content['intervals']}.",
+                       f"Huber's delta is {first['huber_delta']:.2g}."],
+        "Each size alone": single_size_table(content["at_each_N"]),
+        "Methods against copying": methods_table(method_differences(rows))}
+    write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profiles), directory)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Published laws
+
+def matching_planes(params, sizes):
+    """[(N, difference, above_start, above_scratch)] over TOKENS (D2, D1), one for each size.
+
+    params is {"dense", "moe", "upcycled": {parameter: value}}. The difference is loss matching / published
+    upcycled law - 1. The others are True where that law lies above the dense one at D1, and above the MoE
+    from scratch on D = D2 tokens.
+    """
+    D1, D2, planes = TOKENS[None, :], TOKENS[:, None], []
+    for n in sizes:
+        upcycled = predict("upcycled", params["upcycled"], N=n, D1=D1, D2=D2)
+        above_start = upcycled > predict("dense", params["dense"], N=n, D=D1)
+        above_scratch = upcycled > predict("moe", params["moe"], N=n, D=D2)
+        planes.append((n, published_check(params, n, D1, D2), above_start, above_scratch))
+    return planes
+
+
+def matching_table(planes):
+    """Where loss matching agrees with a published law: one line a size and region of (D1, D2)."""
+    lines = []
+    for n, difference, start, scratch in planes:
+        for title, region in (("below both", ~start & ~scratch), ("above from scratch", scratch & ~start),
+                              ("above its dense start", start)):
+            found = 100 * difference[region]
+            if len(found):
+                shares = [f"{100 * share:.0f} %" for share in (region.mean(), (np.abs(found) < 2).mean())]
+                difference_text = f"{found.min():+.1f} .. {found.max():+.1f} %"
+                lines.append([short(n), title, shares[0], difference_text, shares[1]])
+    return aligned(["N", "the published law is", "share of the plane", "difference", "within ± 2 %"], lines)
+
+
+def write_published(path, directory):
+    """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
+        planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
+    caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
+               "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
+    write_report("Loss matching against a published law", {
+        "What was compared": [f"Source: {content.get('source', path)}", *MATCHING_WORDS.split("\n")],
+        "Where it agrees": matching_table(planes),
+        "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},
+        {"loss_matching": (figures.loss_matching(planes, TOKENS), caption)}, directory)

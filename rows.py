@@ -44,8 +44,8 @@ class RowError(ConfigError, ValueError):
 
 def plain(column, value):
     """A column's value, the same from JSON and CSV: "2e3" is 2000.0, "true" is True, "" and nan are None."""
-    if column in NAMES and value is not None:
-        return str(value) or None
+    if column in NAMES:
+        return None if value in (None, "") else str(value)
     if isinstance(value, str):
         if value.lower() in ("true", "false"):
             return value.lower() == "true"
@@ -55,7 +55,7 @@ def plain(column, value):
             return value or None
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, int) else str(value)
+    return value if value is None or isinstance(value, int) and abs(value) < 1e300 else str(value)
 
 
 def run_key(row, but=()):
@@ -94,7 +94,8 @@ def mixed_conditions(rows):
 
 def automatic_range(hidden_size):
     """The standard deviation of fresh weights with which training of no width starts with a plateau."""
-    return 0.68 / math.sqrt(hidden_size) if hidden_size else None
+    known = isinstance(hidden_size, (int, float)) and hidden_size > 0
+    return 0.68 / math.sqrt(hidden_size) if known else None
 
 
 # Knobs with these values are left out of labels.
@@ -151,11 +152,11 @@ def clean(raw):
             row[key] = number(row[key])
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-    for key in ("N_active", "N_total", "num_local_experts", "num_experts_per_tok"):  # some laws use them
+    for key in {"N_active", "N_total", "num_local_experts", "num_experts_per_tok"} & row.keys():
         try:
             row[key] = number(row[key])
-        except (KeyError, ValueError):
-            row.pop(key, None)
+        except ValueError:  # not every law needs them
+            del row[key]
     return row | {key: plain(key, row[key]) for key in KNOBS + SETTINGS if key in row}
 
 

@@ -8,7 +8,7 @@ import os
 import checkpoint
 from configurator import ConfigError
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import ARCHITECTURE, KNOBS, ROUTING, TRAINING, run_key
+from rows import ARCHITECTURE, KNOBS, ROUTING, TRAINING, automatic_range, run_key
 
 # The settings of train.py that config.json carries.
 MODEL_KEYS = (*ARCHITECTURE, "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
@@ -41,6 +41,8 @@ def resolve_architecture(c, source, meta):
     """(settings, ModelConfig): a checkpoint decides its architecture. Raises ConfigError for another one."""
     has_bias = c.router_bias_update_rate > 0
     if not source:
+        if c.initializer_range == "auto":  # a fixed one starts small widths with a plateau
+            c = dataclasses.replace(c, initializer_range=automatic_range(c.hidden_size))
         try:
             return c, ModelConfig(vocab_size=meta["vocab_size"], max_position_embeddings=c.max_seq_len,
                                   eos_token_id=meta.get("eos_token_id"), router_bias=has_bias,
@@ -52,7 +54,7 @@ def resolve_architecture(c, source, meta):
     if "router_aux_loss_coef" in given:  # config.json carries it, but it is a setting of the training
         there["router_aux_loss_coef"] = c.router_aux_loss_coef
     for key, value in there.items():
-        if key in given and getattr(c, key) not in (None, value):
+        if key in given and getattr(c, key) not in (None, "auto", value):
             raise ConfigError(f"{source}: {key} is {value!r} there, {getattr(c, key)!r} is asked for; "
                               f"leave {key} out")
     if c.max_seq_len > m.max_position_embeddings:

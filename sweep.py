@@ -3,9 +3,9 @@
     python sweep.py config/study_quick.py [--dry_run]
 
 A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays.
-Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; finished runs are skipped.
-Ctrl-C, SIGTERM and, on Linux, a kill of this process let each run save the step under way. A run that is killed
-itself goes on from its last checkpoint (save_every_seconds).
+Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; what is done is skipped.
+Ctrl-C, SIGTERM and, on Linux, a kill of this process let each run save its step. A run that is killed itself
+goes on from its last checkpoint (save_every_seconds).
 """
 import contextlib
 import ctypes
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import checkpoint
-from configurator import REQUIRED, ConfigError, from_dict, progress, read_config, run, setting
+from configurator import REQUIRED, ConfigError, convert, from_dict, progress, read_config, run, setting
 from data.stream import load_tokens
-from model import ModelConfig, flops_per_token, parameter_counts
+from model import flops_per_token, parameter_counts
 from rows import append_row, differences, run_key, unusual_knobs
-from start import MODEL_KEYS, planned_row
+from start import planned_row, resolve_architecture
 from train import Stopped, Train, caught_signals, train
 from upcycle import Options as UpcycleOptions, knobs, upcycle
 
@@ -35,7 +35,8 @@ class Study:
     config: str = setting(REQUIRED, "study file: assignments of the settings below, as config/study_quick.py",
                           positional=True)
     out_dir: str = setting("out/study", "where runs and rows.jsonl go")
-    sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size")
+    sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size; `seeds` in "
+                                "place of the study's, and `scratch_seeds`, of further dense and MoE runs")
     D1: list[int] = setting([], "tokens of the dense model before upcycling")
     D2: list[int] = setting([], "tokens after upcycling")
     D_dense: list[int] = setting([], "tokens of dense runs; empty: D1")
@@ -95,33 +96,41 @@ def study_jobs(study):
     for key in (key for values in (study.train, *study.sizes) for key in values if key in SET_BY_STUDY):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     jobs, seen = [], set()
-    for seed in study.seeds:
-        for size in study.sizes:
-            dense = from_dict(Train, study.train | size | {"seed": seed, "rows": None}, f"{study.config}: ")
+    for size in study.sizes:
+        seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
+                 for key, usual in (("seeds", study.seeds), ("scratch_seeds", []))}
+        size = {key: value for key, value in size.items() if key not in seeds}
+        for seed in seeds["seeds"] + seeds["scratch_seeds"]:
+            settings = study.train | size | {"seed": seed, "rows": None}
+            dense = from_dict(Train, settings, f"{study.config}: ")
             if dense.tokens_per_step % dense.max_seq_len:
                 raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
                                   f"multiple of max_seq_len = {dense.max_seq_len}")
-            n = parameter_counts(model_of(dense)[0])["N"]
+            dense, m, _ = resolved(dense)
+            n = parameter_counts(m)["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
             seen.add((n, seed))
-            jobs += jobs_of_size(study, dense, n)
+            jobs += jobs_of_size(study, dense, n, study.D1 if seed in seeds["seeds"] else [])
     keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
     if len(set(keys)) < len(keys):
         raise ConfigError(f"{study.config}: two of methods are equal")
     return jobs
 
 
-def jobs_of_size(study, dense, n):
-    """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches."""
+def jobs_of_size(study, dense, n, upcycled_at):
+    """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches.
+
+    upcycled_at: the levels of D1 from which this seed is upcycled.
+    """
     experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
     moe = dataclasses.replace(dense, **experts)
     dense_trunk = f"dense-N{n}-s{dense.seed}"
     jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
-                              study.D_dense or study.D1, keep=study.D1)
+                              study.D_dense or study.D1, keep=upcycled_at)
     jobs += trunk_and_branches(study, moe, f"moe-N{n}-s{dense.seed}", {"family": "moe", "N": n},
                                study.D_moe or sorted({*study.D1, *study.D2}))
-    for d1 in rounded_levels(study, dense, study.D1):
+    for d1 in rounded_levels(study, dense, upcycled_at) if upcycled_at else ():
         for method in study.methods:
             source = checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
             given = {"source": source, "destination": "start", "check": False, "seed": dense.seed}
@@ -146,14 +155,10 @@ def method_name(study, options):
     return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
-def model_of(c):
-    """(ModelConfig, data_sha256 of the data set) of training settings. Raises ConfigError."""
+def resolved(c):
+    """(settings with the architecture resolved, its ModelConfig, the data's sha256). Raises ConfigError."""
     meta = load_tokens(c.dataset, "train")[1]
-    try:
-        m = ModelConfig(vocab_size=meta["vocab_size"], **{key: getattr(c, key) for key in MODEL_KEYS})
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return m, meta.get("data_sha256")
+    return *resolve_architecture(c, None, meta), meta.get("data_sha256")
 
 
 def rounded_levels(study, c, tokens):
@@ -171,7 +176,7 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None)
     The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes.
     """
     step = c.tokens_per_step
-    m, data_sha256 = model_of(c)
+    c, m, data_sha256 = resolved(c)
     per_token = flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
@@ -209,24 +214,17 @@ def study_totals(study):
 
 def describe(jobs):
     """The plan as text: rows, tokens and FLOPs by family, and how much it saves that rows share trunks."""
-    dense_flops = {(j.row["N"], j.row["seed"]): j.row["flops"] // j.row["D"] for j in jobs if "D" in j.row
-                   and j.row["family"] == "dense"}
-    lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}{'each row alone: tokens':>26}"
-             f"{'FLOPs':>10}"]
-    form, totals = "{:10}{:8}{:6}{:12.4g}{:10.3g}{:26.4g}{:10.3g}", [0] * 6
-    for family in ("dense", "moe", "upcycled"):
-        of_family = [job for job in jobs if job.row["family"] == family]
-        rows = [job.row for job in of_family if not job.is_trunk]
-        alone = sum(r.get("D", 0) + r.get("D1", 0) + r.get("D2", 0) for r in rows)
-        alone_flops = sum(r["flops"] + r.get("D1", 0) * dense_flops[r["N"], r["seed"]] for r in rows)
-        tokens, flops = sum(j.tokens for j in of_family), sum(j.flops for j in of_family)
-        values = [len(of_family) - len(rows), len(rows), tokens, flops, alone, alone_flops]
-        totals = [a + b for a, b in zip(totals, values)]
-        lines.append(form.format(family, *values))
-    lines.append(form.format("all", *totals))
-    return "\n".join(lines + [
-        f"shared trunks save {1 - totals[2] / totals[4]:.0%} of the tokens and "
-        f"{1 - totals[3] / totals[5]:.0%} of the FLOPs; {sum(j.done for j in jobs)} of {len(jobs)} runs are finished"])
+    lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}"]
+    for family in ("dense", "moe", "upcycled", "all"):
+        chosen = [job for job in jobs if family in (job.row["family"], "all")]
+        trunks = sum(job.is_trunk for job in chosen)
+        tokens, flops = sum(job.tokens for job in chosen), sum(job.flops for job in chosen)
+        lines.append(f"{family:10}{trunks:8}{len(chosen) - trunks:6}{tokens:12.4g}{flops:10.3g}")
+    rows = [job.row for job in jobs if not job.is_trunk]
+    alone = sum(row.get(key, 0) for row in rows for key in ("D", "D1", "D2"))
+    lines.append(f"shared trunks save {1 - tokens / alone:.0%} of the tokens of training each row alone; "
+                 f"{sum(job.done for job in jobs)} of {len(jobs)} runs are finished")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -281,7 +279,7 @@ def check_unchanged(job):
         check_row(job, checkpoint.read_json(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
-        m, data_sha256 = model_of(begun)
+        begun, m, data_sha256 = resolved(begun)
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
         check_row(job, planned_row(begun, m, job.row, tokens, data_sha256), config)
 

@@ -52,7 +52,8 @@ class Train:
     num_key_value_heads: int | None = setting(None, "key-value heads; none: all heads have them", least=1)
     tie_word_embeddings: bool = setting(True, "use the token embedding as the output head")
     rope_theta: float = setting(10000.0, "base of the rotary embedding", least=1)
-    initializer_range: float = setting(0.02, "standard deviation of fresh weights", least=0)
+    initializer_range: float | Literal["auto"] = setting("auto", "standard deviation of fresh weights; auto: "
+                                                         "0.68 / sqrt(hidden_size)", least=0)
     num_local_experts: int = setting(0, "experts a layer; 0: dense", least=0)
     num_experts_per_tok: int = setting(2, "experts a token uses", least=1)
 

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from configurator import ConfigError
-from model import (ModelConfig, MoE, Transformer, balance_loss, effective_experts, experts_grouped, experts_loop, flops_per_token,
-                   parameter_counts)
+from model import (ModelConfig, MoE, Transformer, balance_loss, effective_experts, flops_per_token,
+                   grouped_mm, grouped_op, loop_mm, parameter_counts)
 
 DENSE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 MOE = DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -60,20 +60,17 @@ def test_bfloat16_logits_near_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 7, 4], [0, 0, 16, 0], [16, 0, 0, 0], [1, 3, 5, 7]])
-def test_experts_equal_loop_with_gradients(counts):
+@pytest.mark.parametrize("multiply", [grouped_mm, grouped_op, loop_mm])
+def test_grouped_products_equal_separate_ones_with_gradients(multiply, counts):
     g = torch.Generator().manual_seed(0)
-    x, gate_up, down = (torch.randn(s, generator=g) for s in ((16, 8), (4, 24, 8), (4, 8, 12)))
-    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
-    results = []
-    for f in (experts_grouped, experts_loop):
-        leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
-        out = f(*leaves, ends)
-        out.square().sum().backward()
-        results.append([out, *(t.grad for t in leaves)])
-    for ours, loop in zip(*results):
-        torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
-    for e, count in enumerate(counts):
-        assert (results[0][2][e].abs().sum() > 0) == (count > 0)  # gradients only where rows went
+    leaves = [torch.randn(s, generator=g).requires_grad_() for s in ((16, 8), (4, 8, 12))]
+    out = multiply(*leaves, torch.tensor(counts).cumsum(0).to(torch.int32))
+    pieces = [rows @ weight for rows, weight in zip(leaves[0].split(counts), leaves[1])]
+    torch.testing.assert_close(out, torch.cat(pieces), rtol=1e-5, atol=1e-6)
+    direction = torch.randn(out.shape, generator=g)
+    expected = torch.autograd.grad(torch.cat(pieces), leaves, direction)
+    for ours, separate in zip(torch.autograd.grad(out, leaves, direction), expected):
+        torch.testing.assert_close(ours, separate, rtol=1e-5, atol=1e-6)
 
 
 def naive_moe(layer, x):

@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, differences, method_label,
-                  mixed_conditions, read_rows, run_key, same_but)
+from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, differences,
+                  method_label, mixed_conditions, read_rows, run_key, same_but)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
 FULL = {  # a row of an upcycled run, as train.py writes it
-    "family": "upcycled", "N": 40160, "N_active": 68576, "N_total": 234464, "D1": 524288, "D2": 262144, "loss": 2.5,
+    "family": "upcycled", "N": 40160, "N_active": 68576, "N_total": 234464, "D1": 524288, "D2": 262144,
+    "loss": 2.5,
     "loss_se": 0.01, "num_local_experts": 8, "num_experts_per_tok": 2, "method": "merge", "noise_std": 0.1,
     "noise_fraction": 0.5, "drop_ratio": 0.5, "granularity": 2, "merge_shared": "average", "router_std": 0.02,
     "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk", "dense_trunk": "dense-trunk",
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 10000.0, "initializer_range": 0.02,
     "decay_start": 100, "decay_steps": 28, "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3,
-    "schedule": "wsd", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
-    "grad_clip": 1.0, "dtype": "float32", "repeat_data": False, "eval_tokens": 131072, "router_aux_loss_coef": 0.01,
+    "schedule": "wsd", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.1, "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0, "dtype": "float32", "repeat_data": False, "eval_tokens": 131072,
+    "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.001, "router_bias_update_rate": 0.0, "sequences_per_pass": 16,
     "tokens_before_schedule": 0, "config": "out/a/config.py", "data_sha256": "17a3" * 16, "git": "1234567",
     "torch": "2.13.0"}
@@ -39,8 +42,8 @@ def write(path, rows):
 # ---------------------------------------------------------------------------------------------------------
 # Which run a row is
 
-@pytest.mark.parametrize("key", [*SETTINGS, *KNOBS, "seed", "trunk", "dense_trunk", "data_sha256", "D1", "D2", "method",
-                                 "num_local_experts", "num_experts_per_tok"])
+@pytest.mark.parametrize("key", [*SETTINGS, *KNOBS, "seed", "trunk", "dense_trunk", "data_sha256", "D1",
+                                 "D2", "method", "num_local_experts", "num_experts_per_tok"])
 def test_two_runs_that_differ_in_one_setting_never_pass_for_one_another(tmp_path, key):
     other = FULL | {key: another(FULL[key])}
     missing = {k: v for k, v in FULL.items() if k != key}
@@ -60,9 +63,11 @@ def test_other_columns_make_no_other_run(key):
 
 def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():
     assert set(SETTINGS) - set(CONDITIONS) == {*SIZES, *DECAY} and "seed" not in CONDITIONS
-    dense = [{k: v for k, v in FULL.items() if not k.startswith("router")} | {"hidden_size": h, "initializer_range": r}
+    dense = [{k: v for k, v in FULL.items() if not k.startswith("router")}
+             | {"hidden_size": h, "initializer_range": r}
              for h, r in ((32, 0.68 / math.sqrt(32)), (64, 0.085), (100, 0.068))]
-    assert mixed_conditions([FULL | {"initializer_range": 0.68 / math.sqrt(32)}, *dense]) == {}  # all automatic
+    # all automatic
+    assert mixed_conditions([FULL | {"initializer_range": 0.68 / math.sqrt(32)}, *dense]) == {}
     assert mixed_conditions([FULL, *dense]) == {"initializer_range": [0.02, "auto"]}
 
 
@@ -73,7 +78,8 @@ def test_a_csv_and_a_jsonl_row_of_one_run_are_the_same(tmp_path):
     assert run_key(a) == run_key(b) == run_key(FULL) and method_label(a) == method_label(b)
     assert len(read_rows([str(path), str(tmp_path / "rows.jsonl")])[0]) == 1
     names = FULL | {"trunk": "7e5", "data_sha256": "1" * 64}  # words that could be read as numbers
-    assert run_key(names) != run_key(names | {"trunk": "700000"}) and run_key(names | {"trunk": 7}) == run_key(names | {"trunk": "7"})
+    assert run_key(names) != run_key(names | {"trunk": "700000"})
+    assert run_key(names | {"trunk": 7}) == run_key(names | {"trunk": "7"})
 
 
 def test_the_studies_in_results_still_read():
@@ -87,12 +93,15 @@ def test_the_studies_in_results_still_read():
 
 @pytest.mark.parametrize("row, label", [
     ({"method": "copy"}, "copy"), ({"method": "copy", "router_std": 0.02, "optimizer": "reset"}, "copy"),
-    ({"method": "drop", "drop_ratio": 0.5}, "drop 0.5"), ({"method": "drop_per_matrix", "drop_ratio": "1.0"}, "drop per matrix 1"),
+    ({"method": "drop", "drop_ratio": 0.5}, "drop 0.5"),
+    ({"method": "drop_per_matrix", "drop_ratio": "1.0"}, "drop per matrix 1"),
     ({"method": "virtual_groups", "granularity": 2}, "virtual groups G = 2"),
     ({"method": "noise", "noise_std": 0.1, "noise_fraction": 1.0}, "noise 0.1 σ"),
     ({"method": "noise", "noise_std": 0.1, "noise_fraction": 0.5}, "noise 0.1 σ on 0.5"),
-    ({"method": "copy", "optimizer": "copy"}, "copy optimizer copy"), ({"method": "copy", "router_std": 0.1}, "copy router 0.1"),
-    ({"method": "merge", "merge_shared": "average"}, "merge"), ({"method": "merge", "merge_shared": "first"}, "merge shared from first")])
+    ({"method": "copy", "optimizer": "copy"}, "copy optimizer copy"),
+    ({"method": "copy", "router_std": 0.1}, "copy router 0.1"),
+    ({"method": "merge", "merge_shared": "average"}, "merge"),
+    ({"method": "merge", "merge_shared": "first"}, "merge shared from first")])
 def test_labels_tell_all_knobs_apart(row, label):
     assert method_label(row) == label
 
@@ -119,9 +128,20 @@ def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     with pytest.raises(RowError) as error:
         read_rows([str(path)])
-    assert f"{path}:3: " in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
+    assert f"{path}:3: " in str(error.value)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
     rows, dropped = read_rows([str(path)], skip_bad=True)
     assert len(rows) == 1 and len(dropped) == 1 and complaint in dropped[0]
+
+
+def test_odd_values_of_optional_columns_stop_nothing(tmp_path):
+    odd = {"hidden_size": "wide", "initializer_range": 10**400, "granularity": 10**400, "seed": [1],
+           "trunk": {"a": 1},
+           "N_total": "many", "learning_rate": float("nan")}
+    rows, dropped = read_rows([write(tmp_path / "rows.jsonl", [GOOD, GOOD | odd])])
+    assert len(rows) == 2 == len(set(map(run_key, rows))) and not dropped
+    assert mixed_conditions(rows) == {} and method_label(rows[1]) and "N_total" not in rows[1]
 
 
 def test_identical_lines_count_once_and_repeated_runs_each_time(tmp_path):

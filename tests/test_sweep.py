@@ -1,4 +1,5 @@
 """A study in miniature: planned, run, killed, resumed, and the README's two commands."""
+import ast
 import json
 import os
 import re
@@ -27,7 +28,8 @@ D1 = [10 * _step, 20 * _step, 40 * _step]
 D2 = [10 * _step, 20 * _step, 40 * _step]
 D_dense = [10 * _step, 20 * _step, 40 * _step]
 num_local_experts = 4
-train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3, "eval_tokens": 1024}
+train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3,
+         "eval_tokens": 1024}
 """
 
 MINI_ONE = """
@@ -38,7 +40,8 @@ D2 = [10 * _step]
 D_dense = [10 * _step]
 D_moe = [10 * _step]
 num_local_experts = 4
-train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3, "eval_tokens": 1024}
+train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3,
+         "eval_tokens": 1024}
 """
 
 
@@ -56,13 +59,16 @@ def study(mini, *flags):
 def test_plan_shares_trunks_and_counts_what_it_trains(mini):
     s = study(mini)
     jobs, rows = study_jobs(s), planned_rows(s)
-    assert len(rows) == 2 * (3 + 3 + 3 * 3) == len({(r["family"], r["N"], r.get("D"), r.get("D1"), r.get("D2")) for r in rows})
+    assert len(rows) == 2 * (3 + 3 + 3 * 3)
+    assert len({(r["family"], r["N"], r.get("D"), r.get("D1"), r.get("D2")) for r in rows}) == len(rows)
     assert [r["family"] for r in rows].count("upcycled") == 18
     assert len(jobs) - len(rows) == 2 * (1 + 1 + 3)  # trunks
-    # by hand, in steps of one size: dense trunk to 40 and decays 2 + 4 + 8; moe trunk to 32, decays 2 + 4 + 8; upcycled 32 + 2 + 4 + 8, three times
+    # By hand, in steps, for one size: the dense trunk goes to 40, its branches decay over 2, 4 and 8; the MoE
+    # trunk and each of three upcycled ones go to 32, with the same decays.
     assert study_totals(s)["tokens"] == 2 * 128 * ((40 + 14) + (32 + 14) + 3 * (32 + 14))
     for job in jobs:
-        assert job.needs is None or any(os.path.normpath(job.needs).startswith(os.path.normpath(j.settings.out_dir) + os.sep) for j in jobs)
+        runs = [os.path.normpath(j.settings.out_dir) + os.sep for j in jobs]
+        assert job.needs is None or any(os.path.normpath(job.needs).startswith(run) for run in runs)
     for r in rows:
         assert r["N_total"] > r["N_active"] > r["N"] if r["family"] != "dense" else r["N_total"] == r["N"]
     text = describe(jobs)
@@ -73,17 +79,28 @@ def test_plan_shares_trunks_and_counts_what_it_trains(mini):
 
 def test_virtual_groups_keep_the_dense_N(mini):
     s = study(mini)
-    s.methods = [{"method": "copy"}, {"method": "virtual_groups", "granularity": 2, "num_local_experts": 8, "num_experts_per_tok": 4}]
+    s.methods = [{"method": "copy"}, {"method": "virtual_groups", "granularity": 2, "num_local_experts": 8,
+                                      "num_experts_per_tok": 4}]
     rows = [r for r in planned_rows(s) if r["family"] == "upcycled"]
-    assert len(rows) == 36 and {r["method"] for r in rows} == {"copy", "virtual_groups"} and len({r["N"] for r in rows}) == 2
+    assert len(rows) == 36
+    assert {r["method"] for r in rows} == {"copy", "virtual_groups"}
+    assert len({r["N"] for r in rows}) == 2
 
 
-@pytest.mark.parametrize("line, message", [("D1 = []", "D1 is empty"), ("D2 = [10, 20]", "warm-up"), ("D1 = [1280, 1281]", "must differ"),
-                                           ("sizes = [{'hidden_size': 16, 'hiden': 3}]", "hiden"), ("decay_fraction = 1.5", "decay_fraction"),
-                                           ("methods = [{'method': 'magic'}]", "magic"), ("seeds = [0, 0]", "two seeds"), ("seeds = []", "seeds is empty"), ("seeds = [-1]", "at least 0"),
-                                           ("workers = 0", "workers"), ("train = {'schedule': 'cosine'}", "schedule is set by the study"),
-                                           ("methods = [{'method': 'copy'}, {'method': 'copy'}]", "two of methods are equal"),
-                                           ("methods = [{'method': 'copy'}, {'method': 'copy', 'router_std': 0.02}]", "two of methods are equal"), ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
+@pytest.mark.parametrize("line, message", [("D1 = []", "D1 is empty"), ("D2 = [10, 20]", "warm-up"),
+                                           ("D1 = [1280, 1281]", "must differ"),
+                                           ("sizes = [{'hidden_size': 16, 'hiden': 3}]", "hiden"),
+                                           ("decay_fraction = 1.5", "decay_fraction"),
+                                           ("methods = [{'method': 'magic'}]", "magic"),
+                                           ("seeds = [0, 0]", "two seeds"), ("seeds = []", "seeds is empty"),
+                                           ("seeds = [-1]", "at least 0"),
+                                           ("workers = 0", "workers"),
+                                           ("train = {'schedule': 'cosine'}", "schedule is set by the study"),
+                                           ("methods = [{'method': 'copy'}, {'method': 'copy'}]",
+                                            "two of methods are equal"),
+                                           ("methods = [{'method': 'copy'}, {'router_std': 0.02}]",
+                                            "two of methods are equal"),
+                                           ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
                                            ("trian = {}", "did you mean 'train'")])
 def test_bad_studies_are_refused_by_name(mini, line, message):
     mini.write_text(mini.read_text() + line + "\n")
@@ -98,9 +115,12 @@ def command(mini, *flags):
 def test_interrupted_and_killed_sweeps_go_on_to_the_same_rows(mini, tmp_path):
     out, rows = tmp_path / "out", tmp_path / "out" / "rows.jsonl"
     for number in (signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(command(mini), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command(mini), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
         before = len(rows.read_text().splitlines()) if rows.exists() else 0
-        while process.poll() is None and not (rows.exists() and len(rows.read_text().splitlines()) > before + 1):
+        while process.poll() is None:
+            if rows.exists() and len(rows.read_text().splitlines()) > before + 1:
+                break
             time.sleep(0.01)
         process.send_signal(number)
         text, _ = process.communicate(timeout=60)
@@ -116,9 +136,11 @@ def test_interrupted_and_killed_sweeps_go_on_to_the_same_rows(mini, tmp_path):
         assert all(r[k] == v for k, v in plan_of.items()), (r, plan_of)
         assert 3 < r["loss"] < 6
     # what was killed is what an uninterrupted sweep gives
-    straight = subprocess.run(command(mini, f"--out_dir={tmp_path / 'straight'}", "--workers=1"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    straight = subprocess.run(command(mini, f"--out_dir={tmp_path / 'straight'}", "--workers=1"), cwd=ROOT,
+                              capture_output=True, text=True, timeout=300)
     assert straight.returncode == 0, straight.stderr
-    losses = {key(r): r["loss"] for r in map(json.loads, (tmp_path / "straight" / "rows.jsonl").read_text().splitlines())}
+    losses = {key(r): r["loss"]
+              for r in map(json.loads, (tmp_path / "straight" / "rows.jsonl").read_text().splitlines())}
     assert losses == {key(r): r["loss"] for r in found}
     before = digests(out)
     again = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -138,7 +160,9 @@ def test_a_failing_run_is_reported_and_the_others_are_made(mini, tmp_path):
     path = os.path.join(broken, "model.safetensors")
     os.truncate(path, os.path.getsize(path) // 2)
     result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "not a complete safetensors file" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2
+    assert "not a complete safetensors file" in result.stderr
+    assert "Traceback" not in result.stderr
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == len(planned_rows(s)) - 1
 
 
@@ -146,8 +170,10 @@ def test_a_study_grows_by_a_level_and_refuses_other_settings(mini):
     small = MINI_ONE.replace("DATA", re.search('"dataset": "([^"]*)"', mini.read_text())[1])
     mini.write_text(small)
     assert subprocess.run(command(mini), cwd=ROOT, capture_output=True, timeout=300).returncode == 0
-    before = {json.dumps(r, sort_keys=True) for r in map(json.loads, open(mini.parent / "out" / "rows.jsonl"))}
-    mini.write_text(small.replace("D1 = [10 * _step, 40 * _step]", "D1 = [10 * _step, 20 * _step, 40 * _step]"))
+    before = {json.dumps(r, sort_keys=True)
+              for r in map(json.loads, open(mini.parent / "out" / "rows.jsonl"))}
+    mini.write_text(small.replace("D1 = [10 * _step, 40 * _step]",
+                                  "D1 = [10 * _step, 20 * _step, 40 * _step]"))
     result = subprocess.run(command(mini), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     rows = [json.dumps(r, sort_keys=True) for r in map(json.loads, open(mini.parent / "out" / "rows.jsonl"))]
@@ -170,10 +196,12 @@ def one_size(mini):
 
 
 def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
-    methods = [{"method": "copy"}, {"method": "copy", "optimizer": "copy"}, {"method": "copy", "router_std": 0.1}]
+    methods = [{"method": "copy"}, {"method": "copy", "optimizer": "copy"},
+               {"method": "copy", "router_std": 0.1}]
     rows = run_sweep(mini, one_size(mini) + f"methods = {methods}\n")
     up = [row for row in rows if row["family"] == "upcycled"]
-    assert len(up) == 6 and {method_label(row) for row in up} == {"copy", "copy optimizer copy", "copy router 0.1"}
+    assert len(up) == 6
+    assert {method_label(row) for row in up} == {"copy", "copy optimizer copy", "copy router 0.1"}
     assert len({row["trunk"] for row in up}) == 6 and len({row["loss"] for row in up}) == 6
     assert len({run_key(row, ("trunk",)) for row in up}) == 6
     assert {row["dense_trunk"] for row in up} == {row["trunk"] for row in rows if row["family"] == "dense"}
@@ -182,45 +210,55 @@ def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
 
 
 def test_the_settings_of_a_study_reach_all_its_runs(mini):
-    rows = run_sweep(mini, one_size(mini).replace('"warmup_steps": 3', '"warmup_steps": 3, "router_aux_loss_coef": 0.1'))
-    assert {row["family"]: row.get("router_aux_loss_coef") for row in rows} == {"dense": None, "moe": 0.1, "upcycled": 0.1}
+    with_setting = '"warmup_steps": 3, "router_aux_loss_coef": 0.1'
+    rows = run_sweep(mini, one_size(mini).replace('"warmup_steps": 3', with_setting))
+    found = {row["family"]: row.get("router_aux_loss_coef") for row in rows}
+    assert found == {"dense": None, "moe": 0.1, "upcycled": 0.1}
     for trunk in (job for job in study_jobs(study(mini)) if job.is_trunk and job.row["num_local_experts"]):
-        assert checkpoint.read_config(checkpoint.checkpoints(trunk.settings.out_dir)[-1][1]).router_aux_loss_coef == 0.1
+        path = checkpoint.checkpoints(trunk.settings.out_dir)[-1][1]
+        assert checkpoint.read_config(path).router_aux_loss_coef == 0.1
 
 
-@pytest.mark.parametrize("key, value", [("learning_rate", 1e-3), ("warmup_steps", 4), ("max_seq_len", 32), ("eval_tokens", 512),
-                                        ("weight_decay", 0.2), ("beta2", 0.99), ("rope_theta", 500.0), ("grad_clip", 0.5)])
-def test_a_study_never_takes_runs_of_other_settings_for_its_own(mini, key, value):
-    """Neither a finished run, by its row, nor one that was begun, by its config.py."""
+def test_a_study_never_takes_runs_of_other_settings_for_its_own(mini):
+    """Neither a finished run, by its row.json, nor one that was begun, by its config.py."""
     text = one_size(mini)
-    mini.write_text(text)
-    if not (mini.parent / "out").exists():
-        run_sweep(mini, text)
-    jobs = study_jobs(study(mini))
-    for job in jobs:
+    run_sweep(mini, text)
+    settings = ast.literal_eval(re.search("(?s)train = (.*)", re.sub(r"\b_step", "128", text))[1])
+
+    def jobs(**changes):
+        mini.write_text(text + f"train = {settings | changes}\n")
+        return study_jobs(study(mini))
+
+    def refuses(where):
+        for key, value in (("learning_rate", 1e-3), ("warmup_steps", 4), ("max_seq_len", 32),
+                           ("eval_tokens", 512),
+                           ("weight_decay", 0.2), ("beta2", 0.99), ("rope_theta", 500.0), ("grad_clip", 0.5)):
+            for job in jobs(**{key: value}):
+                if where == "config.py" or not job.is_trunk:
+                    with pytest.raises(ConfigError,
+                                       match=f"{where}: {key} was .*, the study now says {value}; take"):
+                        check_unchanged(job)
+    for job in jobs():
         check_unchanged(job)
-    line = re.search("train = .*", text)[0]
-    mini.write_text(text.replace(line, line[:-1].replace(f'"{key}"', '"_"') + f', "{key}": {value}}}').replace('"_": 3, ', "").replace('"_": 16, ', "").replace('"_": 1024, ', "").replace(', "_": 1024', ""))
-    changed = study_jobs(study(mini))
-    assert len(changed) == len(jobs)
-    for job in changed:
-        with pytest.raises(ConfigError, match=f"{key} was .*, the study now says {value}; take another"):
-            check_unchanged(job)
-    for job in changed:
+    refuses("row.json")
+    for job in jobs():
         if not job.is_trunk:
             os.remove(os.path.join(job.settings.out_dir, "row.json"))
-            with pytest.raises(ConfigError, match=rf"config.py: {key} was .*, the study now says {value}"):
-                check_unchanged(job)
+        check_unchanged(job)
+    refuses("config.py")
 
 
 def test_dry_run_trains_nothing(mini, tmp_path):
     result = subprocess.run(command(mini, "--dry_run"), cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "shared trunks save" in result.stdout and not (tmp_path / "out").exists()
+    assert result.returncode == 0
+    assert "shared trunks save" in result.stdout
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_quick_study_is_what_the_readme_says(monkeypatch):
     import sweep
-    monkeypatch.setattr(sweep, "load_tokens", lambda directory, split: (None, {"vocab_size": 257}))  # its data is not at hand in tests
+    # its data is not at hand in tests
+    monkeypatch.setattr(sweep, "load_tokens", lambda directory, split: (None, {"vocab_size": 257}))
     rows = planned_rows(parse(Study, [str(ROOT / "config" / "study_quick.py")]))
     upcycled = [r for r in rows if r["family"] == "upcycled"]
     for axis in ("D1", "D2"):
@@ -231,14 +269,17 @@ def test_the_quick_study_is_what_the_readme_says(monkeypatch):
 
 
 def test_make_study_end_to_end(mini, tmp_path):
-    """The README's command itself, on a small text and study: data, runs, laws, figures; then again, doing nothing."""
+    """The README's command, on a small text and study: data, runs, laws, figures; then nothing more."""
     text = tmp_path / "text"
     text.mkdir()
     for i, part in enumerate((ROOT / "model.py").read_text().split("\n\n") * 2):
         (text / f"{i}.txt").write_text(part + str(i))
-    more = "D_dense = [10 * _step, 20 * _step, 30 * _step, 40 * _step]\nD_moe = D_dense\n"  # rows enough for each law
-    mini.write_text(re.sub(r'"dataset": "[^"]*"', f'"dataset": "{tmp_path / "tokens"}"', mini.read_text()) + more)
-    make = ["make", "-o", ".venv/runtime", f"PY={sys.executable}", f"DATA={text} --out_dir={tmp_path / 'tokens'} --val_fraction=0.1", f"STUDY={mini}",
+    # rows enough for each law
+    more = "D_dense = [10 * _step, 20 * _step, 30 * _step, 40 * _step]\nD_moe = D_dense\n"
+    mini.write_text(re.sub(r'"dataset": "[^"]*"', f'"dataset": "{tmp_path / "tokens"}"', mini.read_text())
+                    + more)
+    make = ["make", "-o", ".venv/runtime", f"PY={sys.executable}",
+            f"DATA={text} --out_dir={tmp_path / 'tokens'} --val_fraction=0.1", f"STUDY={mini}",
             f"OUT={tmp_path / 'out'}", "study"]
     result = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr

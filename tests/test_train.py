@@ -1,4 +1,4 @@
-"""The loop: exact resume, branches, ranks, schedule, stops and bad input; always on real training runs of a tiny model."""
+"""The loop: exact resume, branches, ranks, schedule, stops and bad input, on real runs of a tiny model."""
 import dataclasses
 import hashlib
 import json
@@ -33,7 +33,8 @@ def data(tmp_path_factory):
     """A small data set of this repository's own text, as data/prepare.py writes it."""
     from data.prepare import Options as Prepare, prepare
     folder, out = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("data") / "tokens"
-    for name in ("train.py", "model.py", "checkpoint.py", "upcycle.py", "sweep.py"):  # prepare splits by document
+    # prepare splits by document
+    for name in ("train.py", "model.py", "checkpoint.py", "upcycle.py", "sweep.py"):
         for i, part in enumerate((ROOT / name).read_text().split("\n\n")):
             (folder / f"{name}{i}.txt").write_text(part)
     prepare(Prepare(source=str(folder), out_dir=str(out), val_fraction=0.1))
@@ -42,8 +43,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def tiny(data, tmp_path):
-    return Train(dataset=data, out_dir=str(tmp_path / "run"), rows=str(tmp_path / "rows.jsonl"), hidden_size=16, intermediate_size=32,
-                 num_hidden_layers=2, num_attention_heads=2, max_seq_len=16, tokens_per_step=STEP, max_tokens=20 * STEP, warmup_steps=3,
+    return Train(dataset=data, out_dir=str(tmp_path / "run"), rows=str(tmp_path / "rows.jsonl"),
+                 hidden_size=16, intermediate_size=32,
+                 num_hidden_layers=2, num_attention_heads=2, max_seq_len=16, tokens_per_step=STEP,
+                 max_tokens=20 * STEP, warmup_steps=3,
                  decay_steps=6, eval_tokens=1024, save_every_seconds=0)
 
 
@@ -60,15 +63,18 @@ def log(c):
 
 
 def digests(directory):
-    return {p.relative_to(directory): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).rglob("*") if p.is_file()}
+    return {p.relative_to(directory): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in Path(directory).rglob("*") if p.is_file()}
 
 
 def same_state(a, b, but=("trunk",)):
-    """Two checkpoint directories hold the same bits: weights, moments, state, but for the keys `but` of the state."""
+    """Two checkpoint directories hold the same bits: weights, moments, and state but for its keys `but`."""
     assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
     x, y = (torch.load(Path(d) / "optimizer.pt", weights_only=True) for d in (a, b))
-    assert x["step"] == y["step"] and all(torch.equal(x[k][n], y[k][n]) for k in ("exp_avg", "exp_avg_sq") for n in x[k])
-    states = [{key: value for key, value in checkpoint.read_state(d).items() if key not in but} for d in (a, b)]
+    assert x["step"] == y["step"]
+    assert all(torch.equal(x[k][n], y[k][n]) for k in ("exp_avg", "exp_avg_sq") for n in x[k])
+    states = [{key: value for key, value in checkpoint.read_state(d).items() if key not in but}
+              for d in (a, b)]
     assert states[0] == states[1]
 
 
@@ -82,7 +88,8 @@ def test_wsd_values():
     assert learning_rate(12, dataclasses.replace(c, min_lr_ratio=0.5), 15) == pytest.approx(0.8)
     never = dataclasses.replace(c, decay_steps=0)
     assert {learning_rate(s, never, 15) for s in range(3, 1000)} == {1.0}
-    assert [learning_rate(s, c, 15) for s in range(16)] == [learning_rate(s, c, 10**9) for s in range(16)]  # no horizon in it
+    # no horizon in it
+    assert [learning_rate(s, c, 15) for s in range(16)] == [learning_rate(s, c, 10**9) for s in range(16)]
 
 
 def test_cosine_values():
@@ -95,12 +102,14 @@ def test_cosine_values():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
 def test_stream_order_is_a_fresh_permutation_each_pass(n):
-    first, second, other = (shuffled(np.arange(s * n, s * n + n), n, seed) for s, seed in ((0, 7), (1, 7), (0, 8)))
+    first, second, other = (shuffled(np.arange(turn * n, turn * n + n), n, seed)
+                            for turn, seed in ((0, 7), (1, 7), (0, 8)))
     for order in (first, second, other):
         assert sorted(order.tolist()) == list(range(n))
     if n >= 64:
         assert (first != second).any() and (first != other).any() and (first != np.arange(n)).mean() > 0.9
-        assert abs(np.corrcoef(np.arange(n), first)[0, 1]) < 4 / math.sqrt(n)  # 4 standard errors of no correlation
+        # 4 standard errors of no correlation
+        assert abs(np.corrcoef(np.arange(n), first)[0, 1]) < 4 / math.sqrt(n)
 
 
 def test_stream_order_is_a_pure_function_of_the_index():
@@ -108,24 +117,28 @@ def test_stream_order_is_a_pure_function_of_the_index():
     assert [int(shuffled(i, 100, 3)) for i in range(300)] == whole.tolist()
     np.random.seed(0), torch.manual_seed(0)
     assert (shuffled(np.arange(300), 100, 3) == whole).all()
-    places = np.concatenate([shuffled(10 + r * 4 + np.arange(4), 100, 3) for r in range(5)])  # five ranks' slices of one step
+    # five ranks' slices of one step
+    places = np.concatenate([shuffled(10 + r * 4 + np.arange(4), 100, 3) for r in range(5)])
     assert (places == shuffled(np.arange(10, 30), 100, 3)).all()
 
 
 def test_sequences_are_shifted_by_one_token():
     tokens = np.arange(100, dtype=np.uint16)
     ids, targets = sequences(tokens, [2, 0], 8, torch.device("cpu"))
-    assert ids.tolist() == [list(range(16, 24)), list(range(0, 8))] and targets.tolist() == [list(range(17, 25)), list(range(1, 9))]
+    assert ids.tolist() == [list(range(16, 24)), list(range(0, 8))]
+    assert targets.tolist() == [list(range(17, 25)), list(range(1, 9))]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_batches_read_ahead_are_the_stream_in_order(world):
-    """Each rank's batches, side by side, are the shuffled stream from `first` on, step after step, passes after passes."""
+    """Each rank's batches, side by side, are the shuffled stream from `first` on, step after step."""
     tokens, step = np.random.default_rng(0).integers(0, 999, 8 * 30 + 1).astype(np.uint16), 6
-    streams = [batches(tokens, 4 + rank * step // world, step // world, step, 8, 3, torch.device("cpu")) for rank in range(world)]
+    streams = [batches(tokens, 4 + rank * step // world, step // world, step, 8, 3, torch.device("cpu"))
+               for rank in range(world)]
     for i in range(12):  # two passes and more over the 30 sequences
         found = [torch.cat(parts) for parts in zip(*(next(stream) for stream in streams))]
-        expected = sequences(tokens, shuffled(np.arange(4 + i * step, 4 + (i + 1) * step), 30, 3), 8, torch.device("cpu"))
+        expected = sequences(tokens, shuffled(np.arange(4 + i * step, 4 + (i + 1) * step), 30, 3), 8,
+                             torch.device("cpu"))
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -133,12 +146,16 @@ def test_batches_read_ahead_are_the_stream_in_order(world):
 # Runs
 
 def test_a_run_learns_and_writes_its_row(tiny):
-    row = train(dataclasses.replace(tiny, max_tokens=150 * STEP, learning_rate=1e-2, decay_steps=30), report=quiet)
+    row = train(dataclasses.replace(tiny, max_tokens=150 * STEP, learning_rate=1e-2, decay_steps=30),
+                report=quiet)
     lines = log(tiny)
     assert [line["step"] for line in lines] == list(range(1, 151))
     assert np.mean([line["loss"] for line in lines[-10:]]) < lines[0]["loss"] - 1.5
-    assert json.loads(open(tiny.rows).read()) == row == json.load(open(os.path.join(tiny.out_dir, "row.json")))
-    assert row["family"] == "dense" and row["D"] == 150 * STEP and row["N"] == row["N_active"] == row["N_total"]
+    assert json.loads(open(tiny.rows).read()) == row
+    assert json.load(open(os.path.join(tiny.out_dir, "row.json"))) == row
+    assert row["family"] == "dense"
+    assert row["D"] == 150 * STEP
+    assert row["N"] == row["N_active"] == row["N_total"]
     model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-150"))
     assert row["flops"] == 150 * STEP * flops_per_token(model.config, 16)
     tokens = np.load(os.path.join(tiny.dataset, "val.npy")).astype(np.int64)
@@ -150,6 +167,27 @@ def test_a_run_learns_and_writes_its_row(tiny):
     assert row["loss"] == pytest.approx(np.mean(each), rel=1e-5)
     assert row["loss_se"] == pytest.approx(np.std(each, ddof=1) / 8, rel=1e-4)
     assert read_config(os.path.join(tiny.out_dir, "config.py"))["max_tokens"] == 150 * STEP
+
+
+@pytest.mark.parametrize("argv, number", [([], 0.17), (["--initializer_range=auto"], 0.17),
+                                          (["--initializer_range=0.03"], 0.03)])
+def test_the_standard_deviation_of_fresh_weights_fits_the_width(tiny, tmp_path, argv, number):
+    """0.68 / sqrt(16) unless it is given: in the row, in config.json and in the weights."""
+    c = dataclasses.replace(parse(Train, argv),
+                            **{f.name: getattr(tiny, f.name) for f in dataclasses.fields(Train)
+                                                   if f.name != "initializer_range"})
+    # A step without learning rate leaves the weights as they were drawn.
+    row = train(dataclasses.replace(c, learning_rate=0.0, max_tokens=STEP, warmup_steps=0, decay_steps=0),
+                report=quiet)
+    path = os.path.join(c.out_dir, "checkpoint-1")
+    assert row["initializer_range"] == json.load(open(os.path.join(path, "config.json")))["initializer_range"]
+    assert row["initializer_range"] == number
+    weights = checkpoint.load_model(path).embed_tokens.weight
+    # 4 standard errors
+    assert weights.std().item() == pytest.approx(number, rel=4 / math.sqrt(2 * weights.numel()))
+    # Whoever starts from it has its value, asked for "auto" or not.
+    other = dataclasses.replace(c, out_dir=str(tmp_path / "other"), init_from=path)
+    assert train(other, report=quiet)["initializer_range"] == number
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "moe with bias"])
@@ -165,7 +203,8 @@ def test_resume_is_bit_for_bit(tiny, tmp_path, kind):
     assert [{k: v for k, v in line.items() if k not in drop} for line in log(whole)] == \
         [{k: v for k, v in line.items() if k not in drop} for line in log(c)]
     if "bias" in kind:
-        assert any(b.any() for n, b in checkpoint.load_model(tmp_path / "run" / "checkpoint-20").named_buffers() if n.endswith("mlp.bias"))
+        buffers = checkpoint.load_model(tmp_path / "run" / "checkpoint-20").named_buffers()
+        assert any(b.any() for n, b in buffers if n.endswith("mlp.bias"))
 
 
 def test_accumulation_and_eval_leave_training_alone(tiny, tmp_path):
@@ -174,7 +213,8 @@ def test_accumulation_and_eval_leave_training_alone(tiny, tmp_path):
     train(dataclasses.replace(tiny, out_dir=str(tmp_path / "b"), eval_every_steps=1), report=quiet)
     same_state(tmp_path / "run" / "checkpoint-20", tmp_path / "b" / "checkpoint-20")
     train(dataclasses.replace(tiny, out_dir=str(tmp_path / "c"), micro_batch_size=2), report=quiet)
-    a, b = (np.array([line["loss"] for line in log(dataclasses.replace(tiny, out_dir=str(tmp_path / d)))]) for d in ("run", "c"))
+    a, b = (np.array([line["loss"] for line in log(dataclasses.replace(tiny, out_dir=str(tmp_path / d)))])
+            for d in ("run", "c"))
     np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
@@ -183,14 +223,16 @@ def test_a_branch_reads_its_trunk_and_never_changes_it(tiny, tmp_path):
     assert train(trunk, report=quiet) is None and not os.path.exists(tiny.rows)
     assert [s for s, _ in checkpoint.checkpoints(tiny.out_dir)] == [8, 14, 20]
     before = digests(tiny.out_dir)
-    branch = dataclasses.replace(tiny, out_dir=str(tmp_path / "branch"), init_from=str(tmp_path / "run" / "checkpoint-14"), branch=True,
+    branch = dataclasses.replace(tiny, out_dir=str(tmp_path / "branch"),
+                                 init_from=str(tmp_path / "run" / "checkpoint-14"), branch=True,
                                  decay_start=14, decay_steps=6)
     row = train(branch, report=quiet)
     assert digests(tiny.out_dir) == before
     assert row["D"] == 20 * STEP and row["trunk"] == "run"
     straight = dataclasses.replace(tiny, out_dir=str(tmp_path / "straight"), decay_start=14, decay_steps=6)
     train(straight, report=quiet)  # one run with the same schedule
-    same_state(tmp_path / "branch" / "checkpoint-20", tmp_path / "straight" / "checkpoint-20", ("trunk", "history"))
+    same_state(tmp_path / "branch" / "checkpoint-20", tmp_path / "straight" / "checkpoint-20",
+               ("trunk", "history"))
     assert [line["step"] for line in log(branch)] == list(range(15, 21))
 
 
@@ -198,18 +240,24 @@ def test_a_branch_reads_its_trunk_and_never_changes_it(tiny, tmp_path):
 def test_an_upcycled_run_goes_on_where_its_dense_trunk_stopped(tiny, tmp_path, optimizer):
     train(dataclasses.replace(tiny, rows=None, decay_steps=0), report=quiet)
     start = str(tmp_path / "start")
-    upcycle(Options(source=str(tmp_path / "run" / "checkpoint-20"), destination=start, num_local_experts=4, optimizer=optimizer, check=False))
-    run = dataclasses.replace(tiny, out_dir=str(tmp_path / "moe"), init_from=start, branch=optimizer == "copy", max_tokens=12 * STEP, decay_steps=4)
+    upcycle(Options(source=str(tmp_path / "run" / "checkpoint-20"), destination=start, num_local_experts=4,
+                    optimizer=optimizer, check=False))
+    run = dataclasses.replace(tiny, out_dir=str(tmp_path / "moe"), init_from=start,
+                              branch=optimizer == "copy", max_tokens=12 * STEP, decay_steps=4)
     row = train(run, report=quiet)
     assert (row["family"], row["D1"], row["D2"], row["method"]) == ("upcycled", 20 * STEP, 12 * STEP, "copy")
-    assert row["N"] == row["N_active"] - 2 * 3 * 16 * 32 - 2 * 4 * 16 < row["N_total"]  # one more active expert and the router, a layer
+    # one more active expert and the router, a layer
+    assert row["N"] == row["N_active"] - 2 * 3 * 16 * 32 - 2 * 4 * 16 < row["N_total"]
     state = checkpoint.read_state(tmp_path / "moe" / "checkpoint-12")
     assert state["sequence"] == 32 * STEP // 16 and state["tokens"] == 12 * STEP
     dense = log(tiny)[-1]["loss"]
-    assert abs(log(run)[0]["loss"] - dense) < 0.5  # the function was preserved: it starts where the dense model was, not at ln 257
-    longer = dataclasses.replace(tiny, out_dir=str(tmp_path / "longer"), init_from=str(tmp_path / "run" / "checkpoint-20"))
+    # the function was preserved: it starts where the dense model was, not at ln 257
+    assert abs(log(run)[0]["loss"] - dense) < 0.5
+    longer = dataclasses.replace(tiny, out_dir=str(tmp_path / "longer"),
+                                 init_from=str(tmp_path / "run" / "checkpoint-20"))
     assert train(longer, report=quiet)["D"] == 40 * STEP  # a new schedule on the same weights
-    record = upcycle(Options(source=str(tmp_path / "longer" / "checkpoint-20"), destination=start + "2", num_local_experts=4, check=False))
+    record = upcycle(Options(source=str(tmp_path / "longer" / "checkpoint-20"), destination=start + "2",
+                             num_local_experts=4, check=False))
     assert record["D1"] == 40 * STEP
     again = dataclasses.replace(run, out_dir=str(tmp_path / "again"), repeat_data=True)
     train(again, report=quiet)
@@ -217,23 +265,28 @@ def test_an_upcycled_run_goes_on_where_its_dense_trunk_stopped(tiny, tmp_path, o
     assert log(again)[0]["loss"] != log(run)[0]["loss"]
 
 
-@pytest.mark.parametrize("key, value", [("seed", -1), ("micro_batch_size", 0), ("beta1", 2.0), ("decay_steps", -5), ("eval_tokens", 0), ("save_at_tokens", [0]),
-                                        ("grad_clip", -1.0), ("min_lr_ratio", 1.5), ("num_key_value_heads", -2)])
+@pytest.mark.parametrize("key, value", [("seed", -1), ("micro_batch_size", 0), ("beta1", 2.0),
+                                        ("decay_steps", -5), ("eval_tokens", 0), ("save_at_tokens", [0]),
+                                        ("grad_clip", -1.0), ("min_lr_ratio", 1.5),
+                                        ("num_key_value_heads", -2), ("initializer_range", -0.1)])
 def test_impossible_numbers_are_refused_by_name(key, value):
-    with pytest.raises(ConfigError, match=f"{key}.*{'in' if key in ('beta1', 'min_lr_ratio') else 'at least'}"):
+    with pytest.raises(ConfigError,
+                       match=f"{key}.*{'in' if key in ('beta1', 'min_lr_ratio') else 'at least'}"):
         from_dict(Train, {key: value})
 
 
 def torchrun(c, processes, tmp_path):
     path = tmp_path / f"config{processes}.py"
     write_config(c, path)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone", "train.py", str(path)],
-                   cwd=ROOT, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--master_port=0", "--standalone", "train.py", str(path)],
+                   cwd=ROOT, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                   capture_output=True)
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense, accumulating"])
 def test_two_processes_equal_one(tiny, tmp_path, kind):
-    """Same tokens, MoE with balance loss: the sums' order differs, so fp32 rounding grows over 20 steps; nothing more."""
+    """Same tokens, MoE with balance loss: only the order of sums differs; rounding grows over 20 steps."""
     c = dataclasses.replace(tiny, learning_rate=1e-3, eval_every_steps=5)
     c = moe(c, router_aux_loss_coef=0.1) if kind == "moe" else dataclasses.replace(c, micro_batch_size=2)
     one = train(c, report=quiet)
@@ -256,15 +309,18 @@ def test_validation_is_shared_fixed_and_carries_its_error(tiny):
 
 def test_a_row_has_every_setting_that_moves_the_loss(tiny):
     """A new setting of train.py is in the row, or is one of these, which move no loss."""
-    without = {"config", "out_dir", "rows", "trunk", "init_from", "branch", "resume", "dataset", "max_tokens", "micro_batch_size", "eval_every_steps",
+    without = {"config", "out_dir", "rows", "trunk", "init_from", "branch", "resume", "dataset",
+               "max_tokens", "micro_batch_size", "eval_every_steps",
                "save_at_tokens", "save_every_seconds", "device", "compile"}
     named = {"seed", "num_local_experts", "num_experts_per_tok"}
     derived = {"sequences_per_pass", "tokens_before_schedule"}
     assert {f.name for f in dataclasses.fields(Train)} == (set(SETTINGS) - derived) | named | without
-    dense, sparse = train(tiny, report=quiet), train(moe(tiny, out_dir=tiny.out_dir + "2", micro_batch_size=4), report=quiet)
+    dense = train(tiny, report=quiet)
+    sparse = train(moe(tiny, out_dir=tiny.out_dir + "2", micro_batch_size=4), report=quiet)
     assert set(SETTINGS) <= set(sparse) and set(SETTINGS) - set(dense) == {*ROUTING, "sequences_per_pass"}
     c = from_dict(Train, read_config(os.path.join(tiny.out_dir, "config.py")))
-    assert all(dense[key] == getattr(c, key) for key in set(SETTINGS) & set(dense) - derived - {"num_key_value_heads"})
+    assert all(dense[key] == getattr(c, key)
+               for key in set(SETTINGS) & set(dense) - derived - {"num_key_value_heads"})
     assert (dense["num_key_value_heads"], dense["decay_start"], sparse["sequences_per_pass"]) == (2, 14, 4)
 
 
@@ -278,14 +334,21 @@ def test_history_counts_each_run_once_and_branches_share_their_trunk(tiny, tmp_p
     branch = {"branch": True, "decay_steps": 4}
     at_14 = run("a", init_from=str(tmp_path / "run" / "checkpoint-14"), max_tokens=18 * STEP, **branch)
     at_8 = run("b", init_from=str(tmp_path / "run" / "checkpoint-8"), max_tokens=12 * STEP, **branch)
-    assert [n for _, n in at_14["history"]] == [14 * STEP, 4 * STEP] and [n for _, n in at_8["history"]] == [8 * STEP, 4 * STEP]
-    assert at_14["history"][0][0] == at_8["history"][0][0] == trunk_id and at_14["trunk"] == at_8["trunk"] == "run"
-    again = run("c", init_from=str(tmp_path / "a" / "checkpoint-18"), max_tokens=5 * STEP)  # a new schedule on its weights
-    assert again["history"][:2] == at_14["history"] and again["tokens"] == 5 * STEP and tokens_seen(again) == 23 * STEP
+    assert [n for _, n in at_14["history"]] == [14 * STEP, 4 * STEP]
+    assert [n for _, n in at_8["history"]] == [8 * STEP, 4 * STEP]
+    assert at_14["history"][0][0] == at_8["history"][0][0] == trunk_id
+    assert at_14["trunk"] == at_8["trunk"] == "run"
+    # a new schedule on its weights
+    again = run("c", init_from=str(tmp_path / "a" / "checkpoint-18"), max_tokens=5 * STEP)
+    assert again["history"][:2] == at_14["history"]
+    assert again["tokens"] == 5 * STEP
+    assert tokens_seen(again) == 23 * STEP
     ids = [state["history"][-1][0] for state in (trunk, at_14, at_8, again)]
     ids += [run(name, **changes)["history"][-1][0] for name, changes in {
-        "seed": {"seed": 1}, "lr": {"learning_rate": 1e-3}, "twin": {"eval_every_steps": 5}, "longer": {"max_tokens": 21 * STEP, "decay_start": 14}}.items()]
-    assert len(set(ids)) == 7 and ids[6] == ids[7]  # how often it is validated and where it ends makes no other run
+        "seed": {"seed": 1}, "lr": {"learning_rate": 1e-3}, "twin": {"eval_every_steps": 5},
+        "longer": {"max_tokens": 21 * STEP, "decay_start": 14}}.items()]
+    # how often it is validated and where it ends makes no other run
+    assert len(set(ids)) == 7 and ids[6] == ids[7]
 
 
 def test_a_resumed_run_with_other_settings_is_a_run_of_its_own_in_the_history(tiny):
@@ -294,7 +357,8 @@ def test_a_resumed_run_with_other_settings_is_a_run_of_its_own_in_the_history(ti
     train(dataclasses.replace(c, max_tokens=10 * STEP, resume=True), report=quiet)
     train(dataclasses.replace(c, learning_rate=1e-3, resume=True), report=quiet)
     history = checkpoint.read_state(os.path.join(c.out_dir, "checkpoint-20"))["history"]
-    assert [tokens for _, tokens in history] == [10 * STEP, 10 * STEP] and len({run for run, _ in history}) == 2
+    assert [tokens for _, tokens in history] == [10 * STEP, 10 * STEP]
+    assert len({run for run, _ in history}) == 2
 
 
 def test_an_upcycled_row_names_both_trunks_and_all_knobs(tiny, tmp_path):
@@ -302,13 +366,17 @@ def test_an_upcycled_row_names_both_trunks_and_all_knobs(tiny, tmp_path):
     rows = []
     for i, knobs in enumerate(({}, {"optimizer": "copy"}, {"router_std": 0.1})):
         start = str(tmp_path / f"start{i}")
-        upcycle(Options(source=str(tmp_path / "run" / "checkpoint-20"), destination=start, num_local_experts=4, check=False, **knobs))
-        rows.append(train(dataclasses.replace(tiny, out_dir=str(tmp_path / f"moe{i}"), init_from=start, branch=bool(knobs.get("optimizer")), trunk="the moe"),
+        upcycle(Options(source=str(tmp_path / "run" / "checkpoint-20"), destination=start,
+                        num_local_experts=4, check=False, **knobs))
+        rows.append(train(dataclasses.replace(tiny, out_dir=str(tmp_path / f"moe{i}"), init_from=start,
+                                              branch=bool(knobs.get("optimizer")), trunk="the moe"),
                           report=quiet))
     assert {(row["dense_trunk"], row["trunk"]) for row in rows} == {("the dense one", "the moe")}
-    assert [(row["optimizer"], row["router_std"]) for row in rows] == [("reset", 0.02), ("copy", 0.02), ("reset", 0.1)]
+    found = [(row["optimizer"], row["router_std"]) for row in rows]
+    assert found == [("reset", 0.02), ("copy", 0.02), ("reset", 0.1)]
     assert len(set(map(run_key, rows))) == 3
-    assert checkpoint.read_state(tmp_path / "moe0" / "checkpoint-20")["history"][0][1] == 20 * STEP  # since the upcycling
+    # since the upcycling
+    assert checkpoint.read_state(tmp_path / "moe0" / "checkpoint-20")["history"][0][1] == 20 * STEP
 
 
 def test_time_spent_on_validation_does_not_count_as_training(tiny, monkeypatch):
@@ -341,15 +409,18 @@ def losses(c, **changes):
 
 
 def test_bfloat16_runs_near_float32(tiny, tmp_path):
-    np.testing.assert_allclose(losses(moe(tiny), dtype="bfloat16"), losses(moe(tiny), out_dir=str(tmp_path / "plain")), rtol=0.02)
+    np.testing.assert_allclose(losses(moe(tiny), dtype="bfloat16"),
+                               losses(moe(tiny), out_dir=str(tmp_path / "plain")), rtol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_compiled_equals_eager(tiny, tmp_path, kind, monkeypatch):
     c = dataclasses.replace(moe(tiny) if kind == "moe" else tiny, num_hidden_layers=1)
-    if kind == "moe":  # traced and differentiated as in a compiled run; generating its many kernels would take a minute
+    # traced and differentiated as in a compiled run; generating its many kernels would take a minute
+    if kind == "moe":
         compile = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
+        monkeypatch.setattr(
+            torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
     np.testing.assert_allclose(losses(c, compile=True), losses(c, out_dir=str(tmp_path / "plain")), rtol=1e-4)
 
 
@@ -369,11 +440,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_killed_at_any_moment_then_resumed_equals_uninterrupted(tiny, tmp_path, number):
-    c = dataclasses.replace(tiny, max_tokens=300 * STEP, decay_steps=100, save_at_tokens=[k * 50 * STEP for k in range(1, 6)])
+    c = dataclasses.replace(tiny, max_tokens=300 * STEP, decay_steps=100,
+                            save_at_tokens=[k * 50 * STEP for k in range(1, 6)])
     whole = dataclasses.replace(c, out_dir=str(tmp_path / "whole"))
     train(whole, report=quiet)
     write_config(c, tmp_path / "c.py")
-    process = subprocess.Popen([sys.executable, "train.py", str(tmp_path / "c.py")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "train.py", str(tmp_path / "c.py")], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (os.path.exists(os.path.join(c.out_dir, "checkpoint-50")) or process.poll() is not None):
         time.sleep(0.005)
     process.send_signal(number)
@@ -399,7 +472,8 @@ def test_a_signal_in_process_is_raised_as_stopped(tiny):
             os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped):
         train(tiny, report=report)
-    assert [s for s, _ in checkpoint.checkpoints(tiny.out_dir)] == [6]  # it came between two steps: the next one is finished
+    # it came between two steps: the next one is finished
+    assert [s for s, _ in checkpoint.checkpoints(tiny.out_dir)] == [6]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -410,9 +484,11 @@ def test_passing_checkpoints_go_when_a_newer_one_is_complete(tiny):
 
 
 def test_checkpoints_asked_for_are_kept_and_added_levels_are_trained_again(tiny, tmp_path):
-    train(dataclasses.replace(tiny, rows=None, max_tokens=10 * STEP, decay_steps=0, save_at_tokens=[4 * STEP, 8 * STEP]), report=quiet)
+    train(dataclasses.replace(tiny, rows=None, max_tokens=10 * STEP, decay_steps=0,
+                              save_at_tokens=[4 * STEP, 8 * STEP]), report=quiet)
     before = digests(tiny.out_dir)
-    train(dataclasses.replace(tiny, rows=None, resume=True, decay_steps=0, save_at_tokens=[4 * STEP, 6 * STEP, 12 * STEP]), report=quiet)
+    train(dataclasses.replace(tiny, rows=None, resume=True, decay_steps=0,
+                              save_at_tokens=[4 * STEP, 6 * STEP, 12 * STEP]), report=quiet)
     assert [s for s, _ in checkpoint.checkpoints(tiny.out_dir)] == [4, 6, 8, 10, 12, 20]
     after = digests(tiny.out_dir)
     assert all(after[p] == d for p, d in before.items() if p.parts[0].startswith("checkpoint"))
@@ -421,7 +497,8 @@ def test_checkpoints_asked_for_are_kept_and_added_levels_are_trained_again(tiny,
 
 def test_a_branch_with_another_batch_size_is_resumed_where_it_stopped(tiny, tmp_path):
     train(dataclasses.replace(tiny, rows=None, max_tokens=14 * STEP, decay_steps=0), report=quiet)
-    branch = dataclasses.replace(tiny, out_dir=str(tmp_path / "branch"), rows=None, branch=True, decay_steps=0, init_from=str(tmp_path / "run" / "checkpoint-14"),
+    branch = dataclasses.replace(tiny, out_dir=str(tmp_path / "branch"), rows=None, branch=True,
+                                 decay_steps=0, init_from=str(tmp_path / "run" / "checkpoint-14"),
                                  tokens_per_step=2 * STEP, save_at_tokens=[40 * STEP])
     train(dataclasses.replace(branch, max_tokens=50 * STEP), report=quiet)
     assert [s for s, _ in checkpoint.checkpoints(branch.out_dir)] == [14 + 13, 14 + 18]
@@ -448,11 +525,12 @@ def test_a_finished_run_is_not_run_again_and_its_row_comes_once(tiny):
     assert len(open(tiny.rows).readlines()) == 1
 
 
-@pytest.mark.parametrize("key, value", [("learning_rate", 1e-3), ("warmup_steps", 4), ("decay_steps", 5), ("max_tokens", 21 * STEP), ("eval_tokens", 512),
+@pytest.mark.parametrize("key, value", [("learning_rate", 1e-3), ("warmup_steps", 4), ("decay_steps", 5),
+                                        ("max_tokens", 21 * STEP), ("eval_tokens", 512),
                                         ("weight_decay", 0.2), ("seed", 1), ("tokens_per_step", 2 * STEP)])
 def test_a_finished_run_does_not_pass_for_one_of_other_settings(tiny, key, value):
     train(tiny, report=quiet)
-    with pytest.raises(ConfigError, match=f"row.json.*in this finished run.*is asked for"):
+    with pytest.raises(ConfigError, match="row.json.*in this finished run.*is asked for"):
         train(dataclasses.replace(tiny, resume=True, **{key: value}), report=quiet)
 
 
@@ -493,23 +571,28 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
 
 def test_what_is_given_is_checked_against_the_checkpoint_even_if_it_is_the_default(tiny, tmp_path):
     train(dataclasses.replace(tiny, rows=None), report=quiet)
-    argv = ["--init_from=" + os.path.join(tiny.out_dir, "checkpoint-20"), f"--dataset={tiny.dataset}", f"--out_dir={tmp_path / 'other'}", "--rows=none",
+    argv = ["--init_from=" + os.path.join(tiny.out_dir, "checkpoint-20"), f"--dataset={tiny.dataset}",
+            f"--out_dir={tmp_path / 'other'}", "--rows=none",
             "--max_seq_len=16", f"--tokens_per_step={STEP}", f"--max_tokens={2 * STEP}", "--eval_tokens=64"]
-    for key, asked, there in (("hidden_size", 64, 16), ("num_hidden_layers", 4, 2), ("num_local_experts", 4, 0)):
+    for key, asked, there in (("hidden_size", 64, 16), ("num_hidden_layers", 4, 2),
+                              ("num_local_experts", 4, 0)):
         with pytest.raises(ConfigError, match=f"{key} is {there} there, {asked} is asked for"):
             train(parse(Train, [*argv, f"--{key}={asked}"]), report=quiet)
     with open(tmp_path / "c.py", "w") as f:
         f.write("intermediate_size = 176\n")
     with pytest.raises(ConfigError, match="intermediate_size is 32 there, 176 is asked for"):
         train(parse(Train, [str(tmp_path / "c.py"), *argv]), report=quiet)
-    assert train(parse(Train, [*argv, "--hidden_size=16", "--num_key_value_heads=none"]), report=quiet) is None
+    assert train(parse(Train, [*argv, "--hidden_size=16", "--num_key_value_heads=none"]),
+                 report=quiet) is None
 
 
 def test_the_balance_coefficient_is_the_given_one_or_that_of_the_checkpoint(tiny, tmp_path):
     train(moe(tiny, rows=None, router_aux_loss_coef=0.1, decay_steps=0), report=quiet)
-    branch = moe(tiny, out_dir=str(tmp_path / "a"), init_from=os.path.join(tiny.out_dir, "checkpoint-20"), branch=True, max_tokens=24 * STEP)
+    branch = moe(tiny, out_dir=str(tmp_path / "a"), init_from=os.path.join(tiny.out_dir, "checkpoint-20"),
+                 branch=True, max_tokens=24 * STEP)
     assert train(branch, report=quiet)["router_aux_loss_coef"] == 0.1
-    assert train(dataclasses.replace(branch, out_dir=str(tmp_path / "b"), router_aux_loss_coef=0.2), report=quiet)["router_aux_loss_coef"] == 0.2
+    assert train(dataclasses.replace(branch, out_dir=str(tmp_path / "b"), router_aux_loss_coef=0.2),
+                 report=quiet)["router_aux_loss_coef"] == 0.2
     assert checkpoint.read_config(str(tmp_path / "b" / "checkpoint-24")).router_aux_loss_coef == 0.2
 
 
@@ -536,8 +619,11 @@ def test_two_trainers_never_share_a_directory(tiny):
 
 
 def test_command_line_says_errors_in_one_line():
-    result = subprocess.run([sys.executable, "train.py", "--hiden_size=3"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "did you mean 'hidden_size'" in result.stderr
+    result = subprocess.run([sys.executable, "train.py", "--hiden_size=3"], cwd=ROOT, capture_output=True,
+                            text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "did you mean 'hidden_size'" in result.stderr
 
 
 def test_sample_prints_text_of_the_model(tiny, capsys):

@@ -1,0 +1,320 @@
+"""The engine that fits a system of laws: loss with its Jacobian, starts, and descent.
+
+All parameters are fitted at once. S is a number of fits done side by side, p of parameters, n of rows, K of
+terms.
+"""
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from laws import LEAST_GAP, MATCHING, SHARED_CURVE, Problem, build, parameter_names
+from rows import KNOBS
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss and Jacobian
+
+def log_sum(terms):
+    """(ln of the sum of exp(terms), each term's portion of it) over the first axis."""
+    top = terms.max(axis=0)
+    terms = np.exp(terms - top)
+    total = terms.sum(axis=0)
+    return top + np.log(total), terms / total
+
+
+def log_head_start(problem, theta, terms):
+    """(ln H (S, n), its Jacobian (S, p, n)) at theta (S, p); terms (K, S, n) are those without the head
+    start.
+
+    H is c D1^gamma, or saturates at H_max, or is where the MoE's loss from scratch equals the dense model's.
+    """
+    head, alpha = problem.head, theta[:, problem.head.alpha, None]
+    if head.dense is not None:
+        dense, portion = log_sum(np.matmul(theta, head.dense))
+        slope = sum(portion[k][:, None, :] * head.dense[k] for k in range(len(head.dense)))
+        if head.delta is not None:
+            dense = dense + theta[:, head.delta, None]
+            slope[:, head.delta] += 1.0
+        others = [k for k in range(len(terms)) if k != head.slot]
+        rest = np.exp(np.where(head.started, terms[others], -np.inf))
+        goal = np.exp(dense)
+        gap = goal - rest.sum(axis=0)
+        free = gap > LEAST_GAP * goal
+        gap = np.where(free, gap, LEAST_GAP * goal)
+        rise = sum(rest[i][:, None, :] * problem.features[k] for i, k in enumerate(others))
+        slope = np.where(free[:, None], (goal[:, None] * slope - rise) / gap[:, None], slope)
+        log_h = (theta @ problem.features[head.slot] - np.log(gap)) / alpha
+        jacobian = (problem.features[head.slot] - slope) / alpha[:, None]
+        jacobian[:, head.alpha] -= log_h / alpha
+        return log_h, jacobian
+    log_h, jacobian = theta @ head.linear, np.broadcast_to(head.linear, (len(theta), *head.linear.shape))
+    if head.H_max is not None:
+        start, most = log_h, theta[:, head.H_max, None]
+        total, (portion, capped) = log_sum(np.array(np.broadcast_arrays(-alpha * start, -alpha * most)))
+        log_h, jacobian = -total / alpha, portion[:, None, :] * jacobian
+        jacobian[:, head.H_max] += capped
+        jacobian[:, head.alpha] += (portion * start + capped * most - log_h) / alpha
+    return log_h, jacobian
+
+
+def log_terms(problem, theta):
+    """(logs of the terms (K, S, n), and with a head start ln H, its Jacobian, ln(D2 + H) and alpha) at
+    theta (S, p)."""
+    terms, head = np.matmul(theta, problem.features) + problem.offset[:, None, :], problem.head
+    if not head:
+        return terms, None
+    log_h, slope = log_head_start(problem, theta, terms)
+    log_h = np.where(head.started, log_h, -np.inf)
+    effective = np.logaddexp(head.x2, log_h)
+    alpha = np.where(head.here, theta[:, head.alpha, None], 0.0)
+    terms[head.slot] -= alpha * effective
+    return terms, (log_h, slope, effective, alpha)
+
+
+def evaluate(problem, theta):
+    """ln loss (S, n) and its Jacobian (S, p, n) at centred parameters theta (S, p)."""
+    terms, started = log_terms(problem, theta)
+    loss, portion = log_sum(terms)
+    jacobian = np.zeros((len(theta), len(problem.names), len(problem.y)))
+    for k, places in enumerate(problem.used):
+        jacobian[:, places] += portion[k][:, None, :] * problem.features[k, places]
+    if started:
+        head, (log_h, slope, effective, alpha) = problem.head, started
+        jacobian[:, head.alpha] -= np.where(head.here, portion[head.slot] * effective, 0.0)
+        weight = portion[head.slot] * alpha * np.exp(log_h - effective)
+        jacobian -= weight[:, None, :] * slope
+    return loss + theta @ problem.shift, jacobian + problem.shift
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Starts and descent
+
+def huber(residual, delta):
+    """Huber's loss: half the square within delta, linear outside."""
+    size = np.abs(residual)
+    return np.where(size <= delta, 0.5 * size * size, delta * (size - 0.5 * delta))
+
+
+def marquardt_step(problem, theta, gradient, jacobian, weight, damping, free):
+    """(trial theta (S, p), decrease promised by the quadratic model (S,)) of one Levenberg-Marquardt step.
+
+    A parameter at a bound that the step would cross is held. A coefficient steps linearly in its raw value,
+    which takes 20 times fewer steps than in its logarithm.
+    """
+    held = ((theta <= problem.low) & (gradient < 0)) | ((theta >= problem.high) & (gradient > 0))
+    movable = ~held if free is None else ~held & free
+    jacobian, gradient = jacobian * movable[:, :, None], gradient * movable
+    hessian = (jacobian * weight[:, None, :]) @ jacobian.transpose(0, 2, 1)
+    diagonal = np.einsum("sii->si", hessian)
+    added = damping[:, None] * diagonal + 1e-14 * diagonal.max(axis=1, keepdims=True) + 1e-300
+    hessian[:, np.arange(theta.shape[1]), np.arange(theta.shape[1])] += added
+    step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+    gain = (step * gradient).sum(axis=1)
+    step = np.where(problem.is_log, np.log(np.maximum(1.0 + step, 0.1)), step)
+    return np.where(movable, np.clip(theta + step, problem.low, problem.high), theta), gain
+
+
+def whitened(values, whiten):
+    """Values (..., n) multiplied by whiten (n, n), a NumPy or SciPy sparse array, or left alone where it
+    is None."""
+    if whiten is None:
+        return values
+    return (whiten @ values.reshape(-1, values.shape[-1]).T).T.reshape(values.shape)
+
+
+def descend(problem, theta, delta, y=None, whiten=None, free=None, max_steps=400, tolerance=1e-11):
+    """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
+
+    y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
+    by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). free: (p,) False holds a
+    parameter.
+    """
+    theta = np.array(theta, float)
+    count, n = len(theta), len(problem.y)
+    y = np.broadcast_to(problem.y if y is None else y, (count, n))
+    final, live = np.full(count, np.inf), np.arange(count)
+    damping = np.full(count, 1e-3)
+
+    def tried(theta, live):
+        predicted, jacobian = evaluate(problem, theta)
+        return whitened(y[live] - predicted, whiten), whitened(jacobian, whiten)
+
+    residual, jacobian = tried(theta, live)
+    for _ in range(max_steps):
+        cost = huber(residual, delta).sum(axis=1)
+        weight = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+        gradient = (jacobian @ (weight * residual)[:, :, None])[:, :, 0]
+        target, gain = marquardt_step(problem, theta[live], gradient, jacobian, weight, damping[live], free)
+        trial, trial_jacobian = tried(target, live)
+        with np.errstate(invalid="ignore"):
+            trial_cost = huber(trial, delta).sum(axis=1)
+        better = trial_cost <= cost
+        theta[live[better]] = target[better]
+        final[live] = np.where(better, trial_cost, cost)
+        settled = better & (gain <= tolerance * cost) & (damping[live] < 1e-2)
+        done = settled | (damping[live] > 1e12) | (cost < 1e-26 * n)
+        damping[live] = np.where(better, np.maximum(damping[live] / 10, 1e-9), damping[live] * 5)
+        residual = np.where(better[:, None], trial, residual)[~done]
+        jacobian = np.where(better[:, None, None], trial_jacobian, jacobian)[~done]
+        live = live[~done]
+        if not len(live):
+            break
+    return theta, final
+
+
+def starts(problem):
+    """Starts (S, p): the grid's, or what a simpler law of the same rows is fitted to, with new parameters
+    on a grid."""
+    head = problem.head
+    plain = head is None or head.H_max is None and head.dense is None
+    if plain and not problem.methods and not problem.shift.any():
+        return grid_starts(problem)
+    rows = [{name: row[name] for name in row if name not in ("method", *KNOBS)} for row in problem.rows]
+    system = {family: "upcycled.effective_data_shared" if law in SHARED_CURVE else law
+              for family, law in problem.system.items()}
+    if head.dense is not None:  # loss matching starts from the dense and MoE laws alone
+        system = {"dense": "dense", "moe": "moe"}
+    simple = fit(rows, system, problem.options["share"], 0.01, problem.options["A_of_N"], quick=True)
+    known = {law: simple.params(law) for law in set(system.values())}
+    found = []
+    for ceiling in (0.3, 3.0, 100.0) if head.H_max is not None else (1.0,):
+        raw = []
+        for name, is_log in zip(problem.names, problem.is_log):
+            owner, _, short = name.rpartition(":")
+            short = short.partition("|")[0]
+            laws = [owner, "upcycled.effective_data_shared", "moe", *known]
+            value = next((known[law][short] for law in laws if short in known.get(law, ())), 0.0)
+            if short == "H_max":
+                value = ceiling * max(row["D1"] for row in rows if "D1" in row)
+            raw.append(math.log(max(value, 1e-300)) if is_log else value)
+        found.append(np.linalg.solve(problem.to_raw, np.array(raw) - problem.to_raw0))
+    return np.clip(found, problem.low + 1e-6, problem.high - 1e-6)
+
+
+def grid_starts(problem, keep=3):
+    """Starts (S, p) by variable projection: with exponents on a grid and E a share of the lowest loss, the
+    other coefficients are a linear least-squares problem, solved in closed form and kept positive. The
+    best of each law and each E are joined."""
+    low = math.exp(problem.y.min())
+    has_constant = any(not exponents for _, terms in problem.layout.values() for exponents in terms.values())
+    shares = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95) if has_constant else (0.0,)
+    starts = np.zeros((len(shares), keep, len(problem.names)))
+    for here, terms in problem.layout.values():
+        coefficients = [a for a, exponents in terms.items() if exponents]
+        exponents, theta, basis = grid_of_exponents(problem, here, terms, coefficients)
+        normal = np.einsum("jgn,kgn->gjk", basis, basis)
+        ridge = 1e-9 * np.einsum("gjj->gj", normal).max(axis=1)[:, None, None] * np.eye(len(coefficients))
+        mean = basis.mean(axis=2)
+        for i, share in enumerate(shares):
+            target = 1.0 - share * low / np.exp(problem.y)[here]
+            value = np.linalg.solve(normal + ridge, (basis @ target).T[:, :, None])[:, :, 0]
+            value = np.maximum(value, 0.02 * target.mean() / mean.T)
+            cost = ((np.einsum("gk,kgn->gn", value, basis) - target) ** 2).sum(axis=1)
+            best = np.resize(np.argsort(cost)[:keep], keep)
+            starts[i, :, exponents] = theta[best][:, exponents].T
+            starts[i, :, coefficients] = np.log(value[best]).T
+            for a in terms.keys() - set(coefficients):
+                starts[i, :, a] = math.log(max(share, 1e-3) * low)
+    return starts.reshape(-1, len(problem.names))
+
+
+def grid_of_exponents(problem, here, terms, coefficients):
+    """(places of a law's exponents, parameters (G, p) at each point of their grid, the law's terms there
+    over the measured loss (k, G, n) with coefficients of 1)."""
+    grid = {j: values for exponents in terms.values() for j, values in exponents.items()}
+    theta = np.zeros((math.prod(map(len, grid.values())), len(problem.names)))
+    theta[:, list(grid)] = list(itertools.product(*grid.values()))
+    slots = [next(k for k, places in enumerate(problem.used) if a in places) for a in coefficients]
+    return list(grid), theta, np.exp(log_terms(problem, theta)[0][slots][:, :, here] - problem.y[here])
+
+
+def family_deltas(problem, residual):
+    """(n,) Huber's delta of each row: 1.345 robust standard deviations of its family's residuals (n,).
+
+    The standard deviation is the median absolute residual times 1.4826, corrected for the fitted parameters.
+    """
+    families, delta = np.array([row["family"] for row in problem.rows]), np.zeros(len(residual))
+    correction = math.sqrt(len(residual) / max(len(residual) - len(problem.names), 1))
+    for family in problem.system:
+        members = families == family
+        delta[members] = 1.345 * 1.4826 * correction * np.median(np.abs(residual[members]))
+    return np.maximum(delta, 1e-7)
+
+
+@dataclass
+class Fit:
+    """A fitted system of laws."""
+    problem: Problem
+    theta: np.ndarray      # (p,) centred
+    delta: object          # Huber's: one number or (n,), on log residuals, or on whitened ones
+    cost: float
+    residual: np.ndarray   # (n,) ln measured - ln fitted
+    whiten: object = None  # (n, n) what residuals were multiplied by, or None
+    noise: object = None   # uncertainty.Noise
+
+    def params(self, law, theta=None, method=None):
+        """{parameter: value} of a law of the system, for one method of upcycling; from theta (S, p) arrays of
+        draws.
+
+        Without a method, the parameters are those of the method copy, or of the first.
+        """
+        problem, theta = self.problem, self.theta if theta is None else theta
+        raw = theta @ problem.to_raw.T + problem.to_raw0
+        raw = np.where(problem.is_log, np.exp(raw), raw)
+        found = {}
+        owners = {"": "", law: ""} | ({"dense": "dense_"} if law in MATCHING else {})
+        for j, (owner, _, name) in enumerate(full.rpartition(":") for full in problem.names):
+            name, _, label = name.partition("|")
+            if owner in owners and (not label or label == method):
+                found[owners[owner] + name] = raw[..., j]
+                if not owner and law in MATCHING:
+                    found["dense_" + name] = raw[..., j]
+        for owner in owners.keys() & problem.fixed.keys():
+            for name, (value, _) in problem.fixed[owner].items():
+                found[owners[owner] + name] = np.full(theta.shape[:-1], value)[()]
+        names = parameter_names(law, problem.options["A_of_N"])
+        return {name: found[name] for name in names if name in found}
+
+
+def fit(rows, system, share=("E",), delta="auto", A_of_N=False, quick=False):
+    """The Fit of a system {family: law}: starts, then Huber least squares on ln loss with the analytic
+    Jacobian.
+
+    delta is Huber's on log residuals; "auto" is 1.345 robust standard deviations of each family's residuals.
+    quick stops early, for a start.
+    """
+    problem = build(rows, system, share, A_of_N)
+    theta, cost = descend(problem, starts(problem), 0.02 if delta == "auto" else max(delta, 0.005),
+                          max_steps=7, tolerance=1e-4)
+    theta = theta[np.argsort(cost)[:2]]
+    width = delta
+    for tolerance in (1e-5, 1e-5, 1e-11) if delta == "auto" else (1e-4 if quick else 1e-11,):
+        if delta == "auto":
+            width = family_deltas(problem, problem.y - evaluate(problem, theta[:1])[0][0])
+        theta, cost = descend(problem, theta, width, tolerance=tolerance, max_steps=30 if quick else 400)
+        theta = theta[[np.argmin(cost)]]
+    theta, cost = theta[0], float(np.min(cost))
+    if not quick:
+        theta, cost = polish(problem, theta, width, cost)
+    return Fit(problem, theta, width, cost, problem.y - evaluate(problem, theta[None])[0][0])
+
+
+def polish(problem, theta, delta, cost):
+    """(theta, objective) after scipy's least squares from theta, over the parameters that are inside their
+    bounds."""
+    inside = (theta > problem.low) & (theta < problem.high)
+
+    def full(part):
+        return np.where(inside, np.bincount(np.flatnonzero(inside), part, len(theta)), theta)[None]
+
+    best = least_squares(
+        lambda part: (evaluate(problem, full(part))[0][0] - problem.y) / delta, theta[inside],
+        jac=lambda part: evaluate(problem, full(part))[1][0, inside].T / np.reshape(delta, (-1, 1)),
+        loss="huber", x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=50)
+    found = full(best.x)[0]
+    lowest = huber(problem.y - evaluate(problem, found[None])[0][0], delta).sum()
+    if lowest <= cost and (found >= problem.low).all() and (found <= problem.high).all():
+        return found, float(lowest)
+    return theta, cost

@@ -1,0 +1,312 @@
+"""A laws file -> the mixture of laws that the planner answers by.
+
+All upcycled laws of one fit enter, each with the dense and the MoE law that were fitted with it. A law's
+weight says how well it predicted what was held out. Its draws carry the uncertainty of its parameters. Each
+loss also gets a draw of the law's misfit and, beyond the data, of the error of its form.
+"""
+import json
+import math
+
+import numpy as np
+from scipy.special import ndtri
+
+from configurator import ConfigError
+from laws import LAWS, RIVALS, parameter_names, predict
+
+DRAWS = 250           # draws of each law at most; a law with fewer repeats them
+NUMBERS = 45_000      # numbers in the draws of all laws at most, so that a page with them stays below 500 kB
+LEAST_WEIGHT = 0.01   # laws of less weight are left out
+LEAST_ERROR = 0.003   # a held-out error below the noise of a run is luck
+# Fits of published tables of 0.1-3B parameters, tried on runs at 2-8 times the size, err by 1-2 % in one
+# variable and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e.
+# Beyond 8 times, or the farthest held-out test of the laws themselves, there is no verdict.
+FORM_ERROR, REACH = 0.01, 8.0
+EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
+MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
+FAMILY_NAMES = ("dense", "moe", "upcycled")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The laws file
+
+def least(parameter):
+    """The smallest value that a law's parameter can have. A law for one N has B = 0, and E may be 0."""
+    name = parameter.removeprefix("dense_")
+    return 0.0 if name in ("B", "E") else 5e-324 if name in ("A", "A1", "A2", "c", "H_max") else -math.inf
+
+
+def check_number(where, value, lowest=5e-324):
+    """Raises ConfigError unless value is a finite number, and positive or at least the given lowest."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
+        raise ConfigError(f"{where} = {str(value)[:40]} is not a finite number")
+    if value < lowest:
+        raise ConfigError(f"{where} = {value:g} must be positive")
+
+
+def check_law(where, law, entry):
+    """Raises ConfigError where a law's params or draws are missing or are no numbers that it can have."""
+    params, draws = entry["params"], entry.get("draws", {})
+    for name in {**dict.fromkeys(parameter_names(law)), **params}:
+        if name not in params or draws and name not in draws:
+            raise ConfigError(f"{where}: {name} is missing")
+        check_number(f"{where}.params.{name}", params[name], least(name))
+        values = draws.get(name, [1.0])
+        for value in values if set(map(type, values)) != {float} else (min(values), sum(values)):
+            check_number(f"{where}.draws.{name}", value, least(name))
+    if len({len(values) for values in draws.values()}) > 1:
+        raise ConfigError(f"{where}.draws: the parameters do not have equally many draws")
+
+
+def check_origin(path, origin):
+    """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs.
+
+    Methods of upcycling may have other numbers of experts beside that of the MoE from scratch.
+    """
+    for family, said in origin.items():
+        for key in ("max_seq_len", *MOE):
+            for value in said.get(key) or ():
+                check_number(f"{path}: origin.{family}.{key}", value, 0.0)
+    for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
+        values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
+                  for family in FAMILY_NAMES}
+        if key in MOE:  # the dense model has none
+            values["dense"] = set()
+            if values["moe"] and values["moe"] <= values["upcycled"]:
+                values["upcycled"] = values["moe"]
+        if len(set().union(*values.values())) > 1:
+            said = "; ".join(f"{family} {', '.join(sorted(value[:12] for value in found))}"
+                             for family, found in values.items() if found)
+            raise ConfigError(f"{path}: laws of different origin are not compared: {key} is {said}; "
+                              "fit them apart")
+
+
+def check_laws(path, content):
+    """Raises ConfigError in one line with file and key where the content of a laws file cannot be used."""
+    where = "version"
+    try:
+        if content["version"] not in (1, 2):
+            raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
+        where = "laws"
+        for law, entry in content["laws"].items():
+            where = f"laws.{law}"
+            if law not in LAWS:
+                raise ConfigError(f"{path}: {where} is no law that this program knows")
+            check_law(f"{path}: {where}", law, entry)
+            for other, beside in entry.get("beside", {}).items():
+                check_law(f"{path}: {where}.beside.{other}", other, beside)
+            for method, fitted in entry.get("methods", {}).items():
+                check_law(f"{path}: {where}.methods.{method}", law, fitted)
+            entry.get("fitted_with", {}).get(law)
+            for key in ("relative_error", "rmse_log"):
+                check_number(f"{path}: {where}.{key}", entry.get(key, 1.0), 0.0)
+            for test, (error, beyond) in held_out(entry).items():
+                check_number(f"{path}: {where}.held_out.{test}", error * beyond, 0.0)
+            for family, value in entry.get("misfit", {}).items():
+                check_number(f"{path}: {where}.misfit.{family}", 0.0 if value is None else value, 0.0)
+        where = "ranges"
+        for family, ranges in content.get("ranges", {}).items():
+            for name, (low, high) in ranges.items():
+                check_number(f"{path}: ranges.{family}.{name}", low)
+                check_number(f"{path}: ranges.{family}.{name}", high, low)
+        where = "models"
+        for model in content.get("models", ()):
+            if model["family"] not in FAMILY_NAMES:
+                raise ConfigError(f"{path}: models: no family is {str(model['family'])[:40]}")
+            check_number(f"{path}: models: N", model["N"])
+            check_number(f"{path}: models: flops_per_token", model["flops_per_token"])
+        check_number(f"{path}: active_ratio", content.get("active_ratio", 1.0))
+        where = "origin"
+        check_origin(path, content.get("origin", {}))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{path}: {where}: not of a laws file ({type(error).__name__}: {error})") from None
+    if not content["laws"]:
+        raise ConfigError(f"{path}: holds no laws")
+
+
+def read_laws(path):
+    """The laws file as a dict whose numbers are checked. Raises ConfigError in one line with file and key."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    check_laws(path, content)
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The mixture
+
+def held_out(entry):
+    """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it is)}."""
+    if "held_out" in entry:
+        tests = {name: test for name, test in entry["held_out"].items() if test}
+        return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in tests.items()}
+    old = dict(entry.get("extrapolation") or {}, trunk=entry.get("leave_trunk_out"))
+    return {name: (error, 1.0) for name, error in old.items() if error is not None}
+
+
+def weigh(entries):
+    """{law: weight}, in proportion to the product of 1 / (held-out error) over the tests that all laws have.
+
+    The tests are D1, D2 and trunk. The product is the likelihood of a law when each test counts as one
+    observation of the size of its errors. Reaching beyond N does not tell the laws of one fit apart, since
+    their terms in N are the same.
+    """
+    errors = {law: held_out(entry) for law, entry in entries.items()}
+    tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
+    weights = {law: math.prod(1 / max(found[name][0], LEAST_ERROR) for name in tests)
+               for law, found in errors.items()}
+    kept = {law: w for law, w in weights.items() if w >= LEAST_WEIGHT * sum(weights.values())}
+    return {law: w / sum(kept.values()) for law, w in kept.items()}
+
+
+def drawn(law, entry, wanted):
+    """{"law", "params", "draws"} with the wanted number of draws, or with one where the file has none."""
+    params = {name: float(value) for name, value in entry["params"].items()}
+    draws = entry.get("draws") or {name: [value] for name, value in params.items()}
+    count = len(next(iter(draws.values())))
+    pick = [i * count // wanted if count > wanted else i % count for i in range(wanted)] if count > 1 else [0]
+    return {"law": law, "params": params,
+            "draws": {name: np.array([draws[name][i] for i in pick], float) for name in params}}
+
+
+def routes_of(laws, name, wanted):
+    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name.
+
+    Without a name it is the pair of the dense and the MoE law.
+    """
+    entry = laws.get(name, {})
+    beside, system = entry.get("beside", {}), entry.get("fitted_with")
+    by_method = entry.get("methods") or {"copy": entry}
+    routes = {"upcycled": {method: drawn(name, found, wanted) for method, found in by_method.items() if name}}
+    of_one_fit = name or laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
+    for family in ("dense", "moe"):
+        if family in beside:
+            routes[family] = drawn(family, beside[family], wanted)
+        elif system and system.get(family) == name:  # one curve serves both families
+            names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
+            shared = {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
+                      for part in ("params", "draws") if part in entry}
+            routes[family] = drawn(family, shared, wanted)
+        elif of_one_fit and not system and family in laws:  # published laws do not name their fit
+            routes[family] = drawn(family, laws[family], wanted)
+        else:
+            routes[family] = None
+    return routes
+
+
+def misfit(laws, name, family):
+    """Standard deviation of ln loss that a law leaves unexplained.
+
+    It is the measured misfit where the rows tell misfit from noise, else that of the residuals. A published
+    law has an assumed error.
+    """
+    measured = laws.get(name, {}).get("misfit", {}).get(family)
+    entry = laws.get(name if family == "upcycled" else family, {})
+    assumed = entry.get("rmse_log", entry.get("relative_error", FORM_ERROR))
+    return float(assumed if measured is None else measured)
+
+
+def label(law):
+    """The name of a law for people."""
+    if law in ("", "upcycled"):
+        return "interaction" if law else "dense and MoE"
+    return law.partition(".")[2].replace("_", " ")
+
+
+def make_book(path, content, wanted=""):
+    """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
+
+    {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
+    [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of
+    upcycling, "draws": their number, "normal": {family: standard normal deviates, one a draw}}
+    """
+    laws, origin = content["laws"], content.get("origin", {})
+    names = [law for law in RIVALS if law in laws]
+    if wanted and wanted not in names:
+        has = ", ".join(names) or "no upcycled law"
+        raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {has}")
+    with_methods = [law for law in names if laws[law].get("methods")]  # the others know one way of upcycling
+    names = [wanted] if wanted else with_methods or names
+    if not names and not {"dense", "moe"} <= set(laws):
+        raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
+    methods = {law: sorted(laws[law].get("methods") or ["copy"]) for law in names}
+    for law in names:
+        if methods[law] != methods[names[0]]:
+            raise ConfigError(f"{path}: laws.{law}.methods: they are not those of laws.{names[0]}")
+    tests = [held_out(entry) for entry in laws.values()]
+    moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
+           for key, default in MOE.items()}
+    ranges = {family: dict(content.get("ranges", {}).get(family, {})) for family in FAMILY_NAMES}
+    for family in ("moe", "upcycled"):
+        ranges[family] |= {key: [value, value] for key, value in moe.items()}
+    weights = weigh({law: laws[law] for law in names}) or {"": 1.0}
+    sizes = [10 + len(laws[law]["params"]) * len(laws[law].get("methods") or [law]) for law in weights if law]
+    draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
+    random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
+    return {"laws": [{"name": law, "label": label(law), "weight": weight,
+                      "routes": routes_of(laws, law, draws),
+                      "misfit": {family: misfit(laws, law, family) for family in FAMILY_NAMES}}
+                     for law, weight in weights.items()],
+            "ranges": ranges, "moe": moe,
+            "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
+                      for name in ("N", "D", "D1", "D2", *MOE)},
+            "methods": methods[names[0]] if names else [],
+            "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILY_NAMES}}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Losses
+
+def distance(book, family, variables):
+    """{variable: ln of how many times it lies beyond the fitted range}; 0 inside, or where none is known."""
+    found = {}
+    for name, value in variables.items():
+        low, high = book["ranges"][family].get(name, (value, value))
+        found[name] = np.maximum(np.maximum(np.log(low / value), np.log(value / high)), 0.0)
+    return found
+
+
+def losses_of(law, family, variables, method, part):
+    """Losses of one family by a law's "params" or by its "draws", which come first in the shape."""
+    route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
+    counts = {name: value for name, value in variables.items() if name not in MOE}
+    shape = (-1,) + (1,) * max(np.ndim(value) for value in counts.values()) if part == "draws" else ()
+    params = {name: np.reshape(value, shape) for name, value in route[part].items()}
+    return predict(route["law"], params, **counts)
+
+
+def estimate(law, family, variables, method="copy"):
+    """The loss of one family by a law's own parameters."""
+    return losses_of(law, family, variables, method, "params")
+
+
+def sample(book, law, family, variables, method="copy"):
+    """(draws, ...) losses of one family by a law's draws, each with a draw of misfit and of error of form."""
+    losses = losses_of(law, family, variables, method, "draws")
+    form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * ln_times
+               for name, ln_times in distance(book, family, variables).items())
+    error = np.sqrt(law["misfit"][family] ** 2 + np.asarray(form) ** 2)
+    return losses * np.exp(error * book["normal"][family].reshape((-1,) + (1,) * (losses.ndim - 1)))
+
+
+def quantile(values, weights, q):
+    """The smallest value at which the summed weights reach the share q."""
+    order = np.argsort(values, kind="stable")
+    summed = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(summed, q * summed[-1] - 1e-12)])
+
+
+def first_crossing(x, difference):
+    """x at which each row of difference (..., len(x)) first falls below 0: 0 from the start, inf never."""
+    below = difference < -1e-9  # curves that merge do not cross
+    place = below.argmax(axis=-1)
+    before = np.maximum(place - 1, 0)
+    high = np.take_along_axis(difference, before[..., None], -1)[..., 0]
+    low = np.take_along_axis(difference, place[..., None], -1)[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
+    return np.where(below.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)

@@ -1,0 +1,183 @@
+"""An answer of the planner in words, as a figure and as a page."""
+import json
+import math
+import os
+
+import numpy as np
+
+from configurator import ConfigError
+
+WORDS = {  # plan.html says the same sentences
+    "unknown": "the fitted range of {name} ({family}) is not known",
+    "above": "{name} = {value} is {times} times above the largest fitted, {edge} ({family})",
+    "below": "{name} = {value} is {times} times below the smallest fitted, {edge} ({family})",
+    "too_distant": "{text}, and such laws were tested to {reach} times",
+    "start": "{laws} would put the upcycled model above its own dense start, which cannot hold",
+    "lacks": "the laws file has no laws of one fit for two options",
+    "clear": "Clearly {best}: the laws are {sure} sure, it leads {second} by {gap} of the loss, and all laws "
+             "agree.",
+    "mixed": "No option is clearly best. The lowest expected loss is that of: {best}. It leads {second} by "
+             "{gap} of the loss and is best with a probability of {sure}. {decides}",
+    "close": "The lead is below half a percent, so cost and convenience may decide.",
+    "disagree": "The laws disagree ({sides}), so the runs below would decide.",
+    "unsure": "The laws agree, but their errors are as large as the lead, so the runs below would decide.",
+    "void": "Cannot say: {reasons}.",
+    "overtakes": "D2*, the tokens after which the MoE from scratch leads the upcycled model, is in {low} .. "
+                 "{high} (90 %). It never leads with a probability of {never}.",
+    "worth": "By a law with H, the checkpoint is worth H tokens of MoE training, once, and upcycling costs "
+             "kappa of the loss, for ever.",
+    "method": "At this budget the way of upcycling with the lowest expected loss is {method}. It is {gap} "
+              "below {second}.",
+    "pilot": "The cheapest runs that would decide are a pilot of {flops} FLOPs, {share} of the budget. The "
+             "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
+             "predicts the budget to 2-4 %.",
+    "run": "{family}: one trunk with decayed branches at {branches} tokens",
+}
+
+
+TIE = 1e-12  # the relative size of a step that takes a tie over the edge
+
+
+def say(key, **values):
+    return WORDS[key].format(**values)
+
+
+def short(value):
+    """A count in words, as 50.6B; a large one as 1.5e21. Ties round up, as they do on the page."""
+    value *= 1 + TIE
+    if value >= 1e15 or value < 1:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
+    value = float(f"{value:.3g}")
+    units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
+    unit, name = next(pair for pair in units if value >= pair[0])
+    return f"{value / unit:.3g}{name}"
+
+
+def percent(share):
+    return f"{100 * share * (1 + TIE):.1f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# In the terminal
+
+def columns(table):
+    """Lines of cells, with the columns padded."""
+    width = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip() for row in table]
+
+
+def say_star(star):
+    return "never" if star is None else short(star) if star else "from the start"
+
+
+def say_options(options, what, cell):
+    return columns([("option", what, "loss", "90 % interval", "best with probability")] + [
+        (name, cell(found), f"{found['loss']:.4f}", "{:.4f} .. {:.4f}".format(*found["interval"]),
+         percent(found["probability_best"])) for name, found in options.items()])
+
+
+def say_method(methods):
+    """Which method of upcycling to take, and by how much it leads."""
+    best, second = sorted(methods, key=lambda method: methods[method]["loss"])[:2]
+    gap = methods[second]["loss"] / methods[best]["loss"] - 1
+    return say("method", method=best, second=second, gap=percent(gap))
+
+
+def say_plan(found):
+    """What an option does: its tokens from now on, or its plan from nothing."""
+    if "tokens" in found:
+        return short(found["tokens"])
+    plan = {name: found["plan"][name] for name in ("N", "D", "D1", "D2") if name in found["plan"]}
+    return ", ".join(f"{name} {short(value)}" for name, value in plan.items())
+
+
+def say_laws(laws):
+    rows = [(found["label"], percent(found["weight"]), found["best"],
+             short(found["head_start"]) if "head_start" in found else "",
+             percent(math.expm1(found["kappa"])) if "kappa" in found else "",
+             say_star(found["D2_star"]) if "D2_star" in found else "") for found in laws.values()]
+    return columns([("law", "weight", "best", "H", "kappa", "D2*"), *rows])
+
+
+def say_answer(result):
+    """The lines of an answer."""
+    lines = [result["says"], ""]
+    if result["options"]:
+        lines += say_options(result["options"], "tokens or plan", say_plan) + [""]
+        if len(result["methods"]) > 1:
+            lines += say_options(result["methods"], "", lambda found: "")
+            lines += [say_method(result["methods"]), ""]
+        lines += say_laws(result["laws"]) + [""]
+    if result["overtaking"]:
+        low, high = map(say_star, result["overtaking"]["interval"])
+        lines.append(say("overtakes", low=low, high=high, never=percent(result["overtaking"]["never"])))
+    if any("head_start" in found for found in result["laws"].values()):
+        lines.append(say("worth"))
+    lines += [f"{route} has no plan: {why}." for route, why in result.get("refused", {}).items()]
+    if result["pilot"]:
+        found = result["pilot"]
+        lines.append(say("pilot", flops=short(found["flops"]), share=percent(found["share"])))
+        lines += ["  " + say("run", family=one["family"], branches=", ".join(map(short, one["branches"])))
+                  for one in found["runs"]]
+    return lines + [f"warning: {warning}" for warning in result["warnings"]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# As a figure and as a page
+
+def draw_figure(budget, answers, colors, path):
+    """Loss against the budget with 90 % bands; budgets within the fitted ranges are shaded.
+
+    answers is {budget in FLOPs: its answer}, budget the one that was asked about. Raises ConfigError.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    figure, axis = plt.subplots(figsize=(7.4, 3.8), constrained_layout=True)
+    budgets = list(answers)
+    for option in dict.fromkeys(option for found in answers.values() for option in found["options"]):
+        options = [found["options"].get(option) for found in answers.values()]
+        loss, low, high = np.array([(o["loss"], *o["interval"]) if o else [math.nan] * 3 for o in options]).T
+        axis.plot(budgets, loss, color=colors[option], label=option)
+        axis.fill_between(budgets, low, high, color=colors[option], alpha=0.15, lw=0)
+    inside = [flops for flops, found in answers.items() if found["options"] and not found["warnings"]]
+    if inside:
+        axis.axvspan(inside[0], inside[-1], color="#2e8b57", alpha=0.1, lw=0, label="the laws' fitted range")
+    axis.axvline(budget, color="#c0392b", lw=1, label="budget")
+    axis.set(xscale="log", xlabel="budget, training FLOPs", ylabel="predicted loss (nats a token)")
+    if any(found["options"] for found in answers.values()):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(MaxNLocator(6))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        axis.text(0.5, 0.5, "the laws cannot say anywhere here", transform=axis.transAxes, ha="center",
+                  bbox={"facecolor": "white", "lw": 0})
+        axis.set_yticks([])
+    axis.set_xlim(budgets[0], budgets[-1])
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        for name in {path, os.path.splitext(path)[0] + ".pdf"}:
+            figure.savefig(name, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"--figure={path}: {error.strerror}") from None
+    plt.close(figure)
+
+
+def write_page(filled, path):
+    """plan.html with the book, the question and the constants filled in. Raises ConfigError."""
+    text = json.dumps(filled, default=lambda value: value.tolist(), allow_nan=False).replace("</", "<\\/")
+    try:
+        template = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html")
+        with open(template, encoding="utf-8") as f:
+            page = f.read().replace("/*FILLED*/null", text)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(page)
+    except OSError as error:
+        raise ConfigError(f"--html={path}: {error.strerror}") from None

@@ -1,0 +1,297 @@
+"""fit_laws.py: laws and rows, held-out errors, published tables, what the command writes and says."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import fit_laws as F
+import laws
+import uncertainty
+from configurator import ConfigError, parse
+from rows import FAMILIES, clean, read_rows
+from simulated import DATA, HEAD_START, ROOT, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
+
+
+def published(name):
+    return read_rows([os.path.join(ROOT, "tests", "data", name)])[0]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# Which laws, on which rows
+
+def test_laws_and_what_they_lack_are_planned():
+    fits, lacks = F.plan_fits(simulate(TABLE2, {"dense": "dense", "upcycled": "upcycled"}))
+    assert fits["upcycled"][0] == {"dense": "dense", "upcycled": "upcycled"} and "upcycled.additive" in fits
+    assert lacks["moe"] == lacks["upcycled.effective_data_shared"] == "has no moe rows"
+    fits, lacks = F.plan_fits(simulate(TABLE2))
+    assert "levels of experts" in lacks["moe.joint"]
+    assert fits["upcycled.handicap"][0] == shared_system("upcycled.handicap")
+    assert fits["upcycled.loss_matching_0"][0] == {"dense": "dense", "moe": "upcycled.loss_matching_0"}
+    assert all(row["family"] != "upcycled" for row in fits["upcycled.loss_matching_0"][1])
+
+
+def test_rows_at_fixed_data_are_those_with_most_tokens_among_ties():
+    rows = [{"D": 1e9}, {"D": 1e9}, {"D": 4e9}, {"D": 4e9}, {"D": 8e9}]
+    assert F.rows_at_one_data(rows) == [{"D": 4e9}, {"D": 4e9}] and F.rows_at_one_data([]) == []
+
+
+def test_repeated_runs_are_refused_or_give_their_lowest_or_mean_loss():
+    row = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
+    rows = [row | {"loss": 3.2}, row, row | {"loss": 3.4}, row | {"D": 2e9}]
+    with pytest.raises(ConfigError, match="dense N=1e\\+06 with losses 3.2, 3, 3.4; --repeats=mean"):
+        F.resolve_repeats(rows, "refuse")
+    assert [one["loss"] for one in F.resolve_repeats(rows, "lowest")[0]] == [3.0, 3.0]
+    found, said = F.resolve_repeats(rows, "mean")
+    assert [one["loss"] for one in found] == [pytest.approx(3.2), 3.0] and "the mean loss" in said[0]
+    assert F.resolve_repeats(rows[:1] + rows[3:], "refuse") == (rows[:1] + rows[3:], [])
+    seeds = [row | {"seed": seed, "loss": 3.0 + seed} for seed in range(3)]
+    assert F.resolve_repeats(seeds, "refuse") == (seeds, [])
+
+
+NUMBERS = st.sampled_from([1, 2.0, "3", 1e6, 1e7, 1e-6, 1e16])
+NEEDED = {"family": st.sampled_from(list(FAMILIES)), "N": NUMBERS, "D": NUMBERS, "D1": NUMBERS, "D2": NUMBERS,
+          "loss": NUMBERS}
+EXTRA = {"trunk": st.integers(0, 3), "N_active": NUMBERS, "N_total": NUMBERS, "num_local_experts": NUMBERS,
+         "method": st.sampled_from(["copy", "drop"]), "seed": st.integers(0, 1)}
+
+
+@settings(max_examples=150)
+@given(st.lists(st.fixed_dictionaries(NEEDED, optional=EXTRA), min_size=1, max_size=24))
+def test_whatever_rows_can_be_read_can_be_planned(rows):
+    fits, lacks = F.plan_fits([clean(row) for row in rows])
+    assert set(fits) | set(lacks) == set(laws.LAWS)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2 ** 32 - 1), st.sampled_from([(1e7, 1e8, 1e9), (1e-6, 1.0, 1e16), (1e6, 1.06e6, 3e6)]),
+       st.sampled_from([0.1, 1.0, 6.0]))
+def test_few_and_odd_rows_that_are_accepted_can_be_fitted(seed, D, spread):
+    random = np.random.default_rng(seed)
+    rows = [clean({"family": family, "N": 1e6, "D": d, "D1": d, "D2": e, "trunk": f"{d}",
+                   "loss": float(np.clip(random.lognormal(0, spread), 1e-6, 1e6))})
+            for family in FAMILIES for d in D for e in D]
+    rows, _ = F.resolve_repeats([row for row in rows if random.random() < 0.7], "mean")
+    for law, (system, chosen) in F.plan_fits(rows)[0].items():
+        fitted = uncertainty.fit_with_noise(chosen, system)
+        assert math.isfinite(uncertainty.aicc(fitted))
+        assert all(map(math.isfinite, fitted.params(law).values()))
+        assert np.isfinite(uncertainty.bootstrap(fitted, 20)).all()
+
+
+# Rows that a fit did not see
+
+@pytest.mark.parametrize("law", ["upcycled", "upcycled.handicap", "upcycled.saturating",
+                                 "upcycled.loss_matching"])
+def test_a_true_law_extrapolates_and_a_wrong_one_does_not(law):
+    truth, system = (TABLE2, THREE) if law == "upcycled" else (HEAD_START, shared_system(law))
+    design = {"D1": np.geomspace(1e9, 1e11, 4)} if law == "upcycled" else SMALL | {"N": [2e4, 5e4, 1e5, 3e5]}
+    rows = simulate(truth, system, **design)
+    for name in ("D1", "D2", "N"):
+        found = F.extrapolate(rows, system, law, name)
+        top = max(row[name] for row in rows if "D2" in row)
+        below = max(row[name] for row in rows if "D2" in row and row[name] < top)
+        assert found["rms"] < 1e-4 and found["beyond"] == pytest.approx(top / below)
+        assert found["rows"] == sum(row.get(name) == top for row in rows if "D2" in row)
+        additive = "upcycled.additive"
+        wrong = F.extrapolate(rows, THREE | {"upcycled": additive}, additive, name)
+        assert wrong["rms"] > 1e-3
+
+
+def test_where_levels_are_unique_the_upper_fifth_of_the_range_is_held_out():
+    rows = [{"family": "dense", "N": 1e8, "D": float(d), "loss": 3.0} for d in np.geomspace(1e9, 1e11, 41)]
+    threshold = F.held_out_from(rows, "dense", "D")
+    assert threshold == pytest.approx(1e9 * 100 ** 0.8) and sum(row["D"] >= threshold for row in rows) >= 8
+    levels = [row | {"D": d} for d in (1e9, 4e9, 1e10) for row in rows[:5]]
+    assert F.held_out_from(levels, "dense", "D") == 1e10
+    assert F.held_out_from(rows[:1], "dense", "D") is None
+
+
+def test_shared_law_extrapolates_upcycled_rows_where_the_moe_has_too_few_levels():
+    rows = simulate(HEAD_START, SHARED, D=DATA[::2], D1=np.geomspace(1e9, 1e11, 4))
+    rows = [row for row in rows if not (row["family"] == "moe" and row["D"] == DATA[2])]
+    system = F.plan_fits(rows)[0]["upcycled.effective_data_shared"][0]
+    for name in ("D1", "D2", "N"):
+        assert F.extrapolate(rows, system, "upcycled.effective_data_shared", name)["rms"] < 1e-4
+
+
+def test_held_out_rows_do_not_reach_the_fit():
+    rows = simulate(TABLE2, D1=np.geomspace(1e9, 1e11, 4), noise=0.003)
+    top = max(row["D1"] for row in rows if "D1" in row)
+    spoiled = [row | {"loss": row["loss"] * 100} if row.get("D1") == top else row for row in rows]
+    before, after = (F.extrapolate(chosen, THREE, "upcycled", "D1") for chosen in (rows, spoiled))
+    assert before["rows"] == after["rows"] and after["rms"] == pytest.approx(math.log(100), abs=0.1)
+
+
+def test_laws_of_the_old_quick_study_predict_what_they_were_measured_to():
+    """Plain Huber fits; rms % with the largest D1, the largest D2 and a trunk left out."""
+    rows = read_rows([os.path.join(ROOT, "results", "study_quick.jsonl")])[0]
+    if len(rows) != 78:
+        pytest.skip("the rows are those of another study")
+    for law, measured in (("upcycled", (2.39, 2.81, 1.75)), ("upcycled.saturating", (1.41, 1.16, 1.48)),
+                          ("upcycled.loss_matching", (2.28, 1.34, 1.62))):
+        system, chosen = F.plan_fits(rows, [law])[0][law]
+        fitted = F.fit(chosen, system)
+        left = uncertainty.leave_trunk_out(fitted)
+        found = [F.rms(left[[row["family"] == "upcycled" for row in fitted.problem.rows]])]
+        for name in ("D2", "D1"):
+            threshold = F.held_out_from(rows, "upcycled", name)
+            held = [row for row in rows if row.get(name, 0) >= threshold]
+            kept = [row for row in rows if row.get(name, 0) < threshold]
+            found.insert(0, F.rms(F.errors(F.fit(kept, system), law, held)))
+        assert [100 * one for one in found] == pytest.approx(measured, abs=0.03)
+
+
+# Published tables
+
+def test_smaller_dense_runs_of_the_olmo_ladder_predict_the_larger():
+    rows = published("olmo_ladder_c4.csv")
+    small = [row for row in rows if row["N"] < 8e8]
+    large = [row for row in rows if row["N"] > 8e8]  # 1.3B and 3.2B: 1.7 and 4.2 times the size
+    fitted = uncertainty.fit_with_noise(small, {"dense": "dense"})
+    assert len(small) == 15 and len(large) == 10
+    assert 100 * F.rms(F.errors(fitted, "dense", large)) == pytest.approx(0.82, abs=0.1)
+    assert F.extrapolate(rows, {"dense": "dense"}, "dense", "N")["rows"] == 5
+    assert 100 * F.extrapolate(rows, {"dense": "dense"}, "dense", "N")["rms"] == pytest.approx(0.61, abs=0.1)
+    assert 100 * F.extrapolate(rows, {"dense": "dense"}, "dense", "D")["rms"] == pytest.approx(0.35, abs=0.1)
+
+
+def test_smaller_routed_models_predict_the_larger_and_the_sparser():
+    rows = published("clark_sbase_final.csv")
+    system = {"moe": "moe.sparsity"}
+    small = [row for row in rows if row["family"] == "moe" and row["N"] < 2e8]
+    large = [row for row in rows if row["family"] == "moe" and row["N"] > 2e8]
+    fitted = uncertainty.fit_with_noise(small, system)
+    assert (len(small), len(large)) == (35, 18)
+    assert 100 * F.rms(F.errors(fitted, "moe.sparsity", large)) == pytest.approx(0.87, abs=0.1)
+    chosen = F.plan_fits(rows, ["moe.sparsity"])[0]["moe.sparsity"][1]
+    for name, count, error in (("N_active", 9, 1.13), ("sparsity", 11, 2.0)):
+        found = F.extrapolate(chosen, system, "moe.sparsity", name)
+        assert found["rows"] == count and 100 * found["rms"] == pytest.approx(error, abs=0.15)
+
+
+def test_routed_models_of_many_expert_counts_do_not_spoil_the_dense_law_at_one_horizon():
+    rows = published("clark_sbase_final.csv")
+    fits, _ = F.plan_fits(rows, ["dense"])
+    together = uncertainty.fit_with_noise(fits["dense"][1], fits["dense"][0])
+    dense = [row for row in rows if row["family"] == "dense"]
+    alone = uncertainty.fit_with_noise(dense, {"dense": "dense"})
+    assert together.problem.system == {"dense": "dense", "moe": "moe"}
+    assert together.params("dense")["A"] == 0.0
+    losses = [laws.predict("dense", fitted.params("dense"), N=1e9, D=1e11) for fitted in (together, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert 100 * F.rms(F.errors(together, "dense", dense)) < 0.5
+
+
+# The command
+
+def study_rows():
+    """A small study with two methods, as rows of runs."""
+    system, rows = shared_system("upcycled.handicap"), []
+    design = dict(N=[4e4, 1e5, 3e5], D=np.geomspace(2e5, 8e6, 4), D1=np.geomspace(5e5, 8e6, 3),
+                  D2=np.geomspace(2e5, 8e6, 4), noise=0.003, trunk_noise=0.002, dense_noise=0.003)
+    for method in ("copy", "drop"):
+        for row in simulate(HEAD_START, system, **design):
+            if row["family"] == "upcycled" or method == "copy":
+                row |= {"N_active": 1.5 * row["N"], "N_total": 5 * row["N"]}
+                row |= {"flops": 6e3 * row.get("D2", row.get("D"))}
+                if row["family"] == "upcycled":
+                    row |= {"method": method, "trunk": row["trunk"] + method}
+                rows.append(row)
+    return rows
+
+
+def test_command_writes_laws_report_and_figures(tmp_path, capsys):
+    rows, out = study_rows(), tmp_path / "a"
+    F.main(F.Options(rows=[write(tmp_path / "rows.jsonl", rows)], out=str(out), draws=20))
+    assert "skipped moe.joint" in capsys.readouterr().out
+    content = json.loads((out / "laws.json").read_text())
+    assert content["version"] == 2 and set(content["laws"]) == {"dense", "moe", *laws.RIVALS}
+    assert content["ranges"]["upcycled"]["D1"] == pytest.approx([5e5, 8e6])
+    assert {model["family"] for model in content["models"]} == set(FAMILIES)
+    assert all(model["flops_per_token"] == pytest.approx(6e3) for model in content["models"])
+    assert content["claims"]["upcycling has a lasting cost kappa"]["as fitted"]["value"]
+    for law, entry in content["laws"].items():
+        names = laws.parameter_names(law)
+        assert list(entry["params"]) == list(entry["ci95"]) == list(entry["draws"]) == names
+        assert all(len(values) == 20 for values in entry["draws"].values())
+        assert entry["n"] == sum(row["family"] == law.partition(".")[0] for row in rows)
+        assert all(set(found) == {"rms", "rows", "beyond"} for found in entry["held_out"].values() if found)
+        assert set(entry["noise"]) == set(entry["misfit"]) == set(entry["fitted_with"])
+        own = {other for other in entry["fitted_with"].values() if other != law}
+        assert set(entry.get("beside", own)) == own
+        assert ("methods" in entry) == ("c" in entry["params"])
+        if "methods" in entry:
+            assert set(entry["methods"]) == {"copy", "drop"}
+            assert entry["methods"]["copy"]["params"] == entry["params"]
+    assert content["laws"]["upcycled.handicap"]["held_out"]["D2"]["rows"] == 18
+    assert set(content["at_each_N"]) == {"40000", "100000", "300000"}
+    text = (out / "report.md").read_text()
+    for name in ("loss_against_tokens", "residuals", "alpha3_along_E"):
+        assert (out / f"{name}.png").stat().st_size > 5000 and f"]({name}.png)" in text
+
+
+def test_the_same_command_gives_the_same_draws(tmp_path):
+    path = write(tmp_path / "rows.jsonl", simulate(TABLE2, {"dense": "dense"}, noise=0.004))
+    found = []
+    for name in ("a", "b"):
+        F.main(F.Options(rows=[path], out=str(tmp_path / name), draws=20, laws="dense"))
+        found.append(json.loads((tmp_path / name / "laws.json").read_text())["laws"]["dense"]["draws"])
+    assert found[0] == found[1]
+
+
+def test_command_on_dense_and_moe_rows_alone_matches_losses(tmp_path):
+    rows = [row for row in study_rows() if row["family"] != "upcycled"]
+    F.main(F.Options(rows=[write(tmp_path / "rows.jsonl", rows)], out=str(tmp_path / "out"), draws=20))
+    entry = json.loads((tmp_path / "out" / "laws.json").read_text())["laws"]["upcycled.loss_matching_0"]
+    assert entry["n"] == 0 and entry["rmse_log"] is None and "dense_alpha" in entry["params"]
+
+
+def test_command_says_at_which_data_a_sparsity_law_and_a_single_horizon_hold(tmp_path, capsys):
+    path = os.path.join(ROOT, "tests", "data", "clark_sbase_final.csv")
+    F.main(F.Options(rows=[path], out=str(tmp_path), draws=20, laws="dense,moe.sparsity"))
+    printed = capsys.readouterr().out
+    assert "moe.sparsity is fitted at D = 131B alone" in printed
+    assert "warning: dense: the rows have one horizon D" in printed
+    entry = json.loads((tmp_path / "laws.json").read_text())["laws"]["moe.sparsity"]
+    assert entry["at"] == {"D": 131072000000} and entry["held_out"]["sparsity"]["rows"] == 11
+
+
+def test_command_says_what_is_wrong_in_one_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("family,N,D,loss\ndense,1e6,1e9,3\ndense,1e6,2e9,2.9\n")
+    for words, said in (
+            (["--laws=dense"], "--laws: dense needs 3 levels of D, has 2"),
+            (["--laws=dens"], "no law 'dens'"), (["--draws=3"], "draws: 3 is not at least 20"),
+            ([], "no law can be fitted"),
+            ([str(tmp_path / "none.csv")], "No such file"), (["--delta=0"], "--delta=0 is not positive"),
+            (["--seed=-1"], "seed: -1"), (["--share=E,alpha9"], "'alpha9' is none of A, alpha, B, beta, E")):
+        with pytest.raises(ConfigError, match=said):
+            F.main(parse(F.Options, [str(path), f"--out={tmp_path / 'out'}", *words]))
+    full = write(tmp_path / "full.jsonl", simulate(TABLE2, {"dense": "dense"}))
+    with pytest.raises(ConfigError, match="cannot be a directory"):
+        F.main(parse(F.Options, [full, f"--out={path}"]))
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "fit_laws.py"), str(path), "--laws=dense"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "has 2" in done.stderr and done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ends_before_the_report_is_whole_leaves_no_laws_file(tmp_path):
+    path = write(tmp_path / "rows.jsonl", simulate(TABLE2, {"dense": "dense"}, noise=0.004))
+    (tmp_path / "out" / "residuals.png").mkdir(parents=True)  # the figure cannot be written
+    with pytest.raises(ConfigError, match="cannot be written"):
+        F.main(F.Options(rows=[path], out=str(tmp_path / "out"), draws=20))
+    assert not (tmp_path / "out" / "laws.json").exists()
+    (tmp_path / "out" / "residuals.png").rmdir()
+    F.main(F.Options(rows=[path], out=str(tmp_path / "out"), draws=20))
+    assert json.loads((tmp_path / "out" / "laws.json").read_text())["laws"]["dense"]["n"] == 20
+    assert not (tmp_path / "out" / "laws.json.tmp").exists()
