@@ -304,8 +304,7 @@ def slice_of(o, t, p):
 
 def make_piece(o, sources, p):
     """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
-    span = sources[(p.expert or 0) % len(sources)].tensors.get(p.dense_name)
-    make = METHODS[o.method].weights
+    span, make = sources[(p.expert or 0) % len(sources)].tensors.get(p.dense_name), METHODS[o.method].weights
     if p.dense_name is None:  # the router: a row for each group of `granularity` experts
         rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
         rows = normal(rows, o.seed, p.name) * o.router_std
@@ -363,9 +362,7 @@ def measure_weights(o, sources, directory, pieces):
     """{"channels_kept": share of the experts' channels that are the dense ones in gate, up and down,
     "weight_change": RMS of the change over the standard deviation of the dense weights}, from the files."""
     written, kept, change, there = open_tensors(directory), {}, 0.0, 0.0
-    for p in pieces:
-        if p.expert is None:
-            continue
+    for p in [p for p in pieces if p.expert is not None]:
         new = written[p.name].read().double() / (o.granularity if p.part == 2 else 1)
         old = slice_of(o, sources[p.expert % len(sources)].tensors[p.dense_name].read(), p).double()
         same = ((new - old).abs() <= 2 * torch.finfo(p.dtype).eps * old.abs()).all(1 - p.channels)
@@ -409,8 +406,8 @@ def measure(source, directory, dtype, ids):
                                      (a - b).abs().max(), a.abs().max()]))
             counts += moe(x, y)[1]["counts"]  # (L, E)
             bar.update()
-    loss_before, loss_after, kl, _, _ = torch.stack(rows).mean(0).tolist()
-    _, _, _, difference, largest = torch.stack(rows).amax(0)  # nan if one is
+    loss_before, loss_after, kl, *_ = torch.stack(rows).mean(0).tolist()
+    *_, difference, largest = torch.stack(rows).amax(0)  # nan if one is
     return {"loss_before": loss_before, "loss_after": loss_after, "kl": kl,
             "relative_logit_difference": (difference / largest).item(),
             "effective_experts": effective_experts(counts).tolist()}
@@ -425,14 +422,14 @@ def proof(o, sources, directory, pieces, ids, record):
         result |= measure(sources[0], directory, dtype, ids)
     except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
         return result | {"not_run": f"models not run: {str(error).splitlines()[0]}"}
-    rounds = o.granularity & (o.granularity - 1)  # G · down_proj is exact for a power of 2
-    tolerance = max(1e-4, 8 * eps) if rounds else 1e-4
+    # G · down_proj is exact where G is a power of 2
+    tolerance = max(1e-4, 8 * eps) if o.granularity & (o.granularity - 1) else 1e-4
     difference = result["relative_logit_difference"]
     if record["predicted"]["kl"] == 0 and not difference <= tolerance:  # nan included
         cost = f"logits differ by {difference:.1e} of the largest, where {o.method} preserves the function"
-        record["costs"].append(cost)
         if not o.force:
             raise ConfigError(f"{o.destination}: not kept: {cost} (--force keeps it)")
+        record["costs"].append(cost)
     return result
 
 
