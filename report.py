@@ -202,7 +202,7 @@ def head_starts(laws, ranges):
     """
     n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
     fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws
-            for method, fitted in laws[law].get("methods", {"all": laws[law]}).items()]
+            for method, fitted in laws[law].get("methods", {"every method": laws[law]}).items()]
     lines = []
     for law, method, fitted in fits:
         params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
@@ -228,7 +228,7 @@ def handicap_words(laws, ranges):
     if "upcycled.handicap" not in laws:
         return []
     n, d1, d2 = (ranges["upcycled"][name][1] for name in ("N", "D1", "D2"))
-    return [f"By the handicap law, N = {short(n)}, method {method}: a dense checkpoint of {short(d1)} tokens "
+    return [f"By the handicap law, N = {short(n)}, {method}: a dense checkpoint of {short(d1)} tokens "
             f"is worth {worth} tokens of MoE training, once. Upcycling costs {cost} of the loss for ever. "
             f"A MoE from scratch overtakes at D2*: {star}. The largest measured D2 is {short(d2)}."
             for law, method, tokens, worth, cost, star in head_starts(laws, ranges)
