@@ -297,8 +297,8 @@ def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
     deviations are drawn anew each time from their posterior.
 
     In 200 simulated quick studies with dense-trunk noise of 0.5 % and MoE-trunk noise of 1.3 %, 95 %
-    intervals of alpha3, kappa, H, E, D2* and losses at the corners covered 92-97 % and 90 % intervals 86-93
-    %.
+    intervals of alpha3, kappa, H, E, D2* and losses at the corners covered 92-97 %, 90 % intervals 86-93 %.
+    In 100 to 150 studies of 420 runs they covered 93-99 % and 89-99 %; the upper ends are those of E.
     """
     random, found = np.random.default_rng(seed), []
     log_sd = fitted.noise.posterior(draws, random)
