@@ -150,21 +150,23 @@ def rotate(x, turns):
 
 
 class NormFunction(torch.autograd.Function):
-    """x / sqrt(mean x² + eps) · weight, in a third of the operations that F.rms_norm takes on a CPU."""
+    """x / sqrt(mean x² + eps) · weight, by few operations where F.rms_norm takes many on a CPU."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.shape[-1]).add(eps).rsqrt()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / len(weight)
+        scale = (mean_square + eps).rsqrt()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        normed, scale, weight = ctx.saved_tensors
-        product = (grad * normed).flatten(0, -2)
-        along = (product @ weight).view_as(scale) / len(weight)
-        return (grad * weight).addcmul_(normed, along, value=-1).mul_(scale), product.sum(0), None
+        x, scale, weight = ctx.saved_tensors
+        # With a mean of 0 it is LayerNorm's gradient, but for the part that comes of LayerNorm's own mean.
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, (True, True, False))
+        grad_x += (grad @ weight).unsqueeze(-1) * scale / len(weight)
+        return grad_x, grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -326,26 +328,28 @@ class Layer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # Head and loss
 
-CHUNK = 2 ** 18  # logits that are held at a time on a CPU, so that they stay in its cache
+def chunk_rows(x, weight):
+    """How many tokens' logits are held at a time: 1 MB of them on a CPU, so that they stay in its cache, else 256 MB."""
+    return max(256, (2 ** 26 if x.is_cuda else 2 ** 18) // len(weight))
 
 
 def token_losses(x, weight, targets):
-    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), by CHUNK logits."""
-    rows = max(1, CHUNK // len(weight))
-    pairs = zip(x.split(rows), targets.split(rows))
-    return torch.cat([F.cross_entropy(wide(F.linear(a, weight)), t, reduction="none") for a, t in pairs])
+    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), a chunk at a time."""
+    rows = chunk_rows(x, weight)
+    chunks = zip(x.split(rows), targets.split(rows))
+    return torch.cat([F.cross_entropy(wide(F.linear(part, weight)), t, reduction="none") for part, t in chunks])
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy in nats for x (S, D), weight (V, D), targets (S,). It holds CHUNK logits at a time:
-    the forward pass takes their gradients while they are there."""
+    """Mean cross-entropy in nats for x (S, D), weight (V, D), targets (S,). It never holds all logits: the
+    forward pass takes a chunk's gradients while its logits are there."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.dtypes = x.dtype, weight.dtype
         x, weight = narrow(x), narrow(weight)
         grad_x, grad_weight, losses = torch.empty_like(x), wide(torch.zeros_like(weight)), []
-        rows = max(1, CHUNK // len(weight))
+        rows = chunk_rows(x, weight)
         chunks = zip(x.split(rows), targets.unsqueeze(1).split(rows), grad_x.split(rows))
         for part, target, grad_part in chunks:
             log_probs = wide(part @ weight.T).log_softmax(-1)  # (rows, V)
