@@ -139,14 +139,15 @@ def rope_tables(c):
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float(), pairs
 
 
-def rotate(x, turns):
-    """RoPE by turns (T, W / 2, 2) on x (B, T, W), whose columns 2i and 2i + 1 are a pair."""
-    x = wide(x).unflatten(-1, (-1, 2))
-    turns = turns.to(x.dtype)
+def turned_qkv(x, weight, turns, pairs, head_dim):
+    """q k v (B, T, W) in at least fp32, the products of x (B, T, D) with weight (W, D), turned by RoPE; the tables
+    turns[:T] and pairs are those of rope_tables. Compiled and not, columns come in another order, pairs or halves."""
     if torch.compiler.is_compiling():  # the compiler knows no complex numbers
-        (a, b), (cos, sin) = x.unbind(-1), turns.unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(turns)).flatten(-2)
+        a, b = wide(F.linear(x, weight)).unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)  # (B, T, heads, head_dim / 2)
+        cos, sin = turns.to(a.dtype).unflatten(1, (-1, head_dim // 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3)
+    qkv = wide(F.linear(x, weight.index_select(0, pairs))).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))).flatten(-2)
 
 
 class NormFunction(torch.autograd.Function):
@@ -189,19 +190,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, turns, pairs):
-        qkv = F.linear(x, self.qkv_proj.weight.index_select(0, pairs))  # (B, T, W)
-        return self.o_proj(self.attend(qkv, turns))
-
-    def attend(self, qkv, turns):
-        """qkv (B, T, W), W = (H + 2K)·head_dim -> (B, T, H·head_dim)."""
-        B, T, _ = qkv.shape
-        with torch.autocast(qkv.device.type, enabled=False):
-            qkv_turned = rotate(qkv, turns).view(B, T, -1, self.head_dim)
-            if qkv.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
-                qkv_turned = qkv_turned.to(qkv.dtype)
-            q, k, v = qkv_turned.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=len(q[0]) != len(k[0]))
-        return out.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
+        B, T, _ = x.shape
+        qkv = turned_qkv(x, self.qkv_proj.weight, turns, pairs, self.head_dim).view(B, T, -1, self.head_dim)
+        if x.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
+            qkv = narrow(qkv.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
 
 class MLP(nn.Module):
