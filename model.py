@@ -127,8 +127,8 @@ def rope_tables(c):
     """RoPE as complex products on q k v (…, W): returns (turns, pairs).
 
     turns (max_position_embeddings, W / 2, 2) fp32: cosine and sine by which a position turns a pair of
-    columns; pairs of v do not turn. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2, but a
-    complex number wants neighbours, so q k v are computed with the rows of their weight in this order.
+    columns; pairs of v do not turn. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2,
+    a complex number wants neighbours, so the rows of the q k v weight are taken in this order.
     """
     angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c))
     turned, kept = c.num_attention_heads + c.num_key_value_heads, c.num_key_value_heads
@@ -140,14 +140,15 @@ def rope_tables(c):
 
 
 def turned_qkv(x, weight, turns, pairs, head_dim):
-    """q k v (B, T, W) in at least fp32, the products of x (B, T, D) with weight (W, D), turned by RoPE; the tables
-    turns[:T] and pairs are those of rope_tables. Compiled and not, columns come in another order, pairs or halves."""
+    """q k v (B, T, W) = x (B, T, D) · weight (W, D)ᵀ in at least fp32, turned by RoPE with the tables turns
+    (T, W / 2, 2) and pairs. The columns of a head lie in pairs, or in halves where it is compiled."""
     if torch.compiler.is_compiling():  # the compiler knows no complex numbers
-        a, b = wide(F.linear(x, weight)).unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)  # (B, T, heads, head_dim / 2)
+        a, b = wide(F.linear(x, weight)).unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
         cos, sin = turns.to(a.dtype).unflatten(1, (-1, head_dim // 2)).unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3)
     qkv = wide(F.linear(x, weight.index_select(0, pairs))).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))).flatten(-2)
+    turned = torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class NormFunction(torch.autograd.Function):
@@ -196,7 +197,8 @@ class Attention(nn.Module):
             qkv = narrow(qkv.to(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            grouped = self.heads != self.kv_heads
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
 
@@ -325,15 +327,16 @@ class Layer(nn.Module):
 # Head and loss
 
 def chunk_rows(x, weight):
-    """How many tokens' logits are held at a time: 1 MB of them on a CPU, so that they stay in its cache, else 256 MB."""
+    """How many tokens' logits are held at a time: 1 MB of them on a CPU, for its cache, else 256 MB."""
     return max(256, (2 ** 26 if x.is_cuda else 2 ** 18) // len(weight))
 
 
 def token_losses(x, weight, targets):
-    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), a chunk at a time."""
-    rows = chunk_rows(x, weight)
-    chunks = zip(x.split(rows), targets.split(rows))
-    return torch.cat([F.cross_entropy(wide(F.linear(part, weight)), t, reduction="none") for part, t in chunks])
+    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), in chunks."""
+    rows, losses = chunk_rows(x, weight), []
+    for part, target in zip(x.split(rows), targets.split(rows)):
+        losses.append(F.cross_entropy(wide(F.linear(part, weight)), target, reduction="none"))
+    return torch.cat(losses)
 
 
 class HeadLoss(torch.autograd.Function):

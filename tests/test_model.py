@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from configurator import ConfigError
-from model import (ModelConfig, MoE, Transformer, balance_loss, effective_experts, flops_per_token,
+from model import (ModelConfig, MoE, Transformer, balance_loss, compile_layers, effective_experts, flops_per_token,
                    grouped_mm, grouped_op, loop_mm, parameter_counts)
 
 DENSE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -171,6 +171,61 @@ def test_loss_is_the_cross_entropy_of_the_logits_alone():
     ids = torch.randint(0, 101, (2, 17), generator=torch.Generator().manual_seed(3))
     expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:])[0], expected)
+
+
+def test_losses_of_tokens_and_gradients_of_the_head_equal_those_of_all_logits():
+    model = random_model(**DENSE | {"max_position_embeddings": 512, "vocab_size": 1031})  # 256 tokens a chunk
+    ids = torch.randint(0, 1031, (3, 301), generator=torch.Generator().manual_seed(3))
+    logits = model(ids[:, :-1])
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], reduction="none")[0], expected)
+    parameters = list(model.parameters())
+    naive = torch.autograd.grad(3 * expected.mean(), parameters)
+    ours = torch.autograd.grad(3 * model(ids[:, :-1], ids[:, 1:])[0], parameters)
+    for a, b in zip(ours, naive):  # sums of 900 terms in another order
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_and_its_gradients_equal_torchs(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(3, 5, 32, generator=g, dtype=dtype) + 1 for _ in range(2))  # its mean is not 0
+    norm = random_model(**DENSE).norm.to(dtype)
+    leaves = [x.requires_grad_(), norm.weight]
+    outs = norm(x), F.rms_norm(x, (32,), norm.weight, norm.eps)
+    torch.testing.assert_close(*outs)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, direction) for out in outs)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("width", [44, 36])
+def test_bfloat16_experts_of_any_width(width):
+    """bf16 rows of 44 numbers are 88 bytes, which grouped_mm refuses."""
+    model = random_model(**MOE | {"hidden_size": width, "intermediate_size": 36, "num_attention_heads": 2})
+    ids = torch.randint(0, 101, (2, 33), generator=torch.Generator().manual_seed(3))
+    exact, _ = model(ids[:, :-1], ids[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert abs(loss.item() - exact.item()) < 0.03 * exact.item()  # eight bits a number
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("base", [DENSE, MOE | {"num_key_value_heads": 2}], ids=["llama", "mixtral"])
+def test_compiled_layers_give_the_same_losses_and_gradients(base):
+    ids = torch.randint(0, 101, (2, 33), generator=torch.Generator().manual_seed(3))
+    results = []
+    for compiled in (False, True):
+        model = random_model(**base)
+        names = list(model.state_dict())
+        if compiled:
+            compile_layers(model)
+        assert list(model.state_dict()) == names
+        loss, _ = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
 
 
 def test_init_depends_on_seed_alone_and_has_its_stds():
