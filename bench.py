@@ -4,8 +4,8 @@
     python bench.py laws      fitting scaling laws, on one core
     python bench.py upcycle   a 0.65B Llama to 8 experts beside cp and sync; 16 GB in the temporary directory
 
-`train` wants an idle machine. On a busy one, `taskset -c 1 python bench.py train --threads=1 --clock=cpu` counts
-the processor time of one thread.
+`train` wants an idle machine. On a busy one the processor time of one thread tells more:
+`taskset -c 1 python bench.py train --threads=1 --clock=cpu`.
 """
 import os
 
@@ -56,9 +56,9 @@ def planted(laws, N, D, D1, D2, noise=0.005):
 
 
 def customary_grid(rows, part):
-    """Seconds that the customary fit of the dense law would take: Huber loss (delta 1e-3), L-BFGS-B with finite
-    differences from 4,500 starts (arXiv 2203.15556, appendix D.3), scaled from `part` of them drawn at random.
-    Returns (seconds, best objective)."""
+    """Seconds that the customary fit of the dense law would take: Huber loss (delta 1e-3),
+    L-BFGS-B with finite differences from 4,500 starts (arXiv 2203.15556, appendix D.3), scaled from `part`
+    random ones. Returns (seconds, best objective)."""
     from scipy.optimize import minimize
     from scipy.special import huber, logsumexp
 
@@ -84,12 +84,13 @@ def laws(options):
     with open(os.path.join(HERE, "laws", "liew2025.json"), encoding="utf-8") as f:
         params = {law: entry["params"] for law, entry in json.load(f)["laws"].items()}
     levels = np.geomspace(1e9, 1e11, 5)
-    dense = planted({"dense": params["dense"]}, np.geomspace(1.5e7, 1e9, 12), np.geomspace(1e9, 4e11, 20), (), ())
+    sizes, tokens = np.geomspace(1.5e7, 1e9, 12), np.geomspace(1e9, 4e11, 20)
+    dense = planted({"dense": params["dense"]}, sizes, tokens, (), ())
     three = planted(params, np.geomspace(1.5e7, 1e9, 5), levels, levels, levels)
     system = {family: family for family in params}
     ours = seconds(lambda: fit(dense, {"dense": "dense"}))
     narrow = seconds(lambda: fit(dense, {"dense": "dense"}, delta=1e-3))
-    print(f"dense law, {len(dense)} rows: {1000 * ours:.1f} ms ({1000 * narrow:.1f} ms at Huber's delta 1e-3)")
+    print(f"dense law, {len(dense)} rows: {1000 * ours:.1f} ms ({1000 * narrow:.1f} ms at delta 1e-3)")
     print(f"three families, shared E, {len(three)} rows: {1000 * seconds(lambda: fit(three, system)):.1f} ms")
     three_fit = fit(three, system)
     refits = seconds(lambda: bootstrap(three_fit, 1000), repeats=1)
@@ -97,9 +98,9 @@ def laws(options):
     part = 45
     grid, best = customary_grid(dense, part)
     lowest = fit(dense, {"dense": "dense"}, delta=1e-3).cost
-    print(f"customary grid of 4,500 L-BFGS-B starts, finite differences, on the dense rows: {grid:.0f} s (scaled "
-          f"from {part} starts), {grid / narrow:,.0f} times ours at the same delta; its lowest objective {best:.6g}, "
-          f"ours {lowest:.6g}")
+    print(f"customary grid of 4,500 L-BFGS-B starts, finite differences, on the dense rows: {grid:.0f} s "
+          f"(scaled from {part} starts), {grid / narrow:,.0f} times ours at the same delta; its lowest "
+          f"objective {best:.6g}, ours {lowest:.6g}")
 
 
 UPCYCLINGS = {  # arguments of upcycle.py beyond source and destination
@@ -126,7 +127,7 @@ def upcycle(options):
     source, moe, copied = (os.path.join(root, name) for name in ("dense", "moe", "copied"))
     try:
         if shutil.disk_usage(root).free < 18e9:
-            raise ConfigError(f"{root}: 18 GB are needed, {shutil.disk_usage(root).free / 1e9:.1f} GB are free")
+            raise ConfigError(f"{root}: less than 18 GB are free; choose another directory by TMPDIR")
         os.mkdir(source)
         names = [view for views in layout(c).values() for view in views]
         pieces = [Piece(name, shape, torch.bfloat16, None) for name, shape in names]
@@ -151,14 +152,14 @@ def upcycle(options):
                 copies.append(time.perf_counter() - begin)
             size = sum(os.path.getsize(os.path.join(moe, name)) for name in os.listdir(moe))
             ratio = np.median(times) / np.median(copies)
-            print(f"{method}: {size / 1e9:.1f} GB in {np.median(times):.1f} s, {ratio:.2f} times cp and sync (medians "
-                  f"of {options.repeats}); {peak / 1e9:.2f} GB resident", flush=True)
+            print(f"{method}: {size / 1e9:.1f} GB in {np.median(times):.1f} s, {ratio:.2f} times cp and sync "
+                  f"(medians of {options.repeats}); {peak / 1e9:.2f} GB resident", flush=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 def watched(command):
-    """Run a command; (seconds, most bytes resident beyond mapped files). Raises ConfigError where it fails."""
+    """Run a command: (seconds, most bytes resident beyond mapped files). Raises ConfigError if it fails."""
     import subprocess
 
     begin, peak = time.perf_counter(), 0
@@ -166,7 +167,8 @@ def watched(command):
     while process.poll() is None:
         try:
             with open(f"/proc/{process.pid}/status", encoding="utf-8") as f:
-                peak = max(peak, *(1024 * int(line.split()[1]) for line in f if line.startswith("RssAnon")), 0)
+                resident = [int(line.split()[1]) for line in f if line.startswith("RssAnon")]  # kB
+                peak = max(peak, *(1024 * n for n in resident), 0)
         except OSError:
             pass
         time.sleep(0.01)
@@ -191,7 +193,7 @@ class Options:
     threads: list[int] = setting([1, os.cpu_count()], "train: processor threads", least=1)
     repeats: int = setting(15, "train: steps of which the median counts; upcycle: runs", least=1)
     clock: Literal["wall", "cpu"] = setting("wall", "train: cpu counts the time of the processors")
-    out: str = setting("out/bench_train.json", "train: where the numbers go; the figure goes beside it, as .png")
+    out: str = setting("out/bench_train.json", "train: file of the numbers; its figure is the .png beside it")
     against: str | None = setting(None, "train: an older file of numbers to compare with")
 
 

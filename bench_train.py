@@ -1,4 +1,4 @@
-"""The benchmark of training: our step beside transformers' and a GPT-2-like model's (python bench.py train)."""
+"""The benchmark of training: our step beside transformers' and a GPT-2-like model's."""
 import json
 import os
 import time
@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import to_hf_config
 from configurator import ConfigError, code_version
-from model import (HeadLoss, ModelConfig, Transformer, balance_loss, compile_layers, flops_per_token, run_experts,
-                   turned_qkv)
+from model import (HeadLoss, ModelConfig, Transformer, balance_loss, compile_layers, flops_per_token,
+                   run_experts, turned_qkv)
 
 SHAPES = {32: (96, 3, 2), 64: (176, 4, 4), 128: (352, 4, 4), 256: (704, 6, 8), 768: (2048, 12, 12)}
 TOKENS, SEQUENCE, VOCABULARY = 2048, 128, 257  # tokens of a step and of a sequence; bytes and an end of text
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # FLOP/s by the makers' data sheets
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # FLOP/s, data sheets
 EXPERT_BACKENDS = ("eager", "batched_mm", "grouped_mm")
 
 
@@ -111,7 +111,8 @@ def contestants(family):
     """{name: function of (ModelConfig, compiled) that makes (model, loss)}."""
     if family == "dense":
         return {"ours": ours, "Llama": hugging_face, "GPT-2-like": gpt2_like}
-    return {"ours": ours} | {f"Mixtral {name}": partial(hugging_face, backend=name) for name in EXPERT_BACKENDS}
+    mixtral = {f"Mixtral {name}": partial(hugging_face, backend=name) for name in EXPERT_BACKENDS}
+    return {"ours": ours} | mixtral
 
 
 def random_batch(c, device, tokens=TOKENS, length=SEQUENCE):
@@ -121,7 +122,8 @@ def random_batch(c, device, tokens=TOKENS, length=SEQUENCE):
 
 
 def training_step(model, loss, batch, dtype, device):
-    """A function that does one step as train.py does: forward and backward with products in `dtype`, clip, AdamW."""
+    """A function that does one step as train.py does: forward and backward with products in `dtype`,
+    clipping, AdamW."""
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -140,9 +142,9 @@ def training_step(model, loss, batch, dtype, device):
 
 
 def products_alone(c, dtype, device):
-    """A function that does the matrix products of one step, forward and backward, but for those inside attention."""
+    """A function that does the matrix products of a step, forward and backward, but those inside attention."""
     D, width, L, E = c.hidden_size, c.intermediate_size, c.num_hidden_layers, max(c.num_local_experts, 1)
-    rows = TOKENS * c.num_experts_per_tok // E if c.num_local_experts else TOKENS  # of one expert, when balanced
+    rows = TOKENS * c.num_experts_per_tok // E if c.num_local_experts else TOKENS
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes = [(TOKENS, D, heads + 2 * kv_heads, L), (TOKENS, heads, D, L), (TOKENS, D, c.vocab_size, 1),
               (rows, D, 2 * width, L * E), (rows, width, D, L * E)]
@@ -186,7 +188,7 @@ def peak_bytes(step, device):
 
 
 def race(family, hidden, dtype, mode, options, device):
-    """Rows of one race: each contestant's tokens/s, its share of the speed of the products alone, and its memory."""
+    """Rows of one race: each contestant's tokens/s, share of the speed of the products alone, and memory."""
     c = model_config(hidden, family)
     batch, steps = random_batch(c, device), {}
     for name, make in contestants(family).items():
@@ -208,7 +210,7 @@ def race(family, hidden, dtype, mode, options, device):
 
 
 def stages(family, hidden, options, device):
-    """{stage: seconds} of our eager fp32 step: each stage alone, forward and backward, times how often it comes."""
+    """{stage: seconds} of our eager fp32 step: each stage alone, forward and backward, times its number."""
     c = model_config(hidden, family)
     model, loss = ours(c, False)
     step = training_step(model, loss, random_batch(c, device), "float32", device)
@@ -218,8 +220,8 @@ def stages(family, hidden, options, device):
     x = draw(*ids.shape, c.hidden_size)
     q, k, v = (draw(ids.shape[0], n, ids.shape[1], c.head_dim) for n in (H, K, K))
     attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=H != K)
-    qkv_weight, o_weight, head = layer.self_attn.qkv_proj.weight, layer.self_attn.o_proj.weight, model.lm_head.weight
-    turns = model.turns[:SEQUENCE]
+    qkv_weight, o_weight = layer.self_attn.qkv_proj.weight, layer.self_attn.o_proj.weight
+    head, turns = model.lm_head.weight, model.turns[:SEQUENCE]
     parts = {"embedding": (1, lambda: model.embed_tokens(ids)), "norms": (2 * L + 1, lambda: model.norm(x)),
              "q k v and RoPE": (L, lambda: turned_qkv(x, qkv_weight, turns, model.pairs, c.head_dim)),
              "attention": (L, lambda: attention(q, k, v)), "output": (L, lambda: x @ o_weight.T),
@@ -254,13 +256,15 @@ def stages(family, hidden, options, device):
 def growth(options, device):
     """Rows of how a step of ours grows: tokens/s over experts at a fixed top-k, context and micro-batch."""
     rows, works = [], {}
-    variations = {"experts": (2, 4, 8, 16, 32), "context": (64, 128, 256, 512, 1024), "sequences": (1, 2, 4, 8, 16, 32)}
+    variations = {"experts": (2, 4, 8, 16, 32), "context": (64, 128, 256, 512, 1024),
+                  "sequences": (1, 2, 4, 8, 16, 32)}
     for what, value in [(what, value) for what, values in variations.items() for value in values]:
         length = value if what == "context" else SEQUENCE
         tokens = value * SEQUENCE if what == "sequences" else TOKENS
         experts = {"num_local_experts": value} if what == "experts" else {}
         c = model_config(64, "moe", max_position_embeddings=length, **experts)
-        works[what, value] = training_step(*ours(c, False), random_batch(c, device, tokens, length), "float32", device)
+        batch = random_batch(c, device, tokens, length)
+        works[what, value] = training_step(*ours(c, False), batch, "float32", device)
         rows.append({"what": what, "value": value, "tokens": tokens})
     took = alternate(works, options.repeats, options.clock, device)
     return [row | {"tokens_per_s": row["tokens"] / took[row["what"], row["value"]]} for row in rows]
@@ -293,7 +297,7 @@ def key(row):
 
 
 def summary(rows):
-    """{race: ratios} of the rows of many races: ours over the fastest peer, and the share of the products alone."""
+    """{race: ratios} of the rows of many races: ours over the fastest peer, the share of the products."""
     best = {}
     for row in rows:
         if row["name"] not in ("ours", "products alone"):
