@@ -127,8 +127,8 @@ def rope_tables(c):
     """RoPE as complex products on q k v (…, W): returns (turns, pairs).
 
     turns (max_position_embeddings, W / 2, 2) fp32: cosine and sine by which a position turns a pair of
-    columns; pairs of v do not turn. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2, but a
-    complex number wants neighbours, so q k v are computed with the rows of their weight in this order.
+    columns; pairs of v do not turn. pairs (W,): Llama pairs column i of a head with column i + head_dim / 2,
+    a complex number wants neighbours, so the rows of the q k v weight are taken in this order.
     """
     angles = torch.outer(torch.arange(c.max_position_embeddings, dtype=torch.float64), rope_frequencies(c))
     turned, kept = c.num_attention_heads + c.num_key_value_heads, c.num_key_value_heads
@@ -139,32 +139,36 @@ def rope_tables(c):
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float(), pairs
 
 
-def rotate(x, turns):
-    """RoPE by turns (T, W / 2, 2) on x (B, T, W), whose columns 2i and 2i + 1 are a pair."""
-    x = wide(x).unflatten(-1, (-1, 2))
-    turns = turns.to(x.dtype)
+def turned_qkv(x, weight, turns, pairs, head_dim):
+    """q k v (B, T, W) = x (B, T, D) · weight (W, D)ᵀ in at least fp32, turned by RoPE with the tables turns
+    (T, W / 2, 2) and pairs. The columns of a head lie in pairs, or in halves where it is compiled."""
     if torch.compiler.is_compiling():  # the compiler knows no complex numbers
-        (a, b), (cos, sin) = x.unbind(-1), turns.unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(turns)).flatten(-2)
+        a, b = wide(F.linear(x, weight)).unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
+        cos, sin = turns.to(a.dtype).unflatten(1, (-1, head_dim // 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3)
+    qkv = wide(F.linear(x, weight.index_select(0, pairs))).unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class NormFunction(torch.autograd.Function):
-    """x / sqrt(mean x² + eps) · weight, in a third of the operations that F.rms_norm takes on a CPU."""
+    """x / sqrt(mean x² + eps) · weight, by few operations where F.rms_norm takes many on a CPU."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(x.shape[-1]).add(eps).rsqrt()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / len(weight)
+        scale = (mean_square + eps).rsqrt()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        normed, scale, weight = ctx.saved_tensors
-        product = (grad * normed).flatten(0, -2)
-        along = (product @ weight).view_as(scale) / len(weight)
-        return (grad * weight).addcmul_(normed, along, value=-1).mul_(scale), product.sum(0), None
+        x, scale, weight = ctx.saved_tensors
+        # With a mean of 0 it is LayerNorm's gradient, but for the part that comes of LayerNorm's own mean.
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, (True, True, False))
+        grad_x += (grad @ weight).unsqueeze(-1) * scale / len(weight)
+        return grad_x, grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -187,19 +191,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, turns, pairs):
-        qkv = F.linear(x, self.qkv_proj.weight.index_select(0, pairs))  # (B, T, W)
-        return self.o_proj(self.attend(qkv, turns))
-
-    def attend(self, qkv, turns):
-        """qkv (B, T, W), W = (H + 2K)·head_dim -> (B, T, H·head_dim)."""
-        B, T, _ = qkv.shape
-        with torch.autocast(qkv.device.type, enabled=False):
-            qkv_turned = rotate(qkv, turns).view(B, T, -1, self.head_dim)
-            if qkv.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
-                qkv_turned = qkv_turned.to(qkv.dtype)
-            q, k, v = qkv_turned.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=len(q[0]) != len(k[0]))
-        return out.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
+        B, T, _ = x.shape
+        qkv = turned_qkv(x, self.qkv_proj.weight, turns, pairs, self.head_dim).view(B, T, -1, self.head_dim)
+        if x.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
+            qkv = narrow(qkv.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            grouped = self.heads != self.kv_heads
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -326,26 +326,29 @@ class Layer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # Head and loss
 
-CHUNK = 2 ** 18  # logits that are held at a time on a CPU, so that they stay in its cache
+def chunk_rows(x, weight):
+    """How many tokens' logits are held at a time: 1 MB of them on a CPU, for its cache, else 256 MB."""
+    return max(256, (2 ** 26 if x.is_cuda else 2 ** 18) // len(weight))
 
 
 def token_losses(x, weight, targets):
-    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), by CHUNK logits."""
-    rows = max(1, CHUNK // len(weight))
-    pairs = zip(x.split(rows), targets.split(rows))
-    return torch.cat([F.cross_entropy(wide(F.linear(a, weight)), t, reduction="none") for a, t in pairs])
+    """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), in chunks."""
+    rows, losses = chunk_rows(x, weight), []
+    for part, target in zip(x.split(rows), targets.split(rows)):
+        losses.append(F.cross_entropy(wide(F.linear(part, weight)), target, reduction="none"))
+    return torch.cat(losses)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy in nats for x (S, D), weight (V, D), targets (S,). It holds CHUNK logits at a time:
-    the forward pass takes their gradients while they are there."""
+    """Mean cross-entropy in nats for x (S, D), weight (V, D), targets (S,). It never holds all logits: the
+    forward pass takes a chunk's gradients while its logits are there."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         ctx.dtypes = x.dtype, weight.dtype
         x, weight = narrow(x), narrow(weight)
         grad_x, grad_weight, losses = torch.empty_like(x), wide(torch.zeros_like(weight)), []
-        rows = max(1, CHUNK // len(weight))
+        rows = chunk_rows(x, weight)
         chunks = zip(x.split(rows), targets.unsqueeze(1).split(rows), grad_x.split(rows))
         for part, target, grad_part in chunks:
             log_probs = wide(part @ weight.T).log_softmax(-1)  # (rows, V)

@@ -7,12 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from configurator import ConfigError
-from model import (ModelConfig, MoE, Transformer, balance_loss, effective_experts, flops_per_token,
-                   grouped_mm, grouped_op, loop_mm, parameter_counts)
+from model import (ModelConfig, MoE, Transformer, balance_loss, compile_layers, effective_experts,
+                   flops_per_token, grouped_mm, grouped_op, loop_mm, parameter_counts)
 
-DENSE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+DENSE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64}
 MOE = DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
 
 
 def random_model(seed=0, **config):
@@ -28,16 +30,19 @@ def relative_error(a, b):
 
 
 HEADS = [(kv_heads, tied, None) for kv_heads in (4, 2, 1) for tied in (True, False)]
+HEADS += [(2, False, LLAMA3), (2, False, {"rope_type": "linear", "factor": 2.0})]
 
 
-@pytest.mark.parametrize("kv_heads, tied, rope_scaling", HEADS + [(2, False, LLAMA3), (2, False, {"rope_type": "linear", "factor": 2.0})])
+@pytest.mark.parametrize("kv_heads, tied, rope_scaling", HEADS)
 @pytest.mark.parametrize("base", [DENSE, MOE], ids=["llama", "mixtral"])
 def test_logits_equal_transformers_both_ways(base, kv_heads, tied, rope_scaling, tmp_path):
     from transformers import AutoModelForCausalLM
-    model = random_model(**base, num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_scaling=rope_scaling, rope_theta=5000.0)
+    model = random_model(**base, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+                         rope_scaling=rope_scaling, rope_theta=5000.0)
     checkpoint.save(tmp_path / "ours", model, {})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    assert type(theirs).__name__ == ("MixtralForCausalLM" if "num_local_experts" in base else "LlamaForCausalLM")
+    name = "MixtralForCausalLM" if "num_local_experts" in base else "LlamaForCausalLM"
+    assert type(theirs).__name__ == name
     ids = torch.randint(0, 101, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -54,7 +59,8 @@ def test_bfloat16_logits_near_transformers(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto").eval()
     assert theirs.dtype == torch.bfloat16
     ids = torch.randint(0, 101, (2, 60), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():  # eight bits a number; a token near a tie may choose another expert, hence the median over tokens
+    # eight bits a number; a token near a tie may choose another expert, hence the median over tokens
+    with torch.no_grad():
         a, b = model(ids).float().flatten(0, 1), theirs(ids).logits.float().flatten(0, 1)
     assert ((a - b).norm(dim=1) / b.norm(dim=1)).median() < 0.03
 
@@ -106,7 +112,7 @@ def test_moe_layer_equals_naive_loop_with_gradients(k, bias, dtype, tolerance):
         out = f(leaf)
         out.square().sum().backward()
         grads.append([out.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())])
-    scale = max(g.abs().max().item() for g in grads[1])  # with k = 1 the router's gradient is zero, but for rounding
+    scale = max(g.abs().max().item() for g in grads[1])  # with k = 1 the router's gradient is rounding alone
     for ours, naive in zip(*grads):
         torch.testing.assert_close(ours, naive, rtol=tolerance, atol=tolerance * scale)
     counts = layer(x)[1][0]
@@ -126,9 +132,12 @@ def test_counts_equal_transformers_and_flop_counter(base, tied, tmp_path):
     if not c.num_local_experts:
         assert n["N"] == n["N_active"] == n["N_total"] == n["total"] - n["embedding"] - n["lm_head"]
     else:
-        one = sum(p.numel() for name, p in theirs.named_parameters() if "experts" in name) // c.num_local_experts
+        experts = sum(p.numel() for name, p in theirs.named_parameters() if "experts" in name)
+        one = experts // c.num_local_experts
         assert n["N_total"] - n["N_active"] == (c.num_local_experts - c.num_experts_per_tok) * one
-        assert n["N"] == parameter_counts(ModelConfig(**DENSE | {k: v for k, v in base.items() if k == "num_key_value_heads"}, tie_word_embeddings=tied))["N"]
+        kv_heads = {key: base[key] for key in ("num_key_value_heads",) if key in base}
+        dense = ModelConfig(**DENSE | kv_heads, tie_word_embeddings=tied)
+        assert n["N"] == parameter_counts(dense)["N"]
     ids = torch.randint(0, 101, (3, 33))
     model.double()  # the experts' loop, and attention as plain products: kernels that the counter knows
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -141,7 +150,7 @@ def test_balance_loss_is_one_when_balanced_and_counts_layers_apart():
     for E, k in ((4, 1), (8, 2), (16, 4)):
         even = torch.full((3, E), 1 / E)
         assert balance_loss(even * 640 * k, even).item() == pytest.approx(1.0, abs=1e-6)
-    # two layers, each collapsed onto its own half of the experts: balanced when pooled, twice as bad as balanced a layer
+    # two layers, each collapsed onto its half of the experts: balanced when pooled, twice as bad a layer
     counts = torch.tensor([[8.0, 8, 0, 0], [0, 0, 8, 8]])
     assert balance_loss(counts, counts / 16).item() == pytest.approx(2.0)
     assert effective_experts(counts).tolist() == pytest.approx([2.0, 2.0])
@@ -173,6 +182,60 @@ def test_loss_is_the_cross_entropy_of_the_logits_alone():
     torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:])[0], expected)
 
 
+def test_losses_of_tokens_and_gradients_of_the_head_equal_those_of_all_logits():
+    model = random_model(**DENSE | {"max_position_embeddings": 512, "vocab_size": 1031})  # 256 tokens a chunk
+    ids = torch.randint(0, 1031, (3, 301), generator=torch.Generator().manual_seed(3))
+    logits = model(ids[:, :-1])
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], reduction="none")[0], expected)
+    parameters = list(model.parameters())
+    naive = torch.autograd.grad(3 * expected.mean(), parameters)
+    ours = torch.autograd.grad(3 * model(ids[:, :-1], ids[:, 1:])[0], parameters)
+    for a, b in zip(ours, naive):  # sums of 900 terms in another order
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_and_its_gradients_equal_torchs(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(3, 5, 32, generator=g, dtype=dtype) + 1 for _ in range(2))
+    norm = random_model(**DENSE).norm.to(dtype)
+    leaves = [x.requires_grad_(), norm.weight]
+    outs = norm(x), F.rms_norm(x, (32,), norm.weight, norm.eps)
+    torch.testing.assert_close(*outs)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, direction) for out in outs)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("width", [44, 36])
+def test_bfloat16_experts_of_any_width(width):
+    """bf16 rows of 44 numbers are 88 bytes, which grouped_mm refuses."""
+    model = random_model(**MOE | {"hidden_size": width, "intermediate_size": 36, "num_attention_heads": 2})
+    ids = torch.randint(0, 101, (2, 33), generator=torch.Generator().manual_seed(3))
+    exact, _ = model(ids[:, :-1], ids[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert abs(loss.item() - exact.item()) < 0.03 * exact.item()  # eight bits a number
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_compiled_layers_give_the_same_losses_and_gradients():
+    ids = torch.randint(0, 101, (2, 33), generator=torch.Generator().manual_seed(3))
+    results = []
+    for compiled in (False, True):
+        model = random_model(**MOE, num_key_value_heads=2)
+        names = list(model.state_dict())
+        if compiled:
+            compile_layers(model)
+        assert list(model.state_dict()) == names
+        loss, _ = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
+
+
 def test_init_depends_on_seed_alone_and_has_its_stds():
     c = ModelConfig(**MOE | {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8})
     torch.manual_seed(1)
@@ -180,22 +243,27 @@ def test_init_depends_on_seed_alone_and_has_its_stds():
     torch.manual_seed(2)
     b = Transformer(c).init_weights(5).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert a["layers.0.mlp.down_proj"].std().item() == pytest.approx(0.02 / 4, rel=0.02)  # 65k draws: se 0.3 %
+    # 65k draws: a standard error of 0.3 %
+    assert a["layers.0.mlp.down_proj"].std().item() == pytest.approx(0.02 / 4, rel=0.02)
     assert a["layers.0.mlp.gate_up_proj"].std().item() == pytest.approx(0.02, rel=0.02)
     assert torch.equal(a["norm.weight"], torch.ones(64))
 
 
-@pytest.mark.parametrize("change, key", [({"num_attention_heads": 3}, "hidden_size"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
-                                         ({"hidden_size": 12}, "head_dim"), ({"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
-                                         ({"vocab_size": 0}, "vocab_size"), ({"hidden_size": 32.5}, "hidden_size")])
+@pytest.mark.parametrize("change, key", [
+    ({"num_attention_heads": 3}, "hidden_size"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    ({"hidden_size": 12}, "head_dim"), ({"vocab_size": 0}, "vocab_size"),
+    ({"hidden_size": 32.5}, "hidden_size"),
+    ({"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok")])
 def test_impossible_sizes_are_refused_by_name(change, key):
     with pytest.raises(ValueError, match=key):
         ModelConfig(**DENSE | change)
 
 
-@pytest.mark.parametrize("change, key", [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
-                                         ({"model_type": "qwen3"}, "qwen3"), ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
-                                         ({"vocab_size": None}, "vocab_size")])
+@pytest.mark.parametrize("change, key", [
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "qwen3"}, "qwen3"),
+    ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+    ({"vocab_size": None}, "vocab_size")])
 def test_foreign_architectures_are_refused_by_name(change, key):
     good = checkpoint.to_hf_config(ModelConfig(**DENSE))
     assert checkpoint.from_hf_config(good) == ModelConfig(**DENSE)
