@@ -2,6 +2,7 @@
 
     python bench.py train     a training step beside transformers' and a GPT-2-like model's
     python bench.py laws      fitting scaling laws, on one core
+    python bench.py coverage  how often intervals hold the truth of simulated studies, on one core
     python bench.py upcycle   a 0.65B Llama to 8 experts beside cp and sync; 16 GB in the temporary directory
 
 `train` wants an idle machine. On a busy one the processor time of one thread tells more:
@@ -12,6 +13,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -113,7 +115,6 @@ def upcycle(options):
     """Upcycling a synthetic 0.65B Llama in bf16 to 8 experts, beside cp and sync of the same bytes."""
     import shutil
     import subprocess
-    import sys
     import tempfile
     import torch
     from checkpoint import to_hf_config
@@ -177,7 +178,18 @@ def watched(command):
     return time.perf_counter() - begin, peak
 
 
-BENCHMARKS = {"train": train, "laws": laws, "upcycle": upcycle}
+def coverage(options):
+    """How often 95 % and 90 % intervals hold the truth of simulated studies, in per cent."""
+    sys.path.append(os.path.join(HERE, "tests"))
+    from simulated import STUDIES, coverage as simulate
+
+    for kind, size in STUDIES:
+        print(f"{kind} law, {size} study, {options.sets} sets:")
+        for target, (wide, narrow) in simulate(kind, size, options.sets).items():
+            print(f"  {target:26}{100 * wide:4.0f} {100 * narrow:4.0f}", flush=True)
+
+
+BENCHMARKS = {"train": train, "laws": laws, "coverage": coverage, "upcycle": upcycle}
 
 
 @dataclass
@@ -193,6 +205,7 @@ class Options:
     threads: list[int] = setting([1, os.cpu_count()], "train: processor threads", least=1)
     repeats: int = setting(15, "train: steps of which the median counts; upcycle: runs", least=1)
     clock: Literal["wall", "cpu"] = setting("wall", "train: cpu counts the time of the processors")
+    sets: int = setting(100, "coverage: simulated studies of each kind", least=1)
     out: str = setting("out/bench_train.json", "train: file of the numbers; its figure is the .png beside it")
     against: str | None = setting(None, "train: an older file of numbers to compare with")
 

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 import report
-from configurator import REQUIRED, ConfigError, code_version, progress, run, setting
+from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
+                          write_text_atomically)
 from engine import fit
 from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
                   predict, variable, variables_of)
@@ -27,7 +28,8 @@ class Options:
     """Fit dense, MoE and upcycled scaling laws and their rivals to rows of finished runs; write laws.json,
     report.md and figures."""
     rows: list[str] = setting(
-        REQUIRED, "JSONL files of rows, or CSV files with columns family,N,D,D1,D2,loss", positional=True)
+        REQUIRED, "JSONL files of rows, or CSV files with columns family,N,D,D1,D2,loss; or a laws file "
+        "(.json), whose dense and MoE laws then predict its upcycled law", positional=True)
     out: str = setting("out/laws", "directory for laws.json, report.md and the figures")
     laws: str = setting("", "laws to fit, comma-separated; empty: all that the rows allow")
     share: str = setting(
@@ -122,7 +124,7 @@ def shared_names(options):
 
 def rounded(params):
     """Parameters as JSON: arrays of draws with seven digits."""
-    return {name: [float(f"{x:.7g}") for x in value] if np.ndim(value) else float(value)
+    return {name: [float(f"{x:.5g}") for x in value] if np.ndim(value) else float(value)
             for name, value in params.items()}
 
 
@@ -384,19 +386,6 @@ def scope_notes(entries):
     return notes
 
 
-def write_json(path, content):
-    """Write a JSON file whole: a temporary file beside it takes its name once it is on the disk."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(content, f, allow_nan=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def origin(rows):
     """{family: {column: its values}} of what must agree among laws that are compared."""
     columns = ("data_sha256", "tokenizer", "num_local_experts", "num_experts_per_tok", "max_seq_len")
@@ -466,6 +455,10 @@ def claims(rows, options):
 def main(options):
     """Read rows, fit the laws, write the results; laws.json comes last, since its presence says that all
     is done."""
+    if options.rows[0].endswith(".json"):
+        report.write_published(options.rows[0], options.out)
+        print(f"{os.path.join(options.out, 'report.md')} and its figure written")
+        return
     rows, dropped = read_rows(options.rows, options.skip_bad)
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
     rows, said = resolve_repeats(rows, options.repeats)
@@ -491,7 +484,7 @@ def main(options):
            "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(), "git": code_version()}
     report.write(rows, out, profiles, notes, options.out)
     path = os.path.join(options.out, "laws.json")
-    write_json(path, out)
+    write_text_atomically(path, json.dumps(out, allow_nan=False))
     best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
     shown = {law: entry for law, entry in entries.items() if wanted or law in (*FAMILIES, best)}
     for block in (report.comparison_table(entries), report.single_size_table(sizes),

@@ -141,18 +141,6 @@ def predict(law, params, **variables):
     return factor * loss
 
 
-def published_check(params, N, D1, D2):
-    """Loss matching from dense and MoE laws alone, relative to an upcycled law: its prediction / the law's -
-    1.
-
-    params is {"dense", "moe", "upcycled": {parameter: value}}, as laws/liew2025.json has them. With D1 tokens
-    per dense checkpoint and D2 after it, all broadcast against each other.
-    """
-    matched = params["moe"] | {f"dense_{name}": value for name, value in params["dense"].items()}
-    predicted = predict("upcycled.loss_matching_0", matched, N=N, D1=D1, D2=D2)
-    return predicted / predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2) - 1
-
-
 # ---------------------------------------------------------------------------------------------------------
 # What rows hold
 

@@ -357,7 +357,8 @@ def of_checkpoint(options, moe, context):
     config, state = read_config(options.checkpoint), read_state(options.checkpoint)
     if config.num_local_experts:
         raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
-    N, D1 = float(options.N or parameter_counts(config)["N"]), float(options.D1 or (tokens_seen(state) if state else 0))
+    N = float(options.N or parameter_counts(config)["N"])
+    D1 = float(options.D1 or (tokens_seen(state) if state else 0))
     if not D1:
         raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was "
                           "trained; give --D1=")

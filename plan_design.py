@@ -34,7 +34,8 @@ def expected(laws, rows, options, N, D1):
     free = (found.theta > found.problem.low) & (found.theta < found.problem.high)  # the laws may lack a term
     jacobian = evaluate(found.problem, found.theta[None])[1][0] * free[:, None]
     trunks = trunk_of(found.problem.rows)
-    noise = options.trunk_noise ** 2 * np.equal.outer(trunks, trunks) + options.noise ** 2 * np.eye(len(trunks))
+    together = np.equal.outer(trunks, trunks)
+    noise = options.trunk_noise ** 2 * together + options.noise ** 2 * np.eye(len(trunks))
     cov = covariance(jacobian, noise)
     place, alpha3 = found.problem.names.index("upcycled:alpha3"), found.params("upcycled")["alpha3"]
     error = math.sqrt(cov[place, place])

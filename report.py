@@ -13,7 +13,7 @@ import numpy as np
 import figures
 from configurator import ConfigError
 from figures import FAMILY_STYLES, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
-from laws import SHARED_CURVE, head_start, predict, published_check
+from laws import SHARED_CURVE, head_start, predict
 from rows import KNOBS, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
@@ -341,6 +341,17 @@ def write(rows, content, profiles, notes, directory):
 
 # ---------------------------------------------------------------------------------------------------------
 # Published laws
+
+def published_check(params, N, D1, D2):
+    """Loss matching from dense and MoE laws alone, relative to an upcycled law: prediction / law - 1.
+
+    params is {"dense", "moe", "upcycled": {parameter: value}}, as laws/liew2025.json has them. With D1 tokens
+    per dense checkpoint and D2 after it, all broadcast against each other.
+    """
+    matched = params["moe"] | {f"dense_{name}": value for name, value in params["dense"].items()}
+    predicted = predict("upcycled.loss_matching_0", matched, N=N, D1=D1, D2=D2)
+    return predicted / predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2) - 1
+
 
 def matching_planes(params, sizes):
     """[(N, difference, above_start, above_scratch)] over TOKENS (D2, D1), one for each size.

@@ -35,8 +35,8 @@ class Study:
     config: str = setting(REQUIRED, "study file: assignments of the settings below, as config/study_quick.py",
                           positional=True)
     out_dir: str = setting("out/study", "where runs and rows.jsonl go")
-    sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size; `seeds` in "
-                                "place of the study's, and `scratch_seeds`, of further dense and MoE runs")
+    sizes: list[dict] = setting([], "models: one {setting of train.py: value} each, as hidden_size; `seeds` "
+                                "replaces the study's, `scratch_seeds` adds dense and MoE runs")
     D1: list[int] = setting([], "tokens of the dense model before upcycling")
     D2: list[int] = setting([], "tokens after upcycling")
     D_dense: list[int] = setting([], "tokens of dense runs; empty: D1")

@@ -1,5 +1,5 @@
-"""Does the way of making experts matter? Seven ways to upcycle, 2 levels of D1 x 4 of D2, 2 seeds. The largest
-D2 is four times the smaller D1, since methods trade a head start for what more training gains.
+"""Does the way of making experts matter? Seven ways to upcycle, 2 levels of D1 x 4 of D2, 2 seeds. The
+largest D2 is four times the smaller D1, since methods trade a head start for what more training gains.
 
     python sweep.py config/study_methods.py
 """

@@ -10,5 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hypothesis import settings  # noqa: E402
 
-settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure, and a failure comes again
+# A busy machine is no failure, and a failure comes again.
+settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")

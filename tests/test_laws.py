@@ -7,6 +7,7 @@ from scipy.optimize import least_squares
 
 import engine
 import laws
+import report
 from configurator import ConfigError
 from rows import FAMILIES
 from simulated import DATA, HEAD_START, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
@@ -179,7 +180,7 @@ def test_recovers_planted_sparsity_laws(law, truth):
 def test_loss_matching_gives_the_published_law_from_its_dense_and_moe_laws():
     D = np.array([1e10, 1e11])
     for sizes, low, high in (([1.5e7, 1e8], -2.06, 1.52), ([1e9], -3.54, -1.39)):
-        error = 100 * laws.published_check(TABLE2, np.array(sizes)[:, None, None], D[:, None], D)
+        error = 100 * report.published_check(TABLE2, np.array(sizes)[:, None, None], D[:, None], D)
         assert error.min() == pytest.approx(low, abs=0.05) and error.max() == pytest.approx(high, abs=0.05)
 
 
