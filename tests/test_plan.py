@@ -336,7 +336,7 @@ def test_a_page_with_many_laws_and_methods_stays_small(tmp_path):
 @pytest.mark.parametrize("name", [name for name in KNOWN if name in SHARED])
 def test_head_start_is_the_tokens_that_the_shared_curve_saves(name):
     params = UPCYCLED_PARAMS[name]
-    H, kappa = M.head_start(params, 3e4, 1e6), params.get("kappa", 0.0)
+    H, kappa = laws.head_start(name, params, 3e4, 1e6), params.get("kappa", 0.0)
     from_scratch = math.exp(kappa) * laws.predict("moe", {k: params[k] for k in MOE_PARAMS}, N=3e4, D=1e6 + H)
     assert laws.predict(name, params, N=3e4, D1=1e6, D2=1e6) == pytest.approx(from_scratch, rel=1e-9)
 

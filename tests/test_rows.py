@@ -82,10 +82,11 @@ def test_a_csv_and_a_jsonl_row_of_one_run_are_the_same(tmp_path):
     assert run_key(names | {"trunk": 7}) == run_key(names | {"trunk": "7"})
 
 
-def test_the_studies_in_results_still_read():
-    for name, count in (("study_quick", 78), ("study_methods", 144)):
-        rows, dropped = read_rows([str(ROOT / "results" / f"{name}.jsonl")])
-        assert len(rows) == count == len(set(map(run_key, rows))) and not dropped
+@pytest.mark.parametrize("path", [ROOT / "tests" / "data" / "rows_without_settings.jsonl",
+                                  *(ROOT / "results").glob("*.jsonl")], ids=lambda path: path.stem)
+def test_rows_of_the_repository_read_older_ones_included(path):
+    rows, dropped = read_rows([str(path)])
+    assert len(rows) == len(path.read_text().splitlines()) == len(set(map(run_key, rows))) and not dropped
 
 
 # ---------------------------------------------------------------------------------------------------------
