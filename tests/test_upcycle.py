@@ -428,14 +428,16 @@ def test_transformers_opens_every_method(tmp_path, method, heads, tied, dtype):
     assert (Path(path) / "model.safetensors.index.json").exists()
     ids = tokens()
     with torch.no_grad():
-        assert difference(hf_logits(path, ids, torch.float32), load_model(path, torch.float32)(ids)) < 1e-5
+        exact = hf_logits(path, ids, torch.float32)
+        assert difference(exact, load_model(path, torch.float32)(ids)) < 1e-5
         if dtype == torch.bfloat16:
             bf16 = hf_logits(path, ids)
             assert bf16.dtype == dtype
-            ours = load_model(path, dtype)(ids).float()
-            error = (bf16.float() - ours).abs().amax(-1) / ours.abs().max()  # a token
-            # transformers' router logits are bf16: where they tie or nearly so, another expert is chosen
-            assert error.quantile(0.9) < 0.03
+            # Both round to 8 bits. Transformers' router logits do too: where they tie or nearly so, another
+            # expert is chosen, and attention carries that to later tokens. So most tokens are compared.
+            ours, error = ((logits.float() - exact).abs().amax(-1).median()
+                           for logits in (load_model(path, dtype)(ids), bf16))
+            assert ours < 1.5 * error < 0.05 * exact.abs().max()
 
 
 ROPES = {"plain": None, "linear": {"rope_type": "linear", "factor": 2.0},
