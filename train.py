@@ -26,7 +26,8 @@ import checkpoint
 from configurator import (ConfigError, code_version, progress, run, setting, write_config,
                           write_text_atomically)
 from data.stream import batches, load_tokens, locate, sequences
-from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token
+from model import (ModelConfig, Transformer, balance_loss, compile_layers, effective_experts,
+                   flops_per_token)
 from rows import append_row, differences
 from start import passes, resolve
 
@@ -84,7 +85,7 @@ class Train:
     save_every_seconds: int = setting(600, "seconds between checkpoints to resume from; 0: none", least=0)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of matrix products; weights stay float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
-    compile: bool = setting(False, "torch.compile the model (pays on long runs)")
+    compile: bool = setting(False, "compile the layers (pays on runs of minutes)")
 
 
 class Stopped(Exception):
@@ -143,12 +144,13 @@ def make_optimizer(model, c):
 
 def wrap(model, c, device):
     """(the model as it is called, a maker of contexts in which gradients are not summed over ranks)."""
-    forward = torch.compile(model, dynamic=False) if c.compile else model
+    if c.compile:
+        compile_layers(model)
     if not dist.is_initialized():
-        return forward, contextlib.nullcontext
+        return model, contextlib.nullcontext
     devices = [device.index] if device.type == "cuda" else None
     forward = torch.nn.parallel.DistributedDataParallel(
-        forward, device_ids=devices, broadcast_buffers=False)  # every rank computes the same buffers
+        model, device_ids=devices, broadcast_buffers=False)  # every rank computes the same buffers
     return forward, forward.no_sync
 
 

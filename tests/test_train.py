@@ -414,13 +414,8 @@ def test_bfloat16_runs_near_float32(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_compiled_equals_eager(tiny, tmp_path, kind, monkeypatch):
+def test_compiled_equals_eager(tiny, tmp_path, kind):
     c = dataclasses.replace(moe(tiny) if kind == "moe" else tiny, num_hidden_layers=1)
-    # traced and differentiated as in a compiled run; generating its many kernels would take a minute
-    if kind == "moe":
-        compile = torch.compile
-        monkeypatch.setattr(
-            torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
     np.testing.assert_allclose(losses(c, compile=True), losses(c, out_dir=str(tmp_path / "plain")), rtol=1e-4)
 
 
