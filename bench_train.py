@@ -142,7 +142,7 @@ def training_step(model, loss, batch, dtype, device):
 
 
 def products_alone(c, dtype, device):
-    """A function that does the matrix products of a step, forward and backward, but those inside attention."""
+    """A function that does the matrix products of a step, both ways, but those inside attention."""
     D, width, L, E = c.hidden_size, c.intermediate_size, c.num_hidden_layers, max(c.num_local_experts, 1)
     rows = TOKENS * c.num_experts_per_tok // E if c.num_local_experts else TOKENS
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
