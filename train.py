@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import checkpoint
 from configurator import (ConfigError, code_version, progress, run, setting, write_config,
@@ -190,7 +189,6 @@ def process_group(kind):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     start = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if start:
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -290,8 +288,7 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
         places = share[start:start + batch_size]
         ids, targets = sequences(tokens, places, seq_len, device)
         with autocast:
-            logits = model(ids)
-        ce = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
+            ce = model(ids, targets, reduction="none")[0]  # (B, T)
         losses[places.start:places.stop:world] = ce.double().mean(1)
     if world > 1:
         dist.all_reduce(losses)
