@@ -22,7 +22,7 @@ from configurator import ConfigError, run, setting
 from laws import head_start
 from mixture import (EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
                      first_crossing, make_book, quantile, read_laws, sample)
-from plan_page import WORDS, draw_figure, percent, say, say_answer, short, write_page
+from plan_page import WORDS, draw_figure, folded, percent, say, say_answer, short, write_page
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
 ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
@@ -463,8 +463,8 @@ def main(options):
     else:
         given = [name for name in ("N", "D1", "flops") if question[name]]
         print(", ".join(f"{name} = {short(question[name])}" for name in given))
-        print(f"The FLOPs of a token are {question['flops_from']}.\n{question['uncertainty']}\n")
-        print("\n".join(say_answer(result)))
+        said = [f"The FLOPs of a token are {question['flops_from']}.", question["uncertainty"], ""]
+        print("\n".join(map(folded, said + say_answer(result))))
     if options.html:
         constants = {"WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": [*MOE],
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import textwrap
 
 import numpy as np
 
@@ -98,6 +99,11 @@ def say_laws(laws):
              percent(math.expm1(found["kappa"])) if "kappa" in found else "",
              say_star(found["D2_star"]) if "D2_star" in found else "") for found in laws.values()]
     return columns([("law", "weight", "best", "H", "kappa", "D2*"), *rows])
+
+
+def folded(line, width=100):
+    """A sentence over several lines; a line of a table, which starts with spaces, stays as it is."""
+    return line if line.startswith("  ") else textwrap.fill(line, width, break_on_hyphens=False)
 
 
 def say_answer(result):
