@@ -104,9 +104,9 @@ def plan_fits(rows, wanted=()):
         chosen = [row for row in rows if row["family"] in system]
         if law.endswith(("sparsity", "sparsity_additive")) and law != "moe.optimal_sparsity":  # at fixed data
             chosen = rows_at_one_data(chosen)
-        own = {family: name for family, name in system.items()
-               if name == law or law in MATCHING and family == "dense"}
-        lack = missing(chosen, own)
+        needed = {family: name for family, name in system.items()
+                  if name == law or law in MATCHING and family == "dense"}
+        lack = missing(chosen, needed)
         if lack:
             lacks[law] = "; ".join(lack)
         else:
@@ -156,14 +156,14 @@ def law_entry(law, rows, analysis, held_out):
     """The entry of one law in laws.json."""
     fitted, theta = analysis.fit, analysis.theta
     problem = fitted.problem
-    system, draws, own = problem.system, fitted.params(law, theta), explained_rows(law, rows)
+    system, draws, explained = problem.system, fitted.params(law, theta), explained_rows(law, rows)
     noise, misfit = fitted.noise.table()
     fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
     entry = {
         "params": rounded(fitted.params(law)),
         "ci95": {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()},
         "se_asymptotic": standard_errors(fitted, law),
-        "n": len(own), "rmse_log": rms(errors(fitted, law, own)), "held_out": held_out,
+        "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)), "held_out": held_out,
         "aicc": analysis.aicc, "n_with": len(fitted.residual), "fitted_with": system,
         "shared": sorted(set(problem.options["share"]) & set(problem.names)),
         "not_identified": fixed | unidentified(fitted, law, theta),
@@ -171,7 +171,7 @@ def law_entry(law, rows, analysis, held_out):
         "params_at_delta_0.001": rounded(analysis.narrow.params(law)),
         "noise": noise, "misfit": misfit, "draws": rounded(draws)}
     if "sparsity" in law and law != "moe.optimal_sparsity":
-        entry["at"] = {name: own[0][name] for name in ("D", "D1", "D2") if name in own[0]}
+        entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}
     if problem.methods and law == system.get("upcycled"):
         entry["methods"] = {
             label: {"params": rounded(fitted.params(law, method=label)),
@@ -222,11 +222,11 @@ def at_each_N(rows, options):
         one = [row for row in rows if n <= row["N"] <= 1.05 * n]
         for law, (system, chosen) in plan_fits(one, RIVALS)[0].items():
             fitted = fit_with_noise(chosen, system, (), options.delta)
-            own, left = explained_rows(law, one), leave_trunk_out(fitted)
+            explained, left = explained_rows(law, one), leave_trunk_out(fitted)
             left = left[np.isfinite(left) & [row["family"] == "upcycled" for row in fitted.problem.rows]]
             found.setdefault(f"{n:.6g}", {})[law] = {
                 "params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
-                "n": len(own), "rmse_log": rms(errors(fitted, law, own)),
+                "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)),
                 "held_out": {"trunk": counted(left)}}
             if law == "upcycled":
                 profiles[f"N = {report.short(n)} alone"] = profile_E(fitted, law)

@@ -22,18 +22,18 @@ def resolve(c, meta, world):
     """
     if c.branch and not c.init_from:
         raise ConfigError("--branch needs a checkpoint to branch from: --init_from=...")
-    own = newest(c) if c.resume else None
-    source = own or c.init_from
+    resumed_from = newest(c) if c.resume else None
+    source = resumed_from or c.init_from
     before = checkpoint.read_state(source) if source else {}
     c, m = resolve_architecture(c, source, meta)
-    state = starting_state(c, m, meta, source, before, own)
-    c, max_steps = resolve_schedule(c, state, source, own)
-    trunk = c.trunk or (own or c.branch) and before.get("trunk")
+    state = starting_state(c, m, meta, source, before, resumed_from)
+    c, max_steps = resolve_schedule(c, state, source, resumed_from)
+    trunk = c.trunk or (resumed_from or c.branch) and before.get("trunk")
     c = dataclasses.replace(c, trunk=trunk or os.path.basename(os.path.abspath(c.out_dir)))
     seen = checkpoint.tokens_seen(state)
     row = planned_row(c, m, state["lineage"], seen + (max_steps - state["step"]) * c.tokens_per_step,
                       meta["data_sha256"], seen - state["tokens"], world)
-    add_to_history(state["history"], row, state["lineage"], None if before else source, bool(own))
+    add_to_history(state["history"], row, state["lineage"], None if before else source, bool(resumed_from))
     return c, m, state | {"trunk": c.trunk}, source, max_steps, row
 
 
@@ -72,39 +72,39 @@ def given_settings(c):
     return getattr(c, "given", {f.name for f in dataclasses.fields(c) if getattr(c, f.name) != f.default})
 
 
-def starting_state(c, m, meta, source, before, own):
+def starting_state(c, m, meta, source, before, resumed_from):
     """trainer_state.json as the run starts. before: the one in `source`, or {} if that has none.
 
     Raises ConfigError where the run cannot go on from there.
     """
-    whole = own or c.branch
+    goes_on_with_state = resumed_from or c.branch
     needed = ("step", "sequence", "data_seed", "max_seq_len") if "data_sha256" in before else ("step",)
-    if (before or own) and any(key not in before for key in needed):
+    if (before or resumed_from) and any(key not in before for key in needed):
         raise ConfigError(f"{source}: trainer_state.json is not complete")
-    if whole and not os.path.exists(os.path.join(source, "optimizer.pt")):
+    if goes_on_with_state and not os.path.exists(os.path.join(source, "optimizer.pt")):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; --init_from alone needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
     if source and c.rows and (not before or lineage.get("D1", 0) is None):
         raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row "
                           "would be wrong: give --D1 to upcycle.py, or --rows=none")
-    goes_on = before.get("data_sha256") == meta["data_sha256"] and (own or not c.repeat_data)
+    goes_on = before.get("data_sha256") == meta["data_sha256"] and (resumed_from or not c.repeat_data)
     if goes_on and before["max_seq_len"] != c.max_seq_len:
         raise ConfigError(f"{source}: was trained with max_seq_len = {before['max_seq_len']}; with "
                           f"{c.max_seq_len} it would read some data again: keep it, or give --repeat_data")
-    if own and not goes_on:
+    if resumed_from and not goes_on:
         raise ConfigError(f"{source}: was trained on other data than {c.dataset}; choose another out_dir")
-    step, tokens = (before["step"], before["tokens"]) if whole else (0, 0)
+    step, tokens = (before["step"], before["tokens"]) if goes_on_with_state else (0, 0)
     sequence, data_seed = (before["sequence"], before["data_seed"]) if goes_on else (0, c.seed)
     return {"step": step, "tokens": tokens, "sequence": sequence, "data_seed": data_seed,
             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"],
             "max_seq_len": c.max_seq_len, "lineage": lineage, "history": before.get("history", [])}
 
 
-def resolve_schedule(c, state, source, own):
+def resolve_schedule(c, state, source, resumed_from):
     """(settings, number of steps at the end). Raises ConfigError where max_tokens leaves nothing to train."""
     max_steps = state["step"] + -(-(c.max_tokens - state["tokens"]) // c.tokens_per_step)
-    if max_steps < state["step"] or max_steps == state["step"] and not own:
+    if max_steps < state["step"] or max_steps == state["step"] and not resumed_from:
         raise ConfigError(f"{source}: has seen {state['tokens']:,} tokens already, max_tokens = "
                           f"{c.max_tokens:,} leaves nothing to train")
     steps, start = c.decay_steps, c.decay_start

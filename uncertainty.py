@@ -92,9 +92,9 @@ class Effects:
 
     def redraw(self, sd, random):
         """(S, n) noise of ln loss, for standard deviations (S, c)."""
-        own = sd[:, self.row_kind] * random.standard_normal((len(sd), len(self.row_kind)))
+        rows = sd[:, self.row_kind] * random.standard_normal((len(sd), len(self.row_kind)))
         effects = sd[:, self.column_kind] * random.standard_normal((len(sd), len(self.column_kind)))
-        return own + effects @ self.columns.T
+        return rows + effects @ self.columns.T
 
 
 def effects_of(rows):
