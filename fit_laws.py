@@ -391,8 +391,9 @@ def origin(rows):
     columns = ("data_sha256", "tokenizer", "num_local_experts", "num_experts_per_tok", "max_seq_len")
     found = {}
     for family in dict.fromkeys(row["family"] for row in rows):
-        own = [row for row in rows if row["family"] == family]
-        found[family] = {name: sorted({row[name] for row in own if name in row}, key=str) for name in columns}
+        members = [row for row in rows if row["family"] == family]
+        found[family] = {name: sorted({row[name] for row in members if name in row}, key=str)
+                         for name in columns}
     return found
 
 
@@ -416,7 +417,7 @@ def compared(rows, options, settings):
     if len(fits) < 2:
         return []
     settings = {"delta": options.delta, **settings}
-    fitted = {law: fit_with_noise(own, system, **settings) for law, (system, own) in fits.items()}
+    fitted = {law: fit_with_noise(chosen, system, **settings) for law, (system, chosen) in fits.items()}
     found = []
     for claim, (law, name) in {"alpha3 of the interaction law is positive": ("upcycled", "alpha3"),
                                "upcycling has a lasting cost kappa": ("upcycled.handicap", "kappa")}.items():
@@ -426,7 +427,7 @@ def compared(rows, options, settings):
     better = "the handicap law is better than the interaction law"
     found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
     for name in ("D1", "D2"):
-        held = [extrapolate(own, system, law, name, **settings) for law, (system, own) in fits.items()]
+        held = [extrapolate(chosen, system, law, name, **settings) for law, (system, chosen) in fits.items()]
         if all(held):
             errors_of = " against ".join(f"{100 * one['rms']:.2f} %" for one in held[::-1])
             text = f"{errors_of} on {held[0]['rows']} rows"
