@@ -2,7 +2,7 @@
 
     python train.py config/dense_tiny.py
 
-It takes 80 s on 2 CPU cores and ends at a validation loss of 1.58.
+It takes about 90 s on one CPU core and ends at a validation loss of 1.48.
 """
 out_dir = "out/dense_tiny"
 hidden_size = 64

@@ -2,7 +2,7 @@
 
     python train.py config/moe_tiny.py
 
-It takes 2 minutes on 2 CPU cores and ends at a validation loss of 1.48.
+It takes about 2 minutes on one CPU core and ends at a validation loss of 1.39.
 """
 out_dir = "out/moe_tiny"
 hidden_size = 64

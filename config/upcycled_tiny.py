@@ -4,7 +4,7 @@
         --num_local_experts=8 --num_experts_per_tok=2
     python train.py config/upcycled_tiny.py
 
-It takes 2 minutes on 2 CPU cores and ends at a validation loss of 1.37.
+It takes about 2 minutes on one CPU core and ends at a validation loss of 1.32.
 """
 out_dir = "out/upcycled_tiny"
 init_from = "out/upcycled_tiny_start"
