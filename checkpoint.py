@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configurator import ConfigError
+from configurator import ConfigError, read_json
 from model import ModelConfig, Transformer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -135,20 +135,6 @@ def from_hf_config(d, where="config.json"):
         return c
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def read_json(path):
-    """A JSON file's object. Raises ConfigError naming the file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds no JSON object")
-    return value
 
 
 def read_config(directory):

@@ -11,6 +11,7 @@ on names assigned above. A name that starts with _ is no setting but serves the 
 import ast
 import dataclasses
 import difflib
+import json
 import math
 import operator
 import os
@@ -286,6 +287,20 @@ def progress(total, label, unit, **options):
     if not sys.stderr.isatty():
         look = {"file": PlainLines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
     return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **look, **options)
+
+
+def read_json(path):
+    """A JSON file's object. Raises ConfigError naming the file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return value
 
 
 def write_text_atomically(path, text):

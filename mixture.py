@@ -4,13 +4,12 @@ All upcycled laws of one fit enter, each with the dense and the MoE law that wer
 weight says how well it predicted what was held out. Its draws carry the uncertainty of its parameters. Each
 loss also gets a draw of the law's misfit and, beyond the data, of the error of its form.
 """
-import json
 import math
 
 import numpy as np
 from scipy.special import ndtri
 
-from configurator import ConfigError
+from configurator import ConfigError, read_json
 from laws import LAWS, RIVALS, parameter_names, predict
 
 DRAWS = 250           # draws of each law at most; a law with fewer repeats them
@@ -125,13 +124,7 @@ def check_laws(path, content):
 
 def read_laws(path):
     """The laws file as a dict whose numbers are checked. Raises ConfigError in one line with file and key."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
+    content = read_json(path)
     check_laws(path, content)
     return content
 

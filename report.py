@@ -3,7 +3,6 @@
 `rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
 is a list of lines that read on a terminal and in Markdown.
 """
-import json
 import math
 import os
 
@@ -11,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from configurator import ConfigError
+from configurator import ConfigError, read_json
 from figures import FAMILY_STYLES, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
 from laws import SHARED_CURVE, head_start, predict
 from rows import KNOBS, method_label, same_but
@@ -386,11 +385,10 @@ def matching_table(planes):
 def write_published(path, directory):
     """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = read_json(path)
         params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
         planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
     caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
                "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import checkpoint
-from configurator import REQUIRED, ConfigError, convert, from_dict, progress, read_config, run, setting
+from configurator import (REQUIRED, ConfigError, convert, from_dict, progress, read_config, read_json,
+                          run, setting)
 from data.stream import load_tokens
 from model import flops_per_token, parameter_counts
 from rows import append_row, differences, run_key, unusual_knobs
@@ -276,7 +277,7 @@ def check_unchanged(job):
     """Raises ConfigError where the job's directory holds a run of other settings, begun or finished."""
     path, config = (os.path.join(job.settings.out_dir, name) for name in ("row.json", "config.py"))
     if not job.is_trunk and os.path.exists(path):
-        check_row(job, checkpoint.read_json(path), path)
+        check_row(job, read_json(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
         begun, m, data_sha256 = resolved(begun)
@@ -315,7 +316,7 @@ def sweep(study, jobs):
             check_unchanged(job)
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
             # A kill just before it was finished can have lost its row.
-            append_row(c.rows, checkpoint.read_json(os.path.join(c.out_dir, "row.json")))
+            append_row(c.rows, read_json(os.path.join(c.out_dir, "row.json")))
         order = chain_flops(jobs)
         todo = sorted((j for j in jobs if not j.done), key=lambda j: -order[id(j)])
         if not todo:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from configurator import (ConfigError, code_version, progress, run, setting, write_config,
+from configurator import (ConfigError, code_version, progress, read_json, run, setting, write_config,
                           write_text_atomically)
 from data.stream import batches, load_tokens, locate, sequences
 from model import (ModelConfig, Transformer, balance_loss, compile_layers, effective_experts,
@@ -388,7 +388,7 @@ def train(c, report=None):
 def finished(run, report):
     """The row of a run that was finished before. Raises ConfigError where it is the row of other settings."""
     path = os.path.join(run.c.out_dir, "row.json")
-    row = checkpoint.read_json(path)
+    row = read_json(path)
     for key, there, asked in differences(row, run.row):
         raise ConfigError(f"{path}: {key} is {there!r} in this finished run, {asked!r} is asked for; "
                           "choose another out_dir")

@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import (
-    atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors, read_config, read_json,
+    atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors, read_config,
     read_moments, read_state, stored_views, to_hf_config, tokens_seen, write_json, write_moments,
     write_weights)
-from configurator import REQUIRED, ConfigError, checked, progress, run, setting
+from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
 from model import Transformer, effective_experts, parameter_counts
 
