@@ -34,10 +34,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (
-    atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors, read_config,
-    read_moments, read_state, stored_views, to_hf_config, tokens_seen, write_json, write_moments,
-    write_weights)
+from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors,
+                        read_config, read_moments, read_state, stored_views, to_hf_config, tokens_seen,
+                        write_json, write_moments, write_weights)
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
 from model import Transformer, effective_experts, parameter_counts
@@ -396,7 +395,9 @@ def measure(source, directory, dtype, ids):
     """Both models on ids (B, T + 1): losses and KL in nats, largest relative difference of the logits,
     effective experts (L,)."""
     dense, moe = load_model(source.path, dtype), load_model(directory, dtype)
-    rows, counts = [], 0
+    rows, counts = [], []  # counts: (E,) assignments of each layer in turn, for each sequence
+    for layer in moe.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: counts.append(out[1][0]))
     with progress(len(ids), "check", "sequence", delay=2) as bar:
         for row in ids.split(1):
             x, y = row[:, :-1], row[:, 1:]
@@ -404,13 +405,12 @@ def measure(source, directory, dtype, ids):
             kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="batchmean", log_target=True)
             rows.append(torch.stack([F.cross_entropy(a, y[0]), F.cross_entropy(b, y[0]), kl,
                                      (a - b).abs().max(), a.abs().max()]))
-            counts += moe(x, y)[1]["counts"]  # (L, E)
             bar.update()
     loss_before, loss_after, kl, *_ = torch.stack(rows).mean(0).tolist()
     *_, difference, largest = torch.stack(rows).amax(0)  # nan if one is
     return {"loss_before": loss_before, "loss_after": loss_after, "kl": kl,
             "relative_logit_difference": (difference / largest).item(),
-            "effective_experts": effective_experts(counts).tolist()}
+            "effective_experts": effective_experts(sum(torch.stack(counts).chunk(len(ids)))).tolist()}
 
 
 def proof(o, sources, directory, pieces, ids, record):
