@@ -19,8 +19,11 @@ from engine import fit
 from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
                   predict, variable, variables_of)
 from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
-from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
-                         standard_errors, unidentified)
+from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
+                         profile_E, standard_errors, unidentified)
+
+# Laws that are fitted to the rows of one (D, D1, D2).
+AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
 
 
 @dataclass
@@ -102,7 +105,7 @@ def plan_fits(rows, wanted=()):
     for law in wanted or LAWS:
         system = system_of(law, base)
         chosen = [row for row in rows if row["family"] in system]
-        if law.endswith(("sparsity", "sparsity_additive")) and law != "moe.optimal_sparsity":  # at fixed data
+        if law in AT_ONE_DATA:
             chosen = rows_at_one_data(chosen)
         needed = {family: name for family, name in system.items()
                   if name == law or law in MATCHING and family == "dense"}
@@ -123,7 +126,7 @@ def shared_names(options):
 # From fits to the entries of laws.json
 
 def rounded(params):
-    """Parameters as JSON: arrays of draws with seven digits."""
+    """Parameters as JSON: arrays of draws with five digits."""
     return {name: [float(f"{x:.5g}") for x in value] if np.ndim(value) else float(value)
             for name, value in params.items()}
 
@@ -170,7 +173,7 @@ def law_entry(law, rows, analysis, held_out):
         "huber_delta": float(np.median(fitted.delta)),
         "params_at_delta_0.001": rounded(analysis.narrow.params(law)),
         "noise": noise, "misfit": misfit, "draws": rounded(draws)}
-    if "sparsity" in law and law != "moe.optimal_sparsity":
+    if law in AT_ONE_DATA:
         entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}
     if problem.methods and law == system.get("upcycled"):
         entry["methods"] = {
@@ -190,11 +193,10 @@ def held_out_errors(law, rows, analysis, options):
     settings = {"delta": options.delta, **fitted.problem.options}
     names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
     found = {name: extrapolate(rows, fitted.problem.system, law, name, **settings) for name in names}
-    family = law.partition(".")[0]
-    left = analysis.left_out[[row["family"] == family for row in fitted.problem.rows]]
-    left = left[np.isfinite(left)]
     if law == "upcycled.loss_matching_0":  # no upcycled trunk was seen
         left = errors(fitted, law, explained_rows(law, rows))
+    else:
+        left = of_family(analysis.left_out, fitted, law.partition(".")[0])
     found["trunk"] = counted(left)
     return found
 
@@ -223,11 +225,10 @@ def at_each_N(rows, options):
         for law, (system, chosen) in plan_fits(one, RIVALS)[0].items():
             fitted = fit_with_noise(chosen, system, (), options.delta)
             explained, left = explained_rows(law, one), leave_trunk_out(fitted)
-            left = left[np.isfinite(left) & [row["family"] == "upcycled" for row in fitted.problem.rows]]
             found.setdefault(f"{n:.6g}", {})[law] = {
                 "params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
                 "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)),
-                "held_out": {"trunk": counted(left)}}
+                "held_out": {"trunk": counted(of_family(left, fitted, "upcycled"))}}
             if law == "upcycled":
                 profiles[f"N = {report.short(n)} alone"] = profile_E(fitted, law)
     return found, profiles

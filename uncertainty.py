@@ -363,6 +363,11 @@ def leave_trunk_out(fitted, most=40):
     return error
 
 
+def of_family(left_out, fitted, family):
+    """What there is of the errors of left-out trunks (n,) in the fit's rows of one family."""
+    return left_out[np.isfinite(left_out) & [row["family"] == family for row in fitted.problem.rows]]
+
+
 def profile(fitted, law, parameter, values):
     """({parameter: [its value where `parameter` of a law is held at each of `values` and all else is
     refitted]}, [how far the objective lies above its minimum, relative]); None where the fit has no such
