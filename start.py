@@ -8,10 +8,10 @@ import os
 import checkpoint
 from configurator import ConfigError
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import ARCHITECTURE, KNOBS, ROUTING, TRAINING, automatic_range, run_key
+from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
 
 # The settings of train.py that config.json carries.
-MODEL_KEYS = (*ARCHITECTURE, "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+MODEL_KEYS = (*ARCHITECTURE, *EXPERTS, "router_aux_loss_coef")
 
 
 def resolve(c, meta, world):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from configurator import ConfigError
-from model import (ModelConfig, MoE, Transformer, balance_loss, compile_layers, effective_experts,
+from model import (ModelConfig, MoE, Transformer, balance_loss, compiled, effective_experts,
                    flops_per_token, grouped_mm, grouped_op, loop_mm, parameter_counts)
 
 DENSE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -220,20 +220,20 @@ def test_bfloat16_experts_of_any_width(width):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_compiled_layers_give_the_same_losses_and_gradients():
+@pytest.mark.parametrize("layers", [1, 9], ids=["whole", "by layer"])
+def test_compiled_models_give_the_same_losses_and_gradients(layers):
     ids = torch.randint(0, 101, (2, 33), generator=torch.Generator().manual_seed(3))
     results = []
-    for compiled in (False, True):
-        model = random_model(**MOE, num_key_value_heads=2)
+    for how in (lambda model: model, compiled):
+        model = random_model(**MOE | {"num_hidden_layers": layers}, num_key_value_heads=2)
         names = list(model.state_dict())
-        if compiled:
-            compile_layers(model)
+        forward = how(model)
         assert list(model.state_dict()) == names
-        loss, _ = model(ids[:, :-1], ids[:, 1:])
+        loss, _ = forward(ids[:, :-1], ids[:, 1:])
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters())])
-    for eager, compiled in zip(*results):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
+    for eager, fast in zip(*results):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
 
 
 def test_init_depends_on_seed_alone_and_has_its_stds():
