@@ -20,8 +20,6 @@ from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-import torch
-
 import checkpoint
 from configurator import (REQUIRED, ConfigError, convert, from_dict, progress, read_config, read_json,
                           run, setting)
@@ -133,15 +131,14 @@ def study_jobs(study):
 
 
 def compile_where_it_pays(jobs):
-    """Set `compile` of the jobs that leave it open: a worker compiles a model's shape once for all its runs."""
+    """Set `compile` of the jobs that leave it open. A worker compiles a shape once for all its runs."""
     shapes, flops = {}, Counter()
     for job in jobs:
         shapes[id(job)] = shape = tuple(job.row[key] for key in (*SIZES, *EXPERTS))
         flops[shape] += job.flops
     for job in jobs:
-        c, kind = job.settings, "cuda" if torch.cuda.is_available() else "cpu"
-        if c.compile == "auto":
-            c.compile = pays_to_compile(flops[shapes[id(job)]], kind if c.device == "auto" else c.device)
+        if job.settings.compile == "auto":
+            job.settings.compile = pays_to_compile(flops[shapes[id(job)]], job.settings.device)
 
 
 def due_jobs(study, jobs):
@@ -150,7 +147,7 @@ def due_jobs(study, jobs):
     def is_withheld(row):
         return any(all(row.get(key) in (value if isinstance(value, list) else [value])
                        for key, value in columns.items()) for columns in study.withheld)
-    due, needed, needed_now = [], set(), set()  # needed: checkpoints, by rows of all families, and by due jobs
+    due, needed, needed_now = [], set(), set()  # checkpoints needed by rows of any family, and by due jobs
     for job in reversed(jobs):
         c = job.settings
         if job.is_trunk:
@@ -283,6 +280,7 @@ def describe(jobs):
 
 def worker(connection, number):
     """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
+    import torch
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save when the parent is killed
     torch.set_num_threads(1)
