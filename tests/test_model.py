@@ -261,8 +261,8 @@ def test_impossible_sizes_are_refused_by_name(change, key):
 
 @pytest.mark.parametrize("change, key", [
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "qwen3"}, "qwen3"),
-    ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "gpt2"}, "gpt2"),
+    ({"sliding_window": 4096}, "sliding_window"), ({"model_type": "mistral", "sliding_window": 0}, "window"),
     ({"vocab_size": None}, "vocab_size")])
 def test_foreign_architectures_are_refused_by_name(change, key):
     good = checkpoint.to_hf_config(ModelConfig(**DENSE))

@@ -22,6 +22,7 @@ import rows
 import upcycle as u
 from checkpoint import load_model, load_moments, save
 from configurator import ConfigError, run
+from methods import Method
 from model import ModelConfig, Transformer, parameter_counts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,7 +304,7 @@ def test_a_method_may_work_in_place(tmp_path, random_dense, monkeypatch):
     shutil.rmtree(dense)
     save(dense, model, {"tokens": 1, "history": [], "lineage": {}}, optimizer)
     files = [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")]
-    monkeypatch.setitem(u.METHODS, "copy", u.Method(
+    monkeypatch.setitem(u.METHODS, "copy", Method(
         weights=lambda o, w, p: w.mul_(1.05), moments=lambda o, m, p, power: m.mul_(2)))
     path, _ = upcycled(tmp_path, str(dense), optimizer="copy")
     assert [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")] == files
