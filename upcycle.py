@@ -39,7 +39,7 @@ from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_mo
                         write_json, write_moments, write_weights)
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
-from formats import idle_tensors
+from formats import idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of, wide
 from model import Transformer, effective_experts, parameter_counts
 
@@ -309,13 +309,45 @@ def proof(o, sources, directory, pieces, ids, record):
     return result
 
 
+def hints_for(E, model_type):
+    """What llama.cpp and vLLM make of E experts and of a model_type, [str], as their sources have it."""
+    hints = []
+    if E > 512:
+        hints.append(f"llama.cpp takes 512 experts at most, not {E}, unless LLAMA_MAX_EXPERTS is raised")
+    if E & (E - 1) and E % 64 or E > 576:
+        hints.append(f"vLLM routes {E} experts with a slow kernel, powers of two with a fast one")
+    if model_type == "qwen2_moe":
+        hints.append("llama.cpp does not renormalise the weights of Qwen2-MoE's experts, as this model wants")
+    return hints
+
+
+def name_of(path):
+    return os.path.basename(os.path.abspath(path))
+
+
+def model_card(record, architecture):
+    """README.md for a hub. It names no licence and no base_model, which depend on the source."""
+    o = record["settings"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:",
+             "- mixture-of-experts", "- upcycled", "---", f"# {name_of(o['destination'])}", "",
+             f"A {architecture} that nanoUpcycle made of dense weights.", "",
+             "| source | tokens seen | file | sha256 |", "|---|---|---|---|"]
+    for source in record["sources"]:
+        seen = "unknown" if source["tokens"] is None else f"{source['tokens']:,}"
+        lines += [f"| {name_of(source['path'])} | {seen} | {file} | `{digest}` |"
+                  for file, digest in source["sha256"].items()]
+    lines += ["", f"Method `{o['method']}`, seed {o['seed']}, "
+              + ", ".join(f"{key} {o[key]}" for key in knobs(Options(**o))) + "."]
+    return "\n".join([*lines, "", "```", summary(record), "```", ""])
+
+
 def summary(record):
     """The record as a few lines for a person."""
     o, found, said = record["settings"], record["measured"], record["predicted"]
     D1 = "unknown (give it with --D1)" if record["D1"] is None else f"{record['D1']:,}"
-    lines = [f"{o['destination']}: {o['num_local_experts']} experts, top-{o['num_experts_per_tok']}, by "
-             f"{o['method']}; N {record['N']:,}, D1 {D1}"]
-    lines += [f"forced: {cost}" for cost in record["costs"]]
+    lines = [f"{name_of(o['destination'])}: {o['num_local_experts']} experts, "
+             f"top-{o['num_experts_per_tok']}, by {o['method']}; N {record['N']:,}, D1 {D1}"]
+    lines += [f"forced: {cost}" for cost in record["costs"]] + [f"hint: {hint}" for hint in record["hints"]]
     if not found:
         return "\n".join(lines + ["not compared (--check=true does it)"])
     lines.append(found.get("not_run", f"on {found['tokens']} {found['on']}:"))
@@ -347,14 +379,16 @@ def upcycle(o):
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
     ids, origin = check_ids(o, first) if (fits if o.check is None else o.check) else (None, None)
     record = {"N": parameter_counts(dense)["N"], "D1": seen if o.D1 is None else o.D1, "settings": asdict(o),
-              "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs}
+              "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs,
+              "hints": hints_for(o.num_local_experts, written_as(moe))}
     size = sum(p.bytes for p in pieces)
     with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(1) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
             write_weights(directory, pieces, o.shard_size, lambda p: make_piece(o, sources, p), bar)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
-        write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
+        hf_config = to_hf_config(moe, pieces[0].dtype) | kept
+        write_json(directory, "config.json", hf_config)
         if o.optimizer == "copy":
             write_moments(directory, upcycled_moments(o, first, pieces))
         copy_tokenizer(o.source, directory)
@@ -365,6 +399,8 @@ def upcycle(o):
             measured = proof(o, sources, directory, pieces, ids, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
+        with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:
+            f.write(model_card(record, hf_config["architectures"][0]))
     return record
 
 
