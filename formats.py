@@ -12,8 +12,8 @@ FORMATS has an entry for each model_type of config.json:
     idle          {name of a tensor that is zero and computes nothing: its shape, numbers or fields}
     rope_types    the rope_type that the architecture takes, where it does not take every one
 
-A model is written as the first entry that has its features (`written_as`). Experts of a mixture are exact
-copies only where the weights of a token's experts sum to 1, hence norm_topk_prob.
+A model is written as the first entry that has its features (`written_as`). Equal experts compute what one of
+them does only where the weights of a token's experts sum to 1: hence norm_topk_prob.
 """
 from configurator import ConfigError
 
@@ -59,7 +59,6 @@ def experts(mlp, gate, up, down):
 QWEN_EXPERTS = experts("mlp", "gate_proj", "up_proj", "down_proj")
 SHARED_SIZE = 64  # channels of Qwen2-MoE's shared expert, which is zero and stays zero in training
 EXPERT_KEYS = KEYS | MOE_KEYS | {"num_local_experts": "num_experts"}
-NORMALISED = {"norm_topk_prob": True}
 
 LLAMA = {
     "architecture": "LlamaForCausalLM",
@@ -108,8 +107,8 @@ MIXTRAL = MISTRAL | {
 QWEN3_MOE = QWEN3 | {
     "architecture": "Qwen3MoeForCausalLM",
     "keys": EXPERT_KEYS | {"intermediate_size": "moe_intermediate_size"},
-    "constants": ROUTED | NORMALISED | {"use_sliding_window": False, "decoder_sparse_step": 1,
-                                        "mlp_only_layers": []},
+    "constants": ROUTED | {"norm_topk_prob": True, "use_sliding_window": False, "decoder_sparse_step": 1,
+                           "mlp_only_layers": []},
     "assumed": {"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "max_position_embeddings": 32768,
                 "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
                 "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
@@ -132,7 +131,7 @@ QWEN2_MOE = QWEN3_MOE | {
 FLEX_OLMO = OLMO2 | {
     "architecture": "FlexOlmoForCausalLM",
     "keys": EXPERT_KEYS,
-    "constants": ROUTED | NORMALISED,
+    "constants": ROUTED | {"norm_topk_prob": True},
     "assumed": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 5e5,
                 "eos_token_id": 100257, "num_experts": 7, "num_experts_per_tok": 5,
                 "norm_topk_prob": False},
@@ -163,9 +162,8 @@ NO_MIXTURE = {  # {model_type: why no mixture of transformers computes the same}
 
 def written_as(c):
     """The model_type under which a ModelConfig is written. Raises ConfigError if none has its features."""
-    features = {"qk_norm": c.qk_norm, "attention_bias": c.attention_bias, "norm_after": c.norm_after,
-                "router_bias": c.router_bias}
-    features = {key: value for key, value in features.items() if value}
+    features = {key: getattr(c, key) for key in ("qk_norm", "attention_bias", "norm_after", "router_bias")
+                if getattr(c, key)}
     for model_type, entry in FORMATS.items():
         is_mixture = "num_local_experts" in entry["keys"]
         if (entry["sets"] == features and is_mixture == (c.num_local_experts > 0)

@@ -39,7 +39,7 @@ from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_mo
                         write_json, write_moments, write_weights)
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
-from formats import idle_tensors, written_as
+from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of, wide
 from model import Transformer, effective_experts, parameter_counts
 
@@ -387,8 +387,7 @@ def upcycle(o):
         with progress(size, "upcycle", "B", delay=2) as bar:
             write_weights(directory, pieces, o.shard_size, lambda p: make_piece(o, sources, p), bar)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
-        hf_config = to_hf_config(moe, pieces[0].dtype) | kept
-        write_json(directory, "config.json", hf_config)
+        write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
             write_moments(directory, upcycled_moments(o, first, pieces))
         copy_tokenizer(o.source, directory)
@@ -400,7 +399,7 @@ def upcycle(o):
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
         with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:
-            f.write(model_card(record, hf_config["architectures"][0]))
+            f.write(model_card(record, FORMATS[written_as(moe)]["architecture"]))
     return record
 
 
