@@ -69,8 +69,8 @@ def resolve_architecture(c, source, meta):
         if key in given and getattr(c, key) not in (None, "auto", value):
             raise ConfigError(f"{source}: {key} is {value!r} there, {getattr(c, key)!r} is asked for; "
                               f"leave {key} out")
-    if c.max_seq_len > m.max_position_embeddings:
-        raise ConfigError(f"{source}: max_position_embeddings is {m.max_position_embeddings}, "
+    if c.max_seq_len > m.longest:
+        raise ConfigError(f"{source}: takes at most {m.longest} tokens a sequence, "
                           f"max_seq_len = {c.max_seq_len} is too long")
     if meta["vocab_size"] > m.vocab_size:
         raise ConfigError(f"{source}: vocab_size is {m.vocab_size}, {c.dataset} has {meta['vocab_size']}")
