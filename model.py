@@ -244,10 +244,7 @@ class MLP(nn.Module):
     def forward(self, x):
         x = narrow(x)
         # Two products, since the halves of one are not contiguous, which makes element-wise work slow.
-        if torch.compiler.is_compiling():
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        else:
-            gate, up = (F.linear(x, w) for w in self.gate_up_proj.weight.chunk(2))
+        gate, up = (F.linear(x, w) for w in self.gate_up_proj.weight.chunk(2))
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -294,10 +291,7 @@ def grouped_mm(x, w, ends):
 
 def run_experts(x, gate_up, down, ends):
     """SwiGLU experts: x (R, D) in their order, gate_up (E, 2F, D), down (E, D, F), ends (E,) -> (R, D)."""
-    if torch.compiler.is_compiling():
-        gate, up = grouped_mm(x, gate_up.transpose(1, 2), ends).chunk(2, dim=-1)
-    else:
-        gate, up = (grouped_mm(x, w.transpose(1, 2), ends) for w in gate_up.chunk(2, dim=1))
+    gate, up = (grouped_mm(x, w.transpose(1, 2), ends) for w in gate_up.chunk(2, dim=1))
     return grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends)
 
 
