@@ -133,9 +133,9 @@ def convert(name, value, kind):
 
 def type_name(kind):
     """A type in the words of --help."""
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("NoneType", "None")
+    if typing.get_origin(kind) in (typing.Literal, types.UnionType, typing.Union):
+        return "|".join(part if isinstance(part, str) else type_name(part) for part in typing.get_args(kind))
+    return "none" if kind is types.NoneType else kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def from_text(name, text, kind):

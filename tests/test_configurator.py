@@ -212,7 +212,7 @@ def test_any_config_file_is_read_or_refused(tmp_path_factory, text):
     (["--compile=yes"], ["compile", "yes", "bool"]),
     (["--dtype=float16"], ["dtype", "'float16'", "'float32'", "'bfloat16'"]),
     (["--num_experts=3"], ["num_experts", "3", "2, 4, 8"]),
-    (["--decay_start=x"], ["decay_start", "'x'", "int", "None"]),
+    (["--decay_start=x"], ["decay_start", "'x'", "int|none"]),
     (["--sizes=1,x"], ["sizes", "x", "int"]),
     (["--sizes=[1,2.5]"], ["sizes", "2.5", "int"]),
     (["stray.py", "word"], ["'word'", "--key=value"]),
