@@ -200,10 +200,10 @@ class Head:
     x2: np.ndarray             # (n,) centred ln D2, or ln D from scratch
     here: np.ndarray           # (n,) whether the row's law has the term
     started: np.ndarray        # (n,) whether the row started from a dense checkpoint
-    linear: np.ndarray         # (p, n) features of ln(c D1^gamma)
     H_max: int | None          # its place, in the saturating law
     delta: int | None          # its place, in loss matching
-    dense: np.ndarray | None   # (terms, p, n) features of the dense law at (N, D1), in loss matching
+    linear: np.ndarray = None  # (p, n) features of ln(c D1^gamma)
+    dense: np.ndarray = None   # (terms, p, n) features of the dense law at (N, D1), in loss matching
 
 
 @dataclass
@@ -223,7 +223,6 @@ class Problem:
     y: np.ndarray          # (n,) ln loss
     fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
     layout: dict           # {law: (its rows (n,), {place of a coefficient: {place of an exponent: grid}})}
-    slots: list            # (K,) the term's coefficient, by name
     methods: list          # labels of methods of upcycling that have parameters of their own
     shift: np.ndarray      # (p, n) features of what is added to ln loss: kappa
     head: Head | None
@@ -281,121 +280,107 @@ def check_shares(laws, share, alone):
 
 @dataclass
 class Draft:
-    """A problem under construction: what its arrays will hold."""
+    """A problem under construction. A feature is an (n,) array that a parameter has in a part of the problem:
+    in a term, which its coefficient names; in "head", ln(c D1^gamma); in "shift", ln of the handicap; or in
+    "dense A", "dense B", ..., a term of the dense law at (N, D1)."""
     rows: list
-    law_of_row: np.ndarray                        # (n,)
     share: tuple
     alone: set                                    # laws that share nothing
-    logs: dict                                    # {variable: (n,) ln of it}
-    center: dict                                  # {variable: mean of its ln}
     methods: list                                 # labels of methods with parameters of their own
+    center: dict                                  # {variable: mean of its ln}
     names: dict = field(default_factory=dict)     # {full name: place}
     bounds: dict = field(default_factory=dict)    # {place: (low, high)} where they are not a coefficient's
-    features: dict = field(default_factory=dict)  # {(coefficient, place): (n,)}
-    shift: dict = field(default_factory=dict)     # {place: (n,)}
-    linear: list = field(default_factory=list)    # (place, place, value) off the diagonal of to_raw
-    constant: list = field(default_factory=list)  # (place, value) of to_raw0
-    head: dict = field(default_factory=dict)      # the fields of Head, features as {place: (n,)}
+    features: dict = field(default_factory=dict)  # {part: {place: (n,)}}
+    linear: dict = field(default_factory=dict)    # {(place, place): value} of to_raw off its diagonal
+    constant: dict = field(default_factory=dict)  # {place: value} of to_raw0
 
     def place(self, law, name):
         """The place of a law's parameter; a new one where it has none yet."""
         full = name if name in self.share and law not in self.alone else f"{law}:{name}"
         return self.names.setdefault(full, len(self.names))
 
-    def feature(self, coefficient, place, here, value):
-        """Set the feature of a parameter in a term, for some rows."""
-        self.features.setdefault((coefficient, place), np.zeros(len(self.rows)))[here] = value
+    def set(self, part, place, here, values):
+        """Set the feature of a parameter in a part, for some rows."""
+        of_part = self.features.setdefault(part, {})
+        of_part.setdefault(place, np.zeros(len(self.rows)))[here] = values
+
+    def array(self, part):
+        """(p, n) the features of all parameters in a part."""
+        zeros, of_part = np.zeros(len(self.rows)), self.features.get(part, {})
+        return np.array([of_part.get(place, zeros) for place in range(len(self.names))])
 
 
-def add_term(draft, law, coefficient, exponents):
-    """Add one term of a law to the draft; returns {exponent's place: values to start from}."""
-    here, a = draft.law_of_row == law, draft.place(law, coefficient)
-    draft.feature(coefficient, a, here, 1.0)
+def add_term(draft, law, part, exponents, here, logs):
+    """Add one term of a law for some rows, from {variable: (n,) its ln}; returns {exponent's place: values to
+    start from}. The part is the term's coefficient, or that of the dense law at D1, as "dense A"."""
+    a = draft.place(law, part.removeprefix("dense "))
+    draft.set(part, a, here, 1.0)
     grid, single = {}, {}
     for exponent, feature in exponents.items():
-        sign, factors = parse_feature(feature)
-        if factors == ["effective"]:
-            grid |= add_head(draft, law, coefficient, exponent)
+        if feature == "-effective":
             continue
+        sign, factors = parse_feature(feature)
         j = draft.place(law, exponent)
-        centred = math.prod(draft.logs[name][here] - draft.center[name] for name in factors)
-        draft.feature(coefficient, j, here, sign * centred)
+        draft.set(part, j, here, sign * math.prod(logs[name][here] - draft.center[name] for name in factors))
         if len(factors) == 1:
             single[factors[0]] = (j, sign)
             grid[j] = (0.0,) if exponent == "nu" else [-sign * slope for slope in SLOPES]
-            draft.bounds[j] = (-3.0, 3.0)
-            draft.linear.append((a, j, -sign * draft.center[factors[0]]))
+            draft.bounds.setdefault(j, (-3.0, 3.0))
+            draft.linear[a, j] = -sign * draft.center[factors[0]]
         else:
             v, w = factors
             (jv, sign_v), (jw, sign_w) = single[v], single[w]
             grid[j] = (-0.03, 0.0, 0.03)
             draft.bounds[j] = (-0.3, 0.3)  # at 3 a raw coefficient overflows
             mean_v, mean_w = draft.center[v], draft.center[w]
-            draft.linear += [(a, j, sign * mean_v * mean_w), (jv, j, -sign * mean_w * sign_v),
-                             (jw, j, -sign * mean_v * sign_w)]
+            draft.linear |= {(a, j): sign * mean_v * mean_w, (jv, j): -sign * mean_w * sign_v,
+                             (jw, j): -sign * mean_v * sign_w}
     return grid
 
 
-def add_head(draft, law, coefficient, exponent):
-    """Add ln(D2 + H) to the draft; returns {place: values to start from}."""
-    here, alpha = draft.law_of_row == law, draft.place(law, exponent)
-    D1 = np.array([row.get("D1", 0.0) for row in draft.rows], float)
+def add_head(draft, law, coefficient, here, log_D1):
+    """Add ln(D2 + H) to a term; returns ({place: values to start from}, the Head without its arrays of
+    features)."""
+    a, alpha = draft.place(law, coefficient), draft.place(law, "alpha")
     x2 = np.log([row.get("D2", row.get("D")) for row in draft.rows])
-    started = here & (D1 > 0)
-    log_D1 = np.where(started, np.log(np.where(started, D1, 1.0)), 0.0)
+    started = here & np.array(["D1" in row for row in draft.rows])
     m1, m2 = log_D1[started].mean() if started.any() else 0.0, x2[here].mean()
-    draft.head = dict(slot=coefficient, alpha=alpha, x2=x2 - m2, here=here, started=started, linear={},
-                      H_max=None, delta=None, dense=None, log_D1=log_D1)
-    draft.linear.append((draft.place(law, coefficient), alpha, m2))
-    draft.bounds[alpha] = (-3.0, 3.0)
-    grid = {alpha: SLOPES}
-    if "c" in HEAD_START[law]:
+    draft.linear[a, alpha] = m2
+    added, grid = HEAD_START[law], {alpha: SLOPES}
+    draft.bounds[alpha] = (0.005 if "H_max" in added or law in MATCHING else -3.0, 3.0)
+    if "gamma" in added:
         gamma = draft.place(law, "gamma")
-        draft.head["linear"][gamma] = np.where(started, log_D1 - m1, 0.0)
+        draft.set("head", gamma, started, log_D1[started] - m1)
         draft.bounds[gamma] = (0.01, 3.0)
-        for c, of_method in own_parameters(draft, law, "c", started):
-            draft.head["linear"][c] = of_method
-            draft.linear.append((c, gamma, -m1))
-            draft.constant.append((c, m2))
-            draft.bounds[c] = (-7.0, 7.0)
-            grid[c] = (-2.0, 0.0, 2.0)
+    for name in set(added) & {"c", "H"}:
+        for j, of_method in of_methods(draft, law, name, started):
+            draft.set("head", j, of_method, 1.0)
+            draft.linear |= {(j, gamma): -m1} if name == "c" else {}
+            draft.constant[j] = m2
+            draft.bounds[j] = (-7.0, 7.0)
+            grid[j] = (-2.0, 0.0, 2.0)
+    if "gamma" in added:
         grid[gamma] = (0.3, 0.7, 1.1)
-    if "H_max" in HEAD_START[law]:
-        draft.head["H_max"] = draft.place(law, "H_max")
-        draft.constant.append((draft.head["H_max"], m2))
-        draft.bounds[draft.head["H_max"]] = (-7.0, 9.0)
-    if "kappa" in HEAD_START[law]:
-        draft.shift = dict(own_parameters(draft, law, "kappa", started))
-        draft.bounds |= {kappa: (-1.0, 1.0) for kappa in draft.shift}
-    if "delta" in HEAD_START[law]:
-        draft.head["delta"] = draft.place(law, "delta")
-        draft.bounds[draft.head["delta"]] = (-1.0, 1.0)
-    if "H_max" in HEAD_START[law] or law in MATCHING:
-        draft.bounds[alpha] = (0.005, 3.0)
-    return grid
+    if "kappa" in added:
+        for j, of_method in of_methods(draft, law, "kappa", started):
+            draft.set("shift", j, of_method, 1.0)
+            draft.bounds[j] = (-1.0, 1.0)
+    places = {name: draft.place(law, name) for name in ("H_max", "delta") if name in added}
+    if "H_max" in places:
+        draft.constant[places["H_max"]] = m2
+    draft.bounds |= {places[name]: bounds for name, bounds in
+                     (("H_max", (-7.0, 9.0)), ("delta", (-1.0, 1.0))) if name in places}
+    return grid, Head(coefficient, alpha, x2 - m2, here, started, places.get("H_max"), places.get("delta"))
 
 
-def own_parameters(draft, law, name, started):
+def of_methods(draft, law, name, started):
     """[(place, (n,) which started rows have it)] of a parameter that each method of upcycling has for
     itself."""
     if not draft.methods:
-        return [(draft.place(law, name), started.astype(float))]
+        return [(draft.place(law, name), started)]
     labels = np.array([method_label(row) for row in draft.rows])
-    return [(draft.place(law, name + f"|{label}" * (k > 0)), (started & (labels == label)).astype(float))
+    return [(draft.place(law, name + f"|{label}" * (k > 0)), started & (labels == label))
             for k, label in enumerate(draft.methods)]
-
-
-def add_dense_loss(draft, terms):
-    """Add to the draft's head the terms {coefficient: exponents} of the dense law at (N, D1)."""
-    values = {"D": draft.head["log_D1"]}
-    draft.head["dense"] = []
-    for coefficient, exponents in terms.items():
-        features = {draft.place("dense", coefficient): np.ones(len(draft.rows))}
-        for exponent, feature in exponents.items():
-            sign, (name,) = parse_feature(feature)
-            centred = values.get(name, draft.logs[name]) - draft.center[name]
-            features[draft.place("dense", exponent)] = sign * centred
-        draft.head["dense"].append(features)
 
 
 def methods_of(rows, system):
@@ -419,50 +404,44 @@ def build(rows, system, share=("E",), A_of_N=False):
     factors = set().union(*map(factors_of, laws.values())) - {"effective"}
     logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
     center = {name: np.nanmean(value) for name, value in logs.items()}
-    draft = Draft(rows, law_of_row, share, alone, logs, center, methods_of(rows, system))
-    layout, offset = {}, {}
+    log_D1 = np.log([row.get("D1", 1.0) for row in rows])
+    draft = Draft(rows, share, alone, methods_of(rows, system), center)
+    layout, offset, head = {}, {}, None
     for law, terms in laws.items():
         here = law_of_row == law
         layout[law] = (here, {})
         for coefficient, exponents in terms.items():
             offset.setdefault(coefficient, np.full(len(rows), -np.inf))[here] = 0.0
-            grid = add_term(draft, law, coefficient, exponents)
+            grid = {}
+            if "-effective" in exponents.values():
+                grid, head = add_head(draft, law, coefficient, here, log_D1)
+            grid |= add_term(draft, law, coefficient, exponents, here, logs)
             layout[law][1][draft.place(law, coefficient)] = grid
     if set(system.values()) & set(MATCHING):
-        add_dense_loss(draft, laws["dense"])
-    return finished(draft, system, options, fixed, layout, offset)
+        for coefficient, exponents in laws["dense"].items():
+            add_term(draft, "dense", f"dense {coefficient}", exponents, slice(None), logs | {"D": log_D1})
+    return finished(draft, system, options, fixed, layout, offset, head)
 
 
-def finished(draft, system, options, fixed, layout, offset):
+def finished(draft, system, options, fixed, layout, offset, head):
     """The Problem of a complete draft."""
-    p, n, slots = len(draft.names), len(draft.rows), list(offset)
-    y = np.log([row["loss"] for row in draft.rows])
-
-    def array(features):
-        return np.array([features.get(j, np.zeros(n)) for j in range(p)])
-
-    features = {name: {} for name in slots}
-    for (name, j), value in draft.features.items():
-        features[name][j] = value
+    p, y = len(draft.names), np.log([row["loss"] for row in draft.rows])
     to_raw, to_raw0 = np.eye(p), np.zeros(p)
-    for i, j, value in draft.linear:
-        to_raw[i, j] = to_raw[i, j] or value  # laws that share both parameters agree
-    for i, value in draft.constant:
+    for (i, j), value in draft.linear.items():
+        to_raw[i, j] = value
+    for i, value in draft.constant.items():
         to_raw0[i] = value
-    logs = (*slots, "c", "H_max")
+    logs = (*offset, "c", "H", "H_max")
     is_log = np.array([name.rpartition(":")[2].partition("|")[0] in logs for name in draft.names])
     bounds = [draft.bounds.get(j, (y.min() + math.log(1e-6), y.max() + 3.0)) for j in range(p)]
     low, high = np.array(bounds).T
-    head = None
-    if draft.head:
-        dense = draft.head["dense"] and np.array([array(term) for term in draft.head["dense"]])
-        parts = {name: value for name, value in draft.head.items() if name != "log_D1"}
-        head = Head(**parts | {"slot": slots.index(draft.head["slot"]), "dense": dense,
-                               "linear": array(draft.head["linear"])})
+    if head:
+        dense = [draft.array(part) for part in draft.features if part.startswith("dense ")]
+        head.slot, head.linear = list(offset).index(head.slot), draft.array("head")
+        head.dense = np.array(dense) if dense else None
     return Problem(draft.rows, system, options, list(draft.names), is_log, low, high,
-                   np.array([array(features[name]) for name in slots]),
-                   np.array([offset[name] for name in slots]), to_raw, to_raw0, y, fixed, layout,
-                   slots, draft.methods, array(draft.shift), head)
+                   np.array([draft.array(part) for part in offset]), np.array(list(offset.values())),
+                   to_raw, to_raw0, y, fixed, layout, draft.methods, draft.array("shift"), head)
 
 
 def missing(rows, system):
