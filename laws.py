@@ -64,7 +64,38 @@ SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
 LEAST_GAP = 1e-4  # loss matching: the dense loss counts as at least this share above the MoE's asymptote
 SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
 RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not in law]
+NAMES = {  # where the name of a law is not that of its key
+    "moe": "MoE from scratch", "upcycled": "interaction",
+    "upcycled.effective_data_shared": "effective data (shared)",
+    "upcycled.saturating": "saturating head start", "upcycled.loss_matching_0": "loss matching (delta = 0)"}
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Words
+
+def law_name(law):
+    """The name of a law in words."""
+    plain = law.removeprefix("upcycled.") if law in RIVALS else law
+    return NAMES.get(law, plain.replace(".", ": ").replace("_", " "))
+
+
+TIE = 1e-12  # the relative size of a step that takes a tie over the edge
+
+
+def short(value):
+    """A count in words, as 50.6B; a large one as 1.5e21. Ties round up, as they do on the planner's page."""
+    value *= 1 + TIE
+    if value >= 1e15 or value < 1:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
+    value = float(f"{value:.3g}")
+    units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
+    unit, name = next(pair for pair in units if value >= pair[0])
+    return f"{value / unit:.3g}{name}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What laws predict
 
 def parse_feature(feature):
     """"-D" -> (-1, ["D"]); "D1*D2" -> (1, ["D1", "D2"])."""

@@ -19,10 +19,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from configurator import ConfigError, run, setting
-from laws import head_start
-from mixture import (EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
-                     first_crossing, make_book, quantile, read_laws, sample)
-from plan_page import WORDS, draw_figure, folded, percent, say, say_answer, short, write_page
+from laws import head_start, short
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, quantile,
+                     read_laws, sample)
+from plan_page import WORDS, draw_figure, folded, percent, say, say_answer, write_page
+from rows import FAMILIES
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
 ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
@@ -293,7 +294,7 @@ def expected_loss(book, question, family, N, logit=0.0):
 def points_fresh(book, question):
     """({route: (family, {variable: value})}, {route: why it has no plan}): the best of each route."""
     points, refused = {}, {}
-    fitted = [n for family in FAMILY_NAMES for n in book["ranges"][family].get("N", ())]
+    fitted = [n for family in FAMILIES for n in book["ranges"][family].get("N", ())]
     low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, question["flops"] / 6e3)
     for route, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe"), (SPLIT, "upcycled")):
         if not all(law["routes"][family] for law in book["laws"]):
@@ -370,9 +371,7 @@ def of_checkpoint(options, moe, context):
 def costs_of(content, book, moe):
     """({"dense", "moe": [(N, FLOPs of a token / 6 N)]}, where they are from) of a laws file."""
     more = MLP_SHARE * (moe["num_experts_per_tok"] - book["moe"]["num_experts_per_tok"])
-    models = {family: {m["N"]: m["flops_per_token"] / (6 * m["N"]) for m in content.get("models", ())
-                       if m["family"] == family} for family in FAMILY_NAMES}
-    dense, mixtures = models["dense"], models["upcycled"] | models["moe"]
+    dense, mixtures = book["models"]["dense"], book["models"]["upcycled"] | book["models"]["moe"]
     if dense and mixtures:
         costs = {"dense": sorted(dense.items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
         return costs, "those of the models that the laws were fitted on"
@@ -445,11 +444,10 @@ def uncertainty(options, content, book):
 
 def main(options):
     check(options)
-    content = read_laws(options.laws)
+    content, book = read_laws(options.laws, options.law)
     if options.design:
         from plan_design import print_design  # it needs torch
         return print_design(content["laws"], options)
-    book = make_book(options.laws, content, options.law)
     question = ask(options, content, book)
     answer = answer_fresh if options.fresh else answer_now
     question["uncertainty"] = uncertainty(options, content, book)

@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 
 from configurator import ConfigError
+from laws import TIE, short
 
 WORDS = {  # plan.html says the same sentences
     "unknown": "the fitted range of {name} ({family}) is not known",
@@ -36,23 +37,8 @@ WORDS = {  # plan.html says the same sentences
 }
 
 
-TIE = 1e-12  # the relative size of a step that takes a tie over the edge
-
-
 def say(key, **values):
     return WORDS[key].format(**values)
-
-
-def short(value):
-    """A count in words, as 50.6B; a large one as 1.5e21. Ties round up, as they do on the page."""
-    value *= 1 + TIE
-    if value >= 1e15 or value < 1:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
-    value = float(f"{value:.3g}")
-    units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
-    unit, name = next(pair for pair in units if value >= pair[0])
-    return f"{value / unit:.3g}{name}"
 
 
 def percent(share):

@@ -368,32 +368,22 @@ def of_family(left_out, fitted, family):
     return left_out[np.isfinite(left_out) & [row["family"] == family for row in fitted.problem.rows]]
 
 
-def profile(fitted, law, parameter, values):
-    """({parameter: [its value where `parameter` of a law is held at each of `values` and all else is
-    refitted]}, [how far the objective lies above its minimum, relative]); None where the fit has no such
-    parameter of its own."""
-    problem = fitted.problem
-    place = [j for j, name in enumerate(problem.names) if name in (parameter, f"{law}:{parameter}")]
-    if not place:
-        return None
-    j, theta = place[0], np.tile(fitted.theta, (len(values), 1))
-    theta[:, j] = ((np.log(values) if problem.is_log[j] else values) - problem.to_raw0[j])
-    free = np.arange(theta.shape[1]) != j
-    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=free)
-    params = {name: np.asarray(value).tolist() for name, value in fitted.params(law, theta).items()}
-    return params, (cost / max(fitted.cost, 1e-300) - 1).tolist()
-
-
 def profile_E(fitted, law):
     """E held on a grid and all else refitted: {"E", "alpha3", "objective" (relative, above its minimum):
     lists, "fit": [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood
     interval}; None where the fit has no E of its own."""
-    values = np.linspace(0.02, 0.98, 33) * math.exp(fitted.problem.y.min())
-    found = profile(fitted, law, "E", values)
-    if found is None:
+    problem = fitted.problem
+    place = [j for j, name in enumerate(problem.names) if name in ("E", f"{law}:E")]
+    if not place:
         return None
+    values = np.linspace(0.02, 0.98, 33) * math.exp(problem.y.min())
+    theta = np.tile(fitted.theta, (len(values), 1))
+    theta[:, place[0]] = np.log(values) - problem.to_raw0[place[0]]
+    free = np.arange(theta.shape[1]) != place[0]
+    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=free)
     params = fitted.params(law)
-    return {"E": values.tolist(), "alpha3": found[0]["alpha3"], "objective": found[1],
+    return {"E": values.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
+            "objective": (cost / max(fitted.cost, 1e-300) - 1).tolist(),
             "fit": [float(params["E"]), float(params["alpha3"])],
             "inside": 3.84 / max(len(fitted.residual) - len(fitted.theta), 1)}
 

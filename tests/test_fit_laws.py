@@ -36,7 +36,6 @@ def test_laws_and_what_they_lack_are_planned():
     assert "levels of experts" in lacks["moe.joint"]
     assert fits["upcycled.handicap"][0] == shared_system("upcycled.handicap")
     assert fits["upcycled.loss_matching_0"][0] == {"dense": "dense", "moe": "upcycled.loss_matching_0"}
-    assert all(row["family"] != "upcycled" for row in fits["upcycled.loss_matching_0"][1])
 
 
 def test_rows_at_fixed_data_are_those_with_most_tokens_among_ties():
