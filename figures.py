@@ -104,12 +104,12 @@ def spread_ticks(levels, most):
 def log_axis(axis, levels, most=5):
     """A log axis across, with ticks at some of the sorted levels, written short."""
     ticks = spread_ticks(levels, most)
+    if levels[0] == levels[-1]:  # margins of nothing are nothing
+        axis.set_xlim(levels[0] / 2, levels[0] * 2)
     axis.set_xscale("log")
     axis.set_xticks(ticks, [short(tick) for tick in ticks])
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.margins(x=0.09)
-    if levels[0] == levels[-1]:  # margins of nothing are nothing
-        axis.set_xlim(levels[0] / 2, levels[0] * 2)
 
 
 def aside(levels, place, count):

@@ -12,7 +12,6 @@ tell, and it lists the cheapest runs that would.
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ from configurator import ConfigError, run, setting
 from laws import head_start, short
 from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, quantile,
                      read_laws, sample)
-from plan_page import WORDS, draw_figure, folded, percent, say, say_answer, write_page
+from plan_page import WORDS, folded, percent, say, say_answer, write_page
 from rows import FAMILIES
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
@@ -58,7 +57,6 @@ class Options:
     design: str = setting("", "study file: what would it find, were these laws true")
     noise: float = setting(0.005, "design: standard deviation of ln loss between runs", least=1e-6)
     trunk_noise: float = setting(0.003, "design: the same between trunks", least=0)
-    figure: str = setting("out/plan.png", "figure (.png, .svg or .pdf) and a PDF beside it; empty: none")
     html: str = setting("", "page with the answer and sliders, one file that opens offline; empty: none")
     json: bool = setting(False, "print JSON")
 
@@ -333,21 +331,14 @@ def answer_fresh(book, question):
 # The command
 
 def check(options):
-    """Refuse what cannot be meant, with a hint on counts in billions or millions. Raises ConfigError."""
-    for name, floor in (("N", 1e4), ("D1", max(1e3, options.N / 1e3)), ("tokens", max(1e3, options.N / 1e3))):
+    """Refuse counts that cannot be meant, with what may be meant. Raises ConfigError."""
+    few = max(1e3, options.N / 1e3)
+    for name, floor in (("N", 1e4), ("D1", few), ("tokens", few), ("flops", 1e6), ("flops_per_gpu", 1e9)):
         if 0 < (value := getattr(options, name)) < floor:
-            unit, meant = ("billions", f"{value:g}e9") if value < 1000 else ("millions", f"{value * 1e6:g}")
-            raise ConfigError(f"--{name}={value:g} is a raw count here, not {unit}; "
+            unit = "e12" if name == "flops_per_gpu" else "e9"
+            meant = f"{value:g}{unit}" if value < 1000 else f"{value * 1e6:g}"
+            raise ConfigError(f"--{name}={value:g} is too small for a raw count; "
                               f"did you mean --{name}={meant}?")
-    if 0 < options.flops < 1e6:
-        raise ConfigError(f"--flops={options.flops:g} is a raw count of operations; budgets are like 1e20")
-    if 0 < options.flops_per_gpu < 1e9:
-        raise ConfigError(f"--flops_per_gpu={options.flops_per_gpu:g} is a raw count of operations a second; "
-                          f"did you mean {options.flops_per_gpu:g}e12?")
-    if options.figure and os.path.splitext(options.figure)[1] not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--figure={options.figure}: must end in .png, .svg or .pdf")
-    if options.html and options.fresh:
-        raise ConfigError("--html shows the options of a dense checkpoint; leave out --fresh")
 
 
 def of_checkpoint(options, moe, context):
@@ -468,13 +459,12 @@ def main(options):
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
-        write_page({"book": book, "question": question, "constants": constants}, options.html)
-    if options.figure:
-        answers = {flops: answer(book, question | {"flops": flops})
-                   for flops in question["flops"] * np.geomspace(1 / 30, 30, 31)}
-        draw_figure(question["flops"], answers, COLORS, options.figure)
-    if not options.json:
-        print("".join(f"written: {path}\n" for path in (options.figure, options.html) if path), end="")
+        budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
+        answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets] \
+            if options.fresh else None  # the page finds the answers to the other questions itself
+        write_page({"book": book, "question": question, "constants": constants, "answers": answers},
+                   options.html)
+        print(f"written: {options.html}" * (not options.json), end="\n" * (not options.json))
 
 
 if __name__ == "__main__":

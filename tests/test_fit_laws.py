@@ -250,6 +250,7 @@ def test_command_on_dense_and_moe_rows_alone_matches_losses(tmp_path):
     assert entry["n"] == 0 and entry["rmse_log"] is None and "dense_alpha" in entry["params"]
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # one horizon makes no axis of no width
 def test_command_says_at_which_data_a_sparsity_law_and_a_single_horizon_hold(tmp_path, capsys):
     path = os.path.join(ROOT, "tests", "data", "clark_sbase_final.csv")
     F.main(F.Options(rows=[path], out=str(tmp_path), draws=20, laws="dense,moe.sparsity"))

@@ -511,21 +511,18 @@ def command(*words):
 
 
 def run(capsys, **options):
-    P.main(from_dict(P.Options, {"laws": TABLE2, "figure": ""} | options))
+    P.main(from_dict(P.Options, {"laws": TABLE2} | options))
     return capsys.readouterr().out
 
 
-def test_command_answers_and_draws(tmp_path, capsys):
-    figure = str(tmp_path / "sub" / "plan.png")
-    said = run(capsys, N=1e9, D1=1e11, tokens=5e10, figure=figure)
+def test_command_answers(capsys):
+    said = run(capsys, N=1e9, D1=1e11, tokens=5e10)
     assert "No option is clearly best" in said and "assumed" in said and "D2*, the tokens after which" in said
-    assert os.path.getsize(figure) > 5000 and os.path.getsize(figure[:-3] + "pdf") > 5000
     found = json.loads(run(capsys, N=1e9, D1=1e11, tokens=5e10, json=True))
     assert found["verdict"] == "mixed" and found["flops"] == pytest.approx(5e10 * 6e9 * 5 / 3)
-    fresh = json.loads(run(capsys, fresh=True, N=1e9, flops=1e21, json=True,
-                           figure=str(tmp_path / "fresh.svg")))
-    assert set(fresh["options"]) == {P.ONLY_DENSE, P.SCRATCH, P.SPLIT} and (tmp_path / "fresh.svg").exists()
-    assert "Cannot say" in run(capsys, N=8e9, D1=15e12, tokens=1e11, figure=str(tmp_path / "void.png"))
+    fresh = json.loads(run(capsys, fresh=True, N=1e9, flops=1e21, json=True))
+    assert set(fresh["options"]) == {P.ONLY_DENSE, P.SCRATCH, P.SPLIT}
+    assert "Cannot say" in run(capsys, N=8e9, D1=15e12, tokens=1e11)
 
 
 def opened(path, fragment=""):
@@ -587,6 +584,20 @@ def test_the_page_says_what_the_command_says(tmp_path, capsys, content, options,
         assert_same(found, ours)
 
 
+@pytest.mark.skipif(not CHROMIUM, reason="no browser is installed")
+def test_the_page_of_a_plan_from_nothing_has_the_answers_around_its_budget(tmp_path, capsys):
+    page = str(tmp_path / "page.html")
+    ours = json.loads(run(capsys, html=page, json=True, fresh=True, N=1e9, flops=1e21))
+    found, verdict, console = opened(page)
+    assert console == [] and verdict == ours["says"]
+    assert_same(found, ours)
+    more = json.loads(run(capsys, json=True, fresh=True, N=1e9, flops=1e21 * 30 ** (2 / 15)))
+    nearest = opened(page, "#flops=1.57e21")[0]  # of the budgets of which the page has an answer
+    assert nearest["flops"] == pytest.approx(more["flops"])
+    for option, expected in more["options"].items():
+        assert nearest["options"][option]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
 def test_help_into_a_closed_pipe_is_silent():
     done = subprocess.run(f"{sys.executable} {os.path.join(ROOT, 'plan.py')} --help | head -1", shell=True,
                           capture_output=True, text=True)
@@ -594,31 +605,28 @@ def test_help_into_a_closed_pipe_is_silent():
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(N=1, D1=1e11, tokens=5e10), "--N=1 is a raw count here, not billions; did you mean --N=1e9"),
-    (dict(N=1e9, D1=100, tokens=5e10), "did you mean --D1=100e9"), (dict(N=1e9, D1=1e11, tokens=50),
-                                                                    "did you mean --tokens=50e9"),
-    (dict(N=1e9, D1=1e11, flops=500), "raw count of operations"), (dict(N=1e9, D1=1e11), "give one budget"),
-    (dict(N=1e9, D1=1e11, tokens=1e9, flops=1e20), "got tokens, flops"), (dict(N=1e9, tokens=1e9),
-                                                                          "--D1= is missing"),
-    (dict(D1=1e9, tokens=1e9), "--N= is missing"), (dict(N=1e9, D1=1e11, gpu_hours=5), "--flops_per_gpu"),
+    (dict(N=1, D1=1e11, tokens=5e10), "--N=1 is too small for a raw count; did you mean --N=1e9"),
+    (dict(N=1e9, D1=100, tokens=5e10), "did you mean --D1=100e9"),
+    (dict(N=1e9, D1=1e11, tokens=50), "did you mean --tokens=50e9"),
+    (dict(N=1e9, D1=1e11, flops=500), "too small"), (dict(N=1e9, D1=1e11), "give one budget"),
+    (dict(N=1e9, D1=1e11, tokens=1e9, flops=1e20), "got tokens, flops"),
+    (dict(N=1e9, tokens=1e9), "--D1= is missing"), (dict(D1=1e9, tokens=1e9), "--N= is missing"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5), "--flops_per_gpu"),
     (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=1e15, mfu=40), "mfu: 40.0 is not in"),
     (dict(N=-1e9, D1=1e11, tokens=1e9), "N: -1000000000.0 is not at least 0"),
-    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=989), "did you mean 989e12"),
-    (dict(N=5000, D1=1e11, tokens=1e9), "not millions; did you mean --N=5e+09"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=989), "did you mean --flops_per_gpu=989e12"),
+    (dict(N=5000, D1=1e11, tokens=1e9), "did you mean --N=5e+09"),
     (dict(N=1e9, D1=1e5, tokens=5e10), "did you mean --D1=1e+11"),
-    (dict(N=1e9, D1=1e11, flops=1e12), "100 tokens at N = 1e+09, too few"), (dict(fresh=True, flops=1e7),
-                                                                             "too few to plan N"),
-    (dict(design="x", noise=0.0), "noise: 0.0"), (dict(N=1e9, D1=1e11, tokens=1e10, figure="plan.bmp"),
-                                                  "--figure=plan.bmp"),
-    (dict(fresh=True, tokens=1e10),
-     "--tokens as a budget needs --N="), (dict(fresh=True, flops=1e20, html="a.html"), "--fresh"),
-    (dict(N=1e9, D1=1e11, tokens=1e9, law="nonsense"),
-     "nonsense"), (dict(N=1e9, D1=1e11, tokens=1e9, num_experts_per_tok=9), "num_experts_per_tok"),
-    (dict(checkpoint="/nowhere"), "/nowhere"), (dict(N=1e9, D1=1e11, tokens=5e10, html="/proc/none/a.html"),
-                                                "--html=/proc/none")])
+    (dict(N=1e9, D1=1e11, flops=1e12), "100 tokens at N = 1e+09, too few"),
+    (dict(fresh=True, flops=1e7), "too few to plan N"), (dict(design="x", noise=0.0), "noise: 0.0"),
+    (dict(fresh=True, tokens=1e10), "--tokens as a budget needs --N="),
+    (dict(N=1e9, D1=1e11, tokens=1e9, law="nonsense"), "nonsense"),
+    (dict(N=1e9, D1=1e11, tokens=1e9, num_experts_per_tok=9), "num_experts_per_tok"),
+    (dict(checkpoint="/nowhere"), "/nowhere"),
+    (dict(N=1e9, D1=1e11, tokens=5e10, html="/proc/none/a.html"), "--html=/proc/none")])
 def test_bad_input_is_refused_with_the_fix(options, said):
     with pytest.raises(ConfigError) as error:
-        P.main(from_dict(P.Options, {"laws": TABLE2, "figure": ""} | options))
+        P.main(from_dict(P.Options, {"laws": TABLE2} | options))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -667,7 +675,7 @@ def test_broken_laws_files_are_refused_in_one_line_with_file_and_key(tmp_path, k
     path = tmp_path / "laws.json"
     path.write_text(json.dumps(changed(*keys, value=value)))
     with pytest.raises(ConfigError) as error:
-        P.main(P.Options(laws=str(path), N=3e4, D1=1e6, tokens=1e6, figure=""))
+        P.main(P.Options(laws=str(path), N=3e4, D1=1e6, tokens=1e6))
     assert str(error.value).startswith(str(path)) and said in str(error.value)
     assert "\n" not in str(error.value)
 
