@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from laws import LEAST_GAP, MATCHING, SHARED_CURVE, Problem, build, parameter_names
+from laws import LEAST_GAP, SHARED_CURVE, parameter_names
+from problem import Problem, build
 from rows import KNOBS
 
 # ---------------------------------------------------------------------------------------------------------
@@ -263,17 +264,10 @@ class Fit:
         problem, theta = self.problem, self.theta if theta is None else theta
         raw = theta @ problem.to_raw.T + problem.to_raw0
         raw = np.where(problem.is_log, np.exp(raw), raw)
-        found = {}
-        owners = {"": "", law: ""} | ({"dense": "dense_"} if law in MATCHING else {})
-        for j, (owner, _, name) in enumerate(full.rpartition(":") for full in problem.names):
-            name, _, label = name.partition("|")
-            if owner in owners and (not label or label == method):
-                found[owners[owner] + name] = raw[..., j]
-                if not owner and law in MATCHING:
-                    found["dense_" + name] = raw[..., j]
-        for owner in owners.keys() & problem.fixed.keys():
-            for name, (value, _) in problem.fixed[owner].items():
-                found[owners[owner] + name] = np.full(theta.shape[:-1], value)[()]
+        found = {name: raw[..., place] for name, place in problem.places(law, method).items()}
+        for prefix, owner in (("dense_", "dense"), ("", law)):
+            for name, (value, _) in problem.fixed.get(owner, {}).items():
+                found[prefix + name] = np.full(theta.shape[:-1], value)[()]
         names = parameter_names(law, problem.options["A_of_N"])
         return {name: found[name] for name in names if name in found}
 

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib import ticker
 from scipy import stats
 
-from laws import RIVALS, law_name, predict, short, variable
+from laws import RIVALS, law_name, predict, short
+from problem import variable
 from rows import method_label
 
 plt.rcParams.update({

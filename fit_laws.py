@@ -16,8 +16,8 @@ import report
 from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
                           write_text_atomically)
 from engine import fit
-from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
-                  predict, short, variable, variables_of)
+from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, parameter_names, predict, short
+from problem import levels, levels_of_N, missing, variable, variables_of
 from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
                          profile_E, standard_errors, unidentified)
@@ -457,8 +457,9 @@ def main(options):
     report.write(rows, out, profiles, notes, options.out)
     path = os.path.join(options.out, "laws.json")
     write_text_atomically(path, json.dumps(out, allow_nan=False))
-    for block in (report.comparison_table(entries), report.methods_table(report.method_differences(rows)),
-                  report.findings(rows, out), [f"warning: {note}" for note in notes]):
+    for block in (report.comparison_table(entries), report.head_start_table(entries, ranges),
+                  report.methods_table(report.method_differences(rows)), report.findings(rows, out),
+                  [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))
     print(f"{path}, report.md and figures written")
 

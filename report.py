@@ -180,16 +180,14 @@ def with_interval(value, draws, form=short):
     return value if value == low == high else f"{value} ({low} to {high})"
 
 
-def head_starts(laws, ranges):
-    """[[law, method, D1, head start, handicap, D2*]], texts with intervals, at the largest N.
-
-    One line for each law with a head start, method of upcycling, and end of the range of D1.
-    """
-    n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
-    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws
+def head_start_table(laws, ranges):
+    """What a dense checkpoint is worth, and what upcycling costs, at the largest N: one line for each law
+    with a head start, method of upcycling, and end of the range of D1."""
+    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws and "upcycled" in ranges
             for method, fitted in laws[law].get("methods", {"every method": laws[law]}).items()]
     lines = []
     for law, method, fitted in fits:
+        n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
         params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
         for d1 in ranges["upcycled"]["D1"]:
             cost = star = "-"
@@ -197,27 +195,9 @@ def head_starts(laws, ranges):
                 cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
                 star = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
             worth = with_interval(*(head_start(law, p, n, d1) for p in (params, draws)))
-            lines.append([law, method, d1, worth, cost, star])
-    return lines
-
-
-def head_start_table(laws, ranges):
-    """What a dense checkpoint is worth, and what upcycling costs, by each law with a head start."""
+            lines.append([law_name(law), method, short(d1), worth, cost, star])
     header = ["law", "method", "D1", "head start H (tokens)", "handicap kappa", "D2* (tokens)"]
-    lines = head_starts(laws, ranges) if "upcycled" in ranges else []
-    return aligned(header, [[law_name(law), method, short(d1), *texts] for law, method, d1, *texts in lines])
-
-
-def handicap_words(laws, ranges):
-    """Sentences, [text]: the handicap law at the largest D1, for each method."""
-    if "upcycled.handicap" not in laws:
-        return []
-    n, d1, d2 = (ranges["upcycled"][name][1] for name in ("N", "D1", "D2"))
-    return [f"By the handicap law, N = {short(n)}, {method}: a dense checkpoint of {short(d1)} tokens "
-            f"is worth {worth} tokens of MoE training, once. Upcycling costs {cost} of the loss for ever. "
-            f"A MoE from scratch overtakes at D2*: {star}. The largest measured D2 is {short(d2)}."
-            for law, method, tokens, worth, cost, star in head_starts(laws, ranges)
-            if law == "upcycled.handicap" and tokens == d1]
+    return aligned(header, lines)
 
 
 def main_method_rows(rows):
@@ -241,7 +221,7 @@ def findings(rows, content):
         if slopes:
             slope = f"D2^{np.mean(slopes):.3f}"
             said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
-    return said + handicap_words(laws, ranges)
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,26 +236,26 @@ def draw_figures(rows, laws, profiles):
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
              "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
              "dense": [law for law in ("dense",) if law in laws]}
-    captions = {
-        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method}. "
-                               "Bars are the range over repeats.",
-        "exponent_against_D1": "The interaction: how fast the loss falls with D2, against D1.",
-        "alpha3_along_E": "alpha3 of the interaction law, with E held at each value and all else refitted.",
-        "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
-                                "copying. Paired runs differ in the method alone."}
-    found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
+    found = {"loss_against_tokens": (
+        figures.loss_against_tokens(one_method, laws, shown),
+        f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
     if rivals:
-        found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
+        found["exponent_against_D1"] = (figures.exponent_against_D1(one_method, laws),
+                                        "The interaction: how fast the loss falls with D2, against D1.")
     alone = [law for law in laws if law.startswith("moe.") or not rivals]
     for law in dict.fromkeys([best, *alone]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
-        captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
-        found[name] = figures.residuals(rows, law, laws[law])
+        found[name] = (figures.residuals(rows, law, laws[law]),
+                       f"What the law '{law_name(law)}' leaves unexplained.")
     if profiles:
-        found["alpha3_along_E"] = figures.alpha3_along_E(profiles)
+        found["alpha3_along_E"] = (
+            figures.alpha3_along_E(profiles),
+            "alpha3 of the interaction law, with E held at each value and all else refitted.")
     if differences := method_differences(rows):
-        found["methods_against_copy"] = figures.against_copy(differences)
-    return {name: (figure, captions[name]) for name, figure in found.items()}
+        found["methods_against_copy"] = (
+            figures.against_copy(differences), "Methods of upcycling, and a MoE from scratch on D = D2 "
+            "tokens, against copying. Paired runs differ in the method alone.")
+    return found
 
 
 def write_report(title, sections, found, directory):

@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from engine import Fit, descend, evaluate, fit, starts
-from laws import levels_of_N, missing
+from problem import levels_of_N, missing
 from rows import run_key
 
 INTERVALS = (
@@ -327,12 +327,9 @@ def standard_errors(fitted, law):
     jacobian = evaluate(problem, fitted.theta[None])[1][0]
     centred = covariance(jacobian, noise.effects.covariance(np.exp(noise.log_sd)), fitted.whiten)
     error = np.sqrt(np.maximum(np.diag(problem.to_raw @ centred @ problem.to_raw.T), 0.0))
-    params, found = fitted.params(law), {}
-    for j, (owner, _, name) in enumerate(full.rpartition(":") for full in problem.names):
-        name = ("dense_" if owner == "dense" and law != "dense" else "") + name
-        if owner in ("", law) or name in params and owner == "dense":
-            found[name] = error[j] * (params[name] if problem.is_log[j] else 1.0) if name in params else 0.0
-    return {name: float(found.get(name, 0.0)) for name in params}
+    places = problem.places(law)
+    return {name: float(error[places[name]] * (value if problem.is_log[places[name]] else 1.0))
+            if name in places else 0.0 for name, value in fitted.params(law).items()}
 
 
 def aicc(fitted):
@@ -373,13 +370,13 @@ def profile_E(fitted, law):
     lists, "fit": [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood
     interval}; None where the fit has no E of its own."""
     problem = fitted.problem
-    place = [j for j, name in enumerate(problem.names) if name in ("E", f"{law}:E")]
-    if not place:
+    place = problem.places(law).get("E")
+    if place is None:
         return None
     values = np.linspace(0.02, 0.98, 33) * math.exp(problem.y.min())
     theta = np.tile(fitted.theta, (len(values), 1))
-    theta[:, place[0]] = np.log(values) - problem.to_raw0[place[0]]
-    free = np.arange(theta.shape[1]) != place[0]
+    theta[:, place] = np.log(values) - problem.to_raw0[place]
+    free = np.arange(theta.shape[1]) != place
     theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=free)
     params = fitted.params(law)
     return {"E": values.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
@@ -395,13 +392,12 @@ def unidentified(fitted, law, theta):
     low, high = np.quantile(theta, [0.025, 0.975], axis=0)
     bound = np.minimum(fitted.theta, low) <= problem.low
     bound |= np.maximum(fitted.theta, high) >= problem.high
-    names = [name.rpartition(":") for name in problem.names]
-    bounded = {name for (owner, _, name), hit in zip(names, bound) if hit and owner in ("", law)}
+    places = problem.places(law)
     for name, values in fitted.params(law, theta).items():
         low, high = np.quantile(values, [0.025, 0.975])
-        if name in problem.fixed[law]:
+        if name not in places:
             continue
-        if name in bounded:
+        if bound[places[name]]:
             why[name] = "not identified: it or its interval at a bound of the fit"
         elif low > 0 and high > 100 * low:
             why[name] = "not identified: its interval spans a factor of more than 100"

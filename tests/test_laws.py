@@ -7,6 +7,7 @@ from scipy.optimize import least_squares
 
 import engine
 import laws
+import problem
 import report
 from configurator import ConfigError
 from rows import FAMILIES
@@ -116,15 +117,15 @@ def test_one_N_folds_the_B_term_into_E_and_two_fold_E_into_it():
 def test_one_D_folds_the_data_term_into_E():
     p = TABLE2["dense"]
     rows = simulate(TABLE2, {"dense": "dense"}, N=np.geomspace(1e7, 1e9, 6), D=[1e10])
-    assert laws.missing(rows, {"dense": "dense"}) == []
+    assert problem.missing(rows, {"dense": "dense"}) == []
     found = engine.fit(rows, {"dense": "dense"}).params("dense")
     assert_params(found, p | {"A": 0.0, "alpha": 0.0, "E": p["E"] + p["A"] * 1e10 ** -p["alpha"]})
 
 
 def test_levels_within_5_percent_are_one():
-    assert laws.levels([88, 89, 100, 104, 105.1, math.nan]) == [88, 100, 105.1]
+    assert problem.levels([88, 89, 100, 104, 105.1, math.nan]) == [88, 100, 105.1]
     rows = simulate(TABLE2, {"dense": "dense"}, D=[1e9, 1.04e9, 1.08e9])
-    assert laws.missing(rows, {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
+    assert problem.missing(rows, {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
 
 
 def test_moe_rows_of_many_expert_counts_do_not_move_the_dense_law():
@@ -209,13 +210,13 @@ def rows_of_two_methods():
 @pytest.mark.parametrize("system", SYSTEMS + [{"moe": "moe.joint"}, {"moe": "moe.optimal_sparsity"}])
 def test_jacobian_is_that_of_finite_differences(system, A_of_N):
     rows = rows_of_two_methods() if "dense" in system else moe_rows(lambda r: 3.0 + r["N"] ** -0.1)
-    problem = laws.build(rows, system, A_of_N=A_of_N)
-    random, first = np.random.default_rng(0), engine.starts(problem)[:3]
-    theta = np.clip(first + 0.1 * random.standard_normal(first.shape), problem.low, problem.high)
-    _, jacobian = engine.evaluate(problem, theta)
+    built = problem.build(rows, system, A_of_N=A_of_N)
+    random, first = np.random.default_rng(0), engine.starts(built)[:3]
+    theta = np.clip(first + 0.1 * random.standard_normal(first.shape), built.low, built.high)
+    _, jacobian = engine.evaluate(built, theta)
     for j, step in enumerate(1e-6 * np.eye(theta.shape[1])):
-        above, below = (engine.evaluate(problem, theta + sign * step)[0] for sign in (1, -1))
-        assert np.abs((above - below) / 2e-6 - jacobian[:, j]).max() < 3e-8, problem.names[j]
+        above, below = (engine.evaluate(built, theta + sign * step)[0] for sign in (1, -1))
+        assert np.abs((above - below) / 2e-6 - jacobian[:, j]).max() < 3e-8, built.names[j]
 
 
 @pytest.mark.parametrize("A_of_N", [False, True])
@@ -282,12 +283,12 @@ def test_an_outlier_hardly_moves_the_fit_and_delta_is_honoured():
 
 
 def test_missing_levels_are_named():
-    assert laws.missing(simulate(TABLE2, D=DATA[:2]), {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
+    assert problem.missing(simulate(TABLE2, D=DATA[:2]), {"dense": "dense"}) == ["needs 3 levels of D, has 2"]
     one_D1 = simulate(TABLE2, D1=DATA[:1])
-    assert laws.missing(one_D1, {"upcycled": "upcycled"}) == ["needs 3 levels of D1, has 1"]
+    assert problem.missing(one_D1, {"upcycled": "upcycled"}) == ["needs 3 levels of D1, has 1"]
     dense = simulate(TABLE2, {"dense": "dense"})
-    assert laws.missing(dense, THREE) == ["has no moe rows", "has no upcycled rows"]
+    assert problem.missing(dense, THREE) == ["has no moe rows", "has no upcycled rows"]
     few = simulate(TABLE2, N=[1e8], D=DATA[:3])
-    assert laws.missing(few, {"dense": "dense"}) == ["has 3 rows for 3 parameters, needs 6"]
+    assert problem.missing(few, {"dense": "dense"}) == ["has 3 rows for 3 parameters, needs 6"]
     one_D = simulate(TABLE2, {"dense": "dense"}, N=[1e7, 1e8], D=[1e10])
-    assert laws.missing(one_D, {"dense": "dense"}) == ["needs 3 levels of N, has 2, at one D"]
+    assert problem.missing(one_D, {"dense": "dense"}) == ["needs 3 levels of N, has 2, at one D"]

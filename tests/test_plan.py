@@ -498,7 +498,7 @@ def test_design_holds_the_question_still_while_the_study_grows(monkeypatch):
                         split: (None, {"vocab_size": 257}))  # no data in tests
     found = plan_design.plan_design(LAWS, P.Options(design=os.path.join(ROOT, "config", "study_quick.py")))
     assert len(found) == 4 and len({f"{cells['D2*']:.4g}" for cells in found.values()}) == 1
-    assert "one more level of N" in "\n".join(plan_design.say_design(found))
+    assert "one more level of N" in found
 
 # ---------------------------------------------------------------------------------------------------------
 # The command and the page

@@ -180,7 +180,7 @@ def test_from_scratch_overtakes_where_the_handicap_outweighs_the_head_start():
     assert np.isinf(found[3:]).all()  # no handicap: the head start only fades
 
 
-def test_each_method_has_its_head_start_handicap_and_overtaking_in_words():
+def test_each_method_has_its_head_start_handicap_and_overtaking():
     def fitted(c, kappa):
         params, errors = CURVE | {"c": c, "kappa": kappa}, np.linspace(-1e-3, 1e-3, 21)
         draws = {name: np.full(21, value) for name, value in params.items()} | {"kappa": kappa + errors}
@@ -189,15 +189,14 @@ def test_each_method_has_its_head_start_handicap_and_overtaking_in_words():
     methods = {"copy": fitted(80.0, 0.03), "drop 0.5": fitted(40.0, 1e-3), "noise 0.1 σ": fitted(9.0, -0.01)}
     laws = {"upcycled.handicap": methods["copy"] | {"methods": methods}}
     ranges = {"upcycled": {"N": [1e5, 1e6], "D1": [1e7, 1e8], "D2": [1e7, 2e8]}}
-    copied, dropped, noisy = report.handicap_words(laws, ranges)
-    head = 80 * 1e8 ** 0.67
-    assert f"copy: a dense checkpoint of 100M tokens is worth {short(head)} tokens" in copied
-    assert f"is worth {short(head / 2)} tokens" in dropped
-    assert "Upcycling costs 3.00 % (2.90 % to 3.10 %) of the loss for ever." in copied
+    table = [[cell.strip() for cell in line.split("|")[2:-1]]
+             for line in report.head_start_table(laws, ranges)[2:]]
+    assert [line[:2] for line in table] == [[method, d1] for method in methods for d1 in ("10M", "100M")]
     star, = report.overtaking("upcycled.handicap", methods["copy"]["params"], 1e6, 1e8, 2e8)
-    assert f"overtakes at D2*: {short(star)} (" in copied and "D2*: never." in noisy
-    table = report.head_start_table(laws, ranges)
-    assert len(table) == 2 + 3 * 2 and short(80 * 1e7 ** 0.67) in table[2]  # methods, ends of D1
+    method, d1, worth, cost, said = table[1]
+    assert worth == short(80 * 1e8 ** 0.67) and table[3][2] == short(40 * 1e8 ** 0.67)
+    assert cost == "3.00 % (2.90 % to 3.10 %)" and said.startswith(f"{short(star)} (")
+    assert table[5][4] == "never"
 
 
 def test_rows_are_predicted_by_the_parameters_of_their_own_method():
