@@ -22,7 +22,8 @@ FAMILY_STYLES = {  # name, marker and colour
     "upcycled": ("upcycled", "D", "#3b6fb6")}
 RIVAL_STYLES = dict(zip(RIVALS, (  # colour and dashes
     ("#c0392b", "-"), ("#7f8c8d", ":"), ("#b8860b", "-."), ("#27874a", "--"), ("#5b3b9c", (0, (4, 1, 1, 1))),
-    ("#0f8b8d", (0, (5, 2))), ("#d35400", (0, (6, 1))), ("#2c3e90", (0, (2, 1))), ("#7fb3d5", (0, (1, 1))))))
+    ("#0f8b8d", (0, (5, 2))), ("#d35400", (0, (6, 1))), ("#2c3e90", (0, (2, 1))), ("#7fb3d5", (0, (1, 1))),
+    ("#d35400", "-"))))
 VARIABLES = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
 
 

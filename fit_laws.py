@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 import report
-from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
+from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
                           write_text_atomically)
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, parameter_names, predict, short
@@ -42,6 +42,8 @@ class Options:
         "E", "parameters that the laws of the families share, comma-separated; none: nothing")
     delta: Literal["auto"] | float = setting(
         "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise")
+    prior: str = setting("", "laws.json of other sizes; its alpha is a prior of the alpha of a pilot's "
+                         "law, upcycled.head_start")
     A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
     repeats: Literal["refuse", "lowest", "mean"] = setting(
         "refuse", "of repeated runs take the lowest loss (of a search) or the mean loss (of seeds)")
@@ -86,16 +88,19 @@ def rows_at_one_data(rows):
     return [row for row, tokens in zip(rows, data) if tokens == chosen]
 
 
-def system_of(law, base):
+def system_of(law, base, rows):
     """{family: law} of the system that a law is fitted in. Dense, MoE and upcycled law are one system;
     each rival takes the upcycled law's place, so that all of them explain the same rows. A law whose curve
     from scratch is its own takes the MoE's place too. Loss matching with delta = 0 is fitted to no
-    upcycled row."""
+    upcycled row. The law of a pilot takes the checkpoint continued as a power law, where its rows allow no
+    more."""
     if law in FAMILIES:
         return base | {law: law}
     if law not in RIVALS:
         return {law.partition(".")[0]: law}
     system = base | {"upcycled": law} | ({"moe": law} if law in SHARED_CURVE else {})
+    if law == "upcycled.head_start" and "dense" not in base and not missing(rows, {"dense": "dense.local"}):
+        system = {"dense": "dense.local"} | system
     if law == "upcycled.loss_matching_0":
         del system["upcycled"]
     return system
@@ -105,8 +110,8 @@ def plan_fits(rows, wanted=()):
     """({law: (system, rows)} of what can be fitted, {law: what it lacks})."""
     fits, lacks = {}, {}
     base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
-    for law in wanted or LAWS:
-        system = system_of(law, base)
+    for law in wanted or [law for law in LAWS if law != "dense.local"]:
+        system = system_of(law, base, rows)
         chosen = rows_at_one_data([row for row in rows if row["family"] in system]) \
             if law in AT_ONE_DATA else rows
         needed = {family: name for family, name in system.items()
@@ -117,6 +122,32 @@ def plan_fits(rows, wanted=()):
         else:
             fits[law] = (system, chosen)
     return fits, lacks
+
+
+def fit_settings(options, law):
+    """The settings of fit_with_noise for the system of a law. Raises ConfigError."""
+    settings = {"share": shared_names(options), "A_of_N": options.A_of_N, "delta": options.delta}
+    return settings | ({"prior": alpha_prior(options.prior)} if law == "upcycled.head_start" else {})
+
+
+def alpha_prior(path):
+    """(mean, standard deviation) of the alpha of MoEs from scratch in a laws file; None without a file.
+
+    Its draws say how sure it is, and how much it differs from size to size says what another size may have:
+    a tenth of it where the file does not say. Raises ConfigError.
+    """
+    if not path:
+        return None
+    content = read_json(path)
+    try:
+        law = next(law for law in ("upcycled.effective_data_shared", "moe") if law in content["laws"])
+        entry, sizes = content["laws"][law], content.get("at_each_N", {}).values()
+        alpha, draws = float(entry["params"]["alpha"]), np.array(entry["draws"]["alpha"], float)
+        alphas = [float(fits[law]["params"]["alpha"]) for fits in sizes if law in fits]
+    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
+        raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha") from None
+    spread = float(np.std(alphas, ddof=1)) if len(alphas) > 1 else 0.1 * alpha
+    return alpha, math.hypot(draws.std(), spread)
 
 
 def shared_names(options):
@@ -147,10 +178,10 @@ def short_entry(law, rows, fitted, held_out):
 
 def entries_of(laws, system, rows, options, tick):
     """({law: its entry in laws.json}, the Fit) of the laws of one system."""
-    settings = {"share": shared_names(options), "A_of_N": options.A_of_N}
-    fitted = fit_with_noise(rows, system, delta=options.delta, **settings)
+    settings = fit_settings(options, system.get("upcycled"))
+    fitted = fit_with_noise(rows, system, **settings)
     theta = bootstrap(fitted, options.draws, options.seed, tick)
-    narrow = fit(rows, system, delta=1e-3, **settings)
+    narrow = fit(rows, system, settings["share"], 1e-3, options.A_of_N)
     problem, left_out, (noise, misfit) = fitted.problem, leave_trunk_out(fitted), fitted.noise.table()
     of_system = {"aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
                  "shared": sorted(set(settings["share"]) & set(problem.names)),
@@ -164,7 +195,7 @@ def entries_of(laws, system, rows, options, tick):
     for law in laws:
         explained, draws = explained_rows(law, rows), fitted.params(law, theta)
         names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
-        held_out = {name: extrapolate(rows, system, law, name, delta=options.delta, **settings)
+        held_out = {name: extrapolate(rows, system, law, name, **settings)
                     for name in names}
         left = of_family(left_out, fitted, law.partition(".")[0])
         if law == "upcycled.loss_matching_0":  # it saw no upcycled trunk
@@ -396,7 +427,7 @@ def claims(rows, entries, options):
     long = [row for row in rows if past_warm_up(row)]
     smallest = min((row["D2"] for row in long if row["family"] == "upcycled"), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
-    usual = {"share": shared_names(options), "A_of_N": options.A_of_N, "delta": options.delta}
+    usual = fit_settings(options, "upcycled")
     variations = {"as fitted": (long, usual), "without the smallest D2": (without, usual),
                   "B and beta shared": (long, usual | {"share": ("E", "B", "beta")}),
                   "A depends on N": (long, usual | {"A_of_N": True})}

@@ -32,6 +32,9 @@ LAWS = {
     "upcycled.handicap": EFFECTIVE,  # times e^kappa for upcycled runs
     "upcycled.loss_matching": EFFECTIVE,
     "upcycled.loss_matching_0": EFFECTIVE,
+    # a pilot on one dense checkpoint: one N and one D1, so H is one number
+    "upcycled.head_start": EFFECTIVE,
+    "dense.local": {"A": {"alpha": "-D"}},  # the checkpoint continued: a power law at one N, near D1
     # arXiv 2502.03009 at fixed data, sparsity = N_total / N_active
     "moe.sparsity": SPARSITY, "moe.sparsity_additive": SPARSITY_ADDITIVE,
     "upcycled.sparsity": SPARSITY, "upcycled.sparsity_additive": SPARSITY_ADDITIVE,
@@ -50,6 +53,7 @@ HEAD_START = {  # {law with a head start: the parameters that it adds}
     "upcycled.handicap": ("c", "gamma", "kappa"),
     "upcycled.loss_matching": ("delta",),              # L_moe(N, H) = e^delta L_dense(N, D1)
     "upcycled.loss_matching_0": (),                    # delta = 0: nothing is fitted to upcycled runs
+    "upcycled.head_start": ("H",),
 }
 MATCHING = ("upcycled.loss_matching", "upcycled.loss_matching_0")
 SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
@@ -58,7 +62,8 @@ RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not i
 NAMES = {  # where the name of a law is not that of its key
     "moe": "MoE from scratch", "upcycled": "interaction",
     "upcycled.effective_data_shared": "effective data (shared)",
-    "upcycled.saturating": "saturating head start", "upcycled.loss_matching_0": "loss matching (delta = 0)"}
+    "upcycled.saturating": "saturating head start", "upcycled.head_start": "head start of one checkpoint",
+    "upcycled.loss_matching_0": "loss matching (delta = 0)"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -131,6 +136,8 @@ def head_start(law, params, N=None, D1=0.0):
             gap = np.maximum(goal - floor, LEAST_GAP * goal)
             scale = params["A"] * np.asarray(N, float) ** -params.get("nu", 0.0)
             return (gap / scale) ** (-1 / alpha)
+        if "H" in params:
+            return np.asarray(params["H"], float)
         power = np.exp(np.log(params["c"]) + params["gamma"] * np.log(np.asarray(D1, float)))
         if "H_max" in params:
             return (power ** -alpha + params["H_max"] ** -alpha) ** (-1 / alpha)

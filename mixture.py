@@ -136,7 +136,7 @@ def drawn(law, entry, wanted):
     params = {name: float(entry["params"][name]) for name in parameter_names(law, A_of_N=True)
               if name in entry["params"]}
     draws = entry.get("draws") or {name: [value] for name, value in params.items()}
-    count = len(draws["E"])
+    count = len(next(iter(draws.values())))
     pick = [i * count // wanted if count > wanted else i % count for i in range(wanted)] if count > 1 else [0]
     return {"law": law, "params": params,
             "draws": {name: np.array([draws[name][i] for i in pick], float) for name in params}}
@@ -153,8 +153,9 @@ def routes_of(laws, name, wanted):
     of_one_fit = name or laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
     routes = {"upcycled": {method: drawn(name, fit, wanted) for method, fit in methods.items()}}
     for family in ("dense", "moe"):
-        if family in beside:
-            routes[family] = drawn(family, beside[family], wanted)
+        law = (system or {}).get(family, family)
+        if law in beside:
+            routes[family] = drawn(law, beside[law], wanted)
         elif system and system.get(family) == name:  # one curve serves both families
             routes[family] = drawn(family, entry, wanted)
         elif of_one_fit and not system and family in laws:  # published laws do not name their fit

@@ -9,9 +9,9 @@ from configurator import ConfigError
 from laws import HEAD_START, LAWS, MATCHING, SHARED_CURVE, law_terms, parameter_names, parse_feature
 from rows import method_label
 
-# Each method of upcycling has its own c and kappa. Methods have gamma in common: fitted apart, six of seven
-# methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
-BY_METHOD = ("c", "kappa")
+# Each method of upcycling has its own c, H and kappa. Methods have gamma in common: fitted apart, six of
+# seven methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
+BY_METHOD = ("c", "H", "kappa")
 SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
 
 # ---------------------------------------------------------------------------------------------------------
@@ -335,10 +335,14 @@ def finished(draft, system, options, fixed, layout, offset, head):
 def missing(rows, system):
     """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows.
 
-    N may have one level, and so may D where N has three. Laws that share the MoE's curve need fewer D1.
+    N may have one level, and so may D where N has three. Laws that share the MoE's curve need fewer D1. The
+    laws of a pilot are for one N and one D1 alone, and they need fewer rows.
     """
     lacks = []
-    needed_D1 = {"upcycled.effective_data_shared": 2, "upcycled.handicap": 2} | dict.fromkeys(MATCHING, 1)
+    fewest = {("upcycled.effective_data_shared", "D1"): 2, ("upcycled.handicap", "D1"): 2,
+              ("upcycled.head_start", "D1"): 1, ("upcycled.head_start", "D2"): 1, ("dense.local", "D"): 2}
+    fewest |= {(law, "D1"): 1 for law in MATCHING}
+    pilot = "upcycled.head_start" in system.values()
     if set(system.values()) & set(MATCHING) and "dense" not in system:
         return ["needs a dense law of the same rows"]
     for law in dict.fromkeys(system.values()):
@@ -348,20 +352,23 @@ def missing(rows, system):
             lacks.append(f"has no {' or '.join(absent)} rows")
             continue
         members = [row for row in rows if row["family"] in families]
-        found = {name: count_levels(members, name) for name in variables_of(law)}
-        if "upcycled" not in families and law in SHARED_CURVE:  # the MoE's own curve
-            found = {name: count_levels(members, name) for name in ("D", "N")}
+        names = variables_of(law)
+        if law in SHARED_CURVE and ("upcycled" not in families or pilot):  # the MoE's own curve
+            names = ["D", "N"] + ["D1", "D2"] * pilot
+        found = {name: count_levels(members, name) for name in names}
         one_D = law in ("dense", "moe") and found["D"] == 1
         for name, count in found.items():
-            needed = needed_D1.get(law, 3) if name == "D1" else 3 if name != "N" or one_D else 1
+            needed = fewest.get((law, name), 1 if name == "N" and not one_D else 3)
             if count < needed and not (name == "D" and one_D):
                 lacks.append(f"needs {needed} levels of {name}, has {count}" + ", at one D" * one_D)
+            if pilot and name in ("N", "D1") and count > 1:
+                lacks.append(f"is for one level of {name}, has {count}")
     for label, count in Counter(method_label(row) for row in rows if row["family"] == "upcycled").items():
-        if label in methods_of(rows, system) and count < 4:
+        if label in methods_of(rows, system) and count < (1 if pilot else 4):
             lacks.append(f"needs 4 rows of the method {label}, has {count}")
     if not lacks:
         problem = build(rows, system)
-        needed = len(problem.names) + 3
+        needed = len(problem.names) + (2 if pilot else 0 if "dense.local" in system.values() else 3)
         if len(problem.y) < needed:
             lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")
     return lacks

@@ -189,7 +189,7 @@ def head_start_table(laws, ranges):
     for law, method, fitted in fits:
         n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
         params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
-        for d1 in ranges["upcycled"]["D1"]:
+        for d1 in dict.fromkeys(ranges["upcycled"]["D1"]):
             cost = star = "-"
             if "kappa" in params:
                 cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
