@@ -368,7 +368,7 @@ def missing(rows, system):
             lacks.append(f"needs 4 rows of the method {label}, has {count}")
     if not lacks:
         problem = build(rows, system)
-        needed = len(problem.names) + (2 if pilot else 0 if "dense.local" in system.values() else 3)
+        needed = len(problem.names) + (1 if pilot else 0 if "dense.local" in system.values() else 3)
         if len(problem.y) < needed:
             lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")
     return lacks
