@@ -341,8 +341,9 @@ def check(options):
                               f"did you mean --{name}={meant}?")
 
 
-def of_checkpoint(options, moe, context):
-    """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE. Raises ConfigError."""
+def of_checkpoint(options, moe, context, D1_of_laws):
+    """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE; D1 is that of a pilot's
+    laws where the checkpoint does not say. Raises ConfigError."""
     from checkpoint import read_config, read_state, tokens_seen  # these need torch
     from model import flops_per_token as count_flops, parameter_counts
 
@@ -350,7 +351,8 @@ def of_checkpoint(options, moe, context):
     if config.num_local_experts:
         raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
     N = float(options.N or parameter_counts(config)["N"])
-    D1 = float(options.D1 or (tokens_seen(state) if state else 0))
+    low, high = D1_of_laws
+    D1 = float(options.D1 or (tokens_seen(state) if state else 0) or low * (low == high))
     if not D1:
         raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was "
                           "trained; give --D1=")
@@ -383,7 +385,8 @@ def ask(options, content, book):
                           f"--num_local_experts={moe['num_local_experts']}")
     if options.checkpoint:
         of_laws = content.get("origin", {}).get("dense", {}).get("max_seq_len") or [4096]
-        N, D1, book["costs"], source = of_checkpoint(options, moe, options.max_seq_len or int(of_laws[0]))
+        N, D1, book["costs"], source = of_checkpoint(options, moe, options.max_seq_len or int(of_laws[0]),
+                                                     book["ranges"]["upcycled"].get("D1", (0, 0)))
     else:
         book["costs"], source = costs_of(content, book, moe)
     if options.active_ratio:

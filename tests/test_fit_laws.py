@@ -14,7 +14,7 @@ import laws
 import uncertainty
 from configurator import ConfigError, parse
 from rows import FAMILIES, clean, read_rows
-from simulated import DATA, HEAD_START, ROOT, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
+from simulated import DATA, HEAD_START, PILOT, ROOT, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
 
 
 def published(name):
@@ -143,6 +143,69 @@ def test_the_readme_has_the_errors_of_the_quick_study():
         for name, text in zip(("D1", "D2"), said[label]):
             found = F.extrapolate(chosen, system, law, name)
             assert 100 * found["rms"] == pytest.approx(float(text), abs=0.02) and found["rows"] == 12
+
+
+# A pilot
+
+def pilot_errors(rows, most, priors):
+    """(24,) errors at D2 = 1M and 2M of pilots on every checkpoint of the quick study: upcycled rows to 0.5M,
+    and a MoE from scratch to `most` tokens."""
+    law, found = "upcycled.head_start", []
+    for n, prior in priors.items():
+        for d1 in sorted({row["D1"] for row in rows if "D1" in row}):
+            here = [row for row in rows if row["N"] == n and row.get("D1", d1) == d1 and row["seed"] == 0]
+            small = [row for row in here if row["family"] == "moe" and row["D"] <= most
+                     or row["family"] == "upcycled" and row["D2"] < 6e5]
+            fitted = uncertainty.fit_with_noise(small, {"moe": law, "upcycled": law}, prior=prior)
+            found += list(F.errors(fitted, law, [row for row in here if row.get("D2", 0) > 6e5]))
+    return np.array(found)
+
+
+def test_pilots_of_the_quick_study_predict_longer_training_of_every_checkpoint(tmp_path):
+    rows = read_rows([os.path.join(ROOT, "results", "study_quick.jsonl")])[0]
+    sizes = sorted({row["N"] for row in rows})
+    errors = pilot_errors(rows, 2.2e6, dict.fromkeys(sizes))
+    assert len(errors) == 24 and F.rms(errors) == pytest.approx(0.0118, abs=0.001)
+    short = pilot_errors(rows, 1.1e6, dict.fromkeys(sizes))  # a curve from scratch of half the length
+    priors = {}
+    for n in sizes:
+        others, law = [row for row in rows if row["N"] != n], "upcycled.effective_data_shared"
+        alphas = []
+        for chosen in ([row for row in others if row["N"] == size] for size in sizes if size != n):
+            fitted = uncertainty.fit_with_noise(chosen, shared_system(law), ())
+            alphas.append(float(fitted.params(law)["alpha"]))
+        fitted = uncertainty.fit_with_noise(others, shared_system(law))
+        alpha = float(fitted.params(law)["alpha"])
+        entry = {"params": {"alpha": alpha}, "draws": {"alpha": [alpha - 0.02, alpha + 0.02]}}
+        path = tmp_path / f"{n}.json"
+        path.write_text(json.dumps({"laws": {law: entry}, "at_each_N": {
+            str(i): {law: {"params": {"alpha": alpha}}} for i, alpha in enumerate(alphas)}}))
+        priors[n] = F.alpha_prior(str(path))
+        assert priors[n][1] == pytest.approx(math.hypot(0.02, np.std(alphas, ddof=1)))
+    assert F.rms(short) == pytest.approx(0.0296, abs=0.002)
+    assert F.rms(pilot_errors(rows, 1.1e6, priors)) == pytest.approx(0.0203, abs=0.002)
+
+
+def test_command_fits_a_pilot_with_a_prior_and_with_the_dense_model_beside_it(tmp_path):
+    rows = simulate(HEAD_START, SHARED, **PILOT, noise=0.003)
+    kept = [row for row in rows if row["family"] != "dense" or row["D"] > 9e5]  # two levels
+    other = write(tmp_path / "other.jsonl", simulate(HEAD_START, SHARED, **SMALL, noise=0.003))
+    law = "upcycled.head_start"
+    F.main(F.Options(rows=[other], out=str(tmp_path / "other"), draws=20,
+                     laws="dense,moe,upcycled.effective_data_shared"))
+    prior = str(tmp_path / "other" / "laws.json")
+    path = write(tmp_path / "rows.jsonl", kept)
+    F.main(F.Options(rows=[path], out=str(tmp_path / "a"), draws=50, prior=prior))
+    content = json.loads((tmp_path / "a" / "laws.json").read_text())
+    entry = content["laws"][law]
+    assert entry["fitted_with"] == {"dense": "dense.local", "moe": law, "upcycled": law}
+    assert len(entry["draws"]["H"]) == 50 and set(entry["beside"]) == {"dense.local"}
+    low, high = entry["ci95"]["H"]
+    assert low < 80 * 4e6 ** 0.67 < high and abs(entry["params"]["alpha"] - 0.22) < 0.06
+    assert "head start of one checkpoint | every method | 4M" in (tmp_path / "a" / "report.md").read_text()
+    for bad in (str(tmp_path / "none.json"), os.path.join(ROOT, "laws", "liew2025.json")):
+        with pytest.raises(ConfigError, match="json"):
+            F.alpha_prior(bad)
 
 
 # Published tables

@@ -11,7 +11,7 @@ import problem
 import report
 from configurator import ConfigError
 from rows import FAMILIES
-from simulated import DATA, HEAD_START, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
+from simulated import DATA, HEAD_START, PILOT, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
 
 
 def assert_params(found, truth, tolerance=1e-6):
@@ -54,6 +54,27 @@ def test_recovers_planted_head_starts_shared_with_from_scratch(law):
     if law in laws.MATCHING:
         dense = {name.removeprefix("dense_"): params[name] for name in params if name.startswith("dense_")}
         assert_params(dense, HEAD_START["dense"], 1e-5)
+
+
+def test_a_pilot_on_one_checkpoint_finds_its_head_start():
+    rows, law = simulate(HEAD_START, SHARED, **PILOT), "upcycled.head_start"
+    curve, system = HEAD_START["moe"], {"dense": "dense.local", "moe": law, "upcycled": law}
+    assert problem.missing(rows, system) == []
+    fit = engine.fit(rows, system)
+    floor = curve["E"] + curve["B"] * 1e5 ** -curve["beta"]  # at one N
+    assert_params(fit.params(law), {"A": curve["A"], "alpha": curve["alpha"], "H": 80 * 4e6 ** 0.67,
+                                    "B": 0.0, "E": floor}, 1e-4)
+    found = laws.predict(law, fit.params(law), N=1e5, D1=4e6, D2=8e6)
+    assert found == pytest.approx(curve["A"] * (8e6 + 80 * 4e6 ** 0.67) ** -curve["alpha"] + floor, rel=1e-5)
+    assert laws.head_start(law, fit.params(law), N=1e5, D1=4e6) == fit.params(law)["H"]
+    dense = [row for row in rows if row["family"] == "dense"]
+    slope, _ = np.polyfit(np.log([row["D"] for row in dense]), np.log([row["loss"] for row in dense]), 1)
+    assert fit.params("dense.local")["alpha"] == pytest.approx(-slope, rel=0.05)
+    for lacking, said in (({"N": [1e5, 2e5]}, "is for one level of N, has 2"),
+                          ({"D1": [1e6, 4e6]}, "is for one level of D1, has 2"),
+                          ({"D": [1e6, 2e6]}, "needs 3 levels of D, has 2")):
+        assert said in problem.missing(simulate(HEAD_START, SHARED, **PILOT | lacking),
+                                       {"moe": law, "upcycled": law})
 
 
 def test_loss_matching_with_delta_0_needs_no_upcycled_row():

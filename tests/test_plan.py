@@ -95,6 +95,12 @@ def version2(names, held_out=None, methods=(), **more):
 
 
 KNOWN = [name for name in UPCYCLED_PARAMS if name in laws.RIVALS]
+PILOT = {"version": 2, "laws": {"upcycled.head_start": entry(  # on one checkpoint, N = 30k and D1 = 1M
+    {"A": 100.0, "alpha": 0.3, "H": 4e5, "B": 0.0, "beta": 0.0, "E": 1.3},
+    fitted_with={"dense": "dense.local", "moe": "upcycled.head_start", "upcycled": "upcycled.head_start"},
+    beside={"dense.local": entry({"A": 13.0, "alpha": 0.1})})},
+    "ranges": {"dense": {"N": [3e4, 3e4], "D": [1e6, 1.2e6]}, "moe": {"N": [3e4, 3e4], "D": [1e5, 1e6]},
+               "upcycled": {"N": [3e4, 3e4], "D1": [1e6, 1e6], "D2": [1e5, 4e5]}}}
 
 # ---------------------------------------------------------------------------------------------------------
 # The published table (D2* at N = 1B as its digits give it)
@@ -340,6 +346,35 @@ def test_head_start_is_the_tokens_that_the_shared_curve_saves(name):
     from_scratch = math.exp(kappa) * laws.predict("moe", {k: params[k] for k in MOE_PARAMS}, N=3e4, D=1e6 + H)
     assert laws.predict(name, params, N=3e4, D1=1e6, D2=1e6) == pytest.approx(from_scratch, rel=1e-9)
 
+
+def test_a_pilot_answers_for_its_checkpoint_with_intervals_that_grow_with_the_distance(tmp_path):
+    # H = 64 and f = 192 in one layer: a Llama of 4 h² + 3 h f + 3 h parameters without embedding and head
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 257}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    N = 4 * 64 ** 2 + 3 * 64 * 192 + 3 * 64
+    content = json.loads(json.dumps(PILOT).replace("30000.0", f"{N}.0"))
+    widths = {}
+    for tokens in (4e5, 1.6e6, 3.1e6):
+        options = P.Options(checkpoint=str(tmp_path), tokens=tokens)  # D1 is that of the pilot
+        book = M.make_book("laws.json", content)
+        found = P.answer_now(book, P.ask(options, content, book))
+        assert (found["N"], found["D1"]) == (N, 1e6)
+        assert set(found["options"]) == {P.UPCYCLE, P.DENSE, P.SCRATCH}
+        upcycled = found["options"][P.UPCYCLE]
+        assert upcycled["loss"] == pytest.approx(100.0 * (tokens + 4e5) ** -0.3 + 1.3)
+        assert found["options"][P.SCRATCH]["loss"] == pytest.approx(100.0 * tokens ** -0.3 + 1.3)
+        D = 1e6 + found["options"][P.DENSE]["tokens"]
+        assert found["options"][P.DENSE]["loss"] == pytest.approx(13.0 * D ** -0.1)
+        assert found["laws"]["upcycled.head_start"]["head_start"] == 4e5
+        widths[tokens] = math.log(upcycled["interval"][1] / upcycled["interval"][0])
+    for tokens in (1.6e6, 3.1e6):  # 1 % of the loss per factor e beyond D2 = 400k
+        form = 0.01 * math.log(tokens / 4e5)
+        inside = widths[4e5] / (2 * 1.645)
+        assert widths[tokens] == pytest.approx(2 * 1.645 * math.hypot(inside, form), rel=0.1)
+    far = P.answer_now(book, P.ask(P.Options(checkpoint=str(tmp_path), tokens=1e7), content, book))
+    assert far["verdict"] == "void" and "D2 = 10M is 25 times above" in far["says"]
+
 # ---------------------------------------------------------------------------------------------------------
 # From nothing
 
@@ -564,6 +599,7 @@ BY_METHOD = version2(KNOWN[3:], methods={"copy": {}, "drop_0.5": {"c": 20.0}})
     (CONTENT, {"N": 1e9, "D1": 1e11, "tokens": 5e10}, {"D1": 9e12, "N": 1.2e9}),
     (version2(KNOWN), {"N": 3e4, "D1": 1e6, "tokens": 1e6}, {"flops": 2e12, "num_local_experts": 16}),
     (BY_METHOD, {"N": 3e4, "D1": 5e6, "tokens": 1e6}, {"N": 2e5}),
+    (PILOT, {"N": 3e4, "D1": 1e6, "tokens": 1e6}, {"flops": 4e11}),
     (DENSE_AND_MOE, {"N": 1e9, "D1": 1e11, "tokens": 5e10}, {"flops": 1e22})])
 def test_the_page_says_what_the_command_says(tmp_path, capsys, content, options, moved):
     path, page = tmp_path / "laws.json", str(tmp_path / "page.html")
