@@ -284,3 +284,22 @@ def against_copy(differences):
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
     legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
     return figure
+
+
+def loss_matching(curves):
+    """Loss matching less a published law over D2: one panel a N, one colour a D1.
+
+    curves is {N: {D1: (D2, difference, where that law is above its start, above from scratch)}}, all (n,).
+    """
+    figure, axes = panels(len(curves), sharey=True)
+    for axis, (n, by_D1) in zip(axes, curves.items()):
+        for (d1, (D2, difference, *above)), color in zip(by_D1.items(), shades(by_D1).values()):
+            valid = ~np.any(above, axis=0)
+            axis.plot(D2, 100 * difference, "--", lw=0.8, color=color)
+            axis.plot(D2, np.where(valid, 100 * difference, np.nan), color=color, label=f"D1 = {short(d1)}")
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        log_axis(axis, [D2[0], D2[len(D2) // 2], D2[-1]])
+        axis.set(xlabel="D2 (tokens)", title=f"N = {short(n)}")
+    axes[0].set_ylabel("loss matching - published law (%)")
+    legend_outside(figure, axes)
+    return figure

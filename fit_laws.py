@@ -16,7 +16,7 @@ import report
 from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
                           write_text_atomically)
 from engine import fit
-from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, parameter_names, predict, short
+from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
 from problem import levels, levels_of_N, missing, variable, variables_of
 from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
@@ -37,11 +37,10 @@ class Options:
         REQUIRED, "JSONL files of rows, or CSV files with columns family,N,D,D1,D2,loss; or a laws file "
         "(.json), whose dense and MoE laws then predict its upcycled law", positional=True)
     out: str = setting("out/laws", "directory for laws.json, report.md and the figures")
-    laws: str = setting("", "laws to fit, comma-separated; empty: all that the rows allow")
-    share: str = setting(
-        "E", "parameters that the laws of the families share, comma-separated; none: nothing")
+    laws: list[str] = setting([], "laws to fit, comma-separated; empty: all that the rows allow")
+    share: Literal["none", "E", "E,B,beta"] = setting("E", "what the laws of the families share")
     delta: Literal["auto"] | float = setting(
-        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise")
+        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise", least=1e-9)
     prior: str = setting("", "laws.json of other sizes; its alpha is a prior of the alpha of a pilot's "
                          "law, upcycled.head_start")
     A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
@@ -126,7 +125,8 @@ def plan_fits(rows, wanted=()):
 
 def fit_settings(options, law):
     """The settings of fit_with_noise for the system of a law. Raises ConfigError."""
-    settings = {"share": shared_names(options), "A_of_N": options.A_of_N, "delta": options.delta}
+    share = () if options.share == "none" else tuple(options.share.split(","))
+    settings = {"share": share, "A_of_N": options.A_of_N, "delta": options.delta}
     return settings | ({"prior": alpha_prior(options.prior)} if law == "upcycled.head_start" else {})
 
 
@@ -148,11 +148,6 @@ def alpha_prior(path):
         raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha") from None
     spread = float(np.std(alphas, ddof=1)) if len(alphas) > 1 else 0.1 * alpha
     return alpha, math.hypot(draws.std(), spread)
-
-
-def shared_names(options):
-    """The parameters that --share names."""
-    return tuple(name for name in map(str.strip, options.share.split(",")) if name not in ("", "none"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -327,27 +322,14 @@ def mixtures(rows):
     return said
 
 
-def wanted_laws(options):
-    """The laws that --laws names. Raises ConfigError where --laws, --delta or --share make no sense."""
-    wanted = [name.strip() for name in options.laws.split(",") if name.strip()]
-    for name in wanted:
+def planned(rows, options):
+    """{law: (system, rows)} of the laws that these rows allow; it prints which laws it skips. Raises
+    ConfigError where a wanted law is unknown, or where it, or every law, lacks rows."""
+    for name in options.laws:
         if name not in LAWS:
             raise ConfigError(f"--laws: no law '{name}'; there are {', '.join(LAWS)}")
-    if options.delta != "auto" and options.delta <= 0:
-        raise ConfigError(f"--delta={options.delta:g} is not positive; "
-                          "auto, or a size of log residuals such as 0.001")
-    for name in shared_names(options):
-        if name not in parameter_names("dense"):
-            known = ", ".join(parameter_names("dense"))
-            raise ConfigError(f"--share: '{name}' is none of {known}")
-    return wanted
-
-
-def planned(rows, wanted, options):
-    """{law: (system, rows)} of the laws that these rows allow; it prints which laws it skips. Raises
-    ConfigError where a wanted law, or every law, lacks rows."""
-    fits, lacks = plan_fits(rows, wanted)
-    if wanted and lacks:
+    fits, lacks = plan_fits(rows, options.laws)
+    if options.laws and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
     for lack in dict.fromkeys(lacks.values()):
         print(f"skipped {', '.join(law for law in lacks if lacks[law] == lack)}: {lack}")
@@ -452,13 +434,12 @@ def main(options):
     is done."""
     if options.rows[0].endswith(".json"):
         report.write_published(options.rows[0], options.out)
-        print(f"{os.path.join(options.out, 'report.md')} written")
+        print(f"{os.path.join(options.out, 'report.md')} and its figure written")
         return
     rows, dropped = read_rows(options.rows, options.skip_bad)
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
     rows, said = resolve_repeats(rows, options.repeats)
-    wanted = wanted_laws(options)
-    fits = planned(rows, wanted, options)
+    fits = planned(rows, options)
     notes += said + mixtures(rows)
     try:
         os.makedirs(options.out, exist_ok=True)
@@ -473,9 +454,9 @@ def main(options):
             entries |= found
             if "upcycled" in laws:
                 profiles["all N"] = profile_E(fitted, "upcycled")
-    claimed, left_out = claims(rows, entries, options) if not wanted else ({}, [])
+    claimed, left_out = claims(rows, entries, options) if not options.laws else ({}, [])
     notes += notes_on(entries) + left_out
-    sizes, more = at_each_N(rows, options) if not wanted else ({}, {})
+    sizes, more = at_each_N(rows, options) if not options.laws else ({}, {})
     profiles = {title: profile for title, profile in (profiles | more).items() if profile}
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
     ranges = by_family(rows, lambda members: {
@@ -488,9 +469,8 @@ def main(options):
     report.write(rows, out, profiles, notes, options.out)
     path = os.path.join(options.out, "laws.json")
     write_text_atomically(path, json.dumps(out, allow_nan=False))
-    for block in (report.comparison_table(entries), report.head_start_table(entries, ranges),
-                  report.methods_table(report.method_differences(rows)), report.findings(rows, out),
-                  [f"warning: {note}" for note in notes]):
+    for block in (report.comparison_table(entries), report.methods_table(report.method_differences(rows)),
+                  report.findings(rows, out), [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))
     print(f"{path}, report.md and figures written")
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from configurator import ConfigError
 from laws import HEAD_START, LAWS, MATCHING, SHARED_CURVE, law_terms, parameter_names, parse_feature
 from rows import method_label
 
@@ -155,17 +154,6 @@ def identified_terms(rows, law_of_row, options):
     return laws, fixed, alone
 
 
-def check_shares(laws, share, alone):
-    """Raises ConfigError where laws would share a coefficient but not its exponents."""
-    for name in share:
-        users = [law for law in laws if law not in alone and name in laws[law]]
-        forms = [laws[law][name] for law in users]
-        if len(forms) > 1 and any(form != forms[0] or not set(form) <= set(share) for form in forms):
-            raise ConfigError(
-                f"--share: {', '.join(users)} can share {name} only where its exponents are the same and "
-                f"shared too ({', '.join(forms[0])}): else what is shared depends on the unit of counting")
-
-
 @dataclass
 class Draft:
     """A problem under construction. A feature is an (n,) array that a parameter has in a part of the problem:
@@ -282,13 +270,11 @@ def methods_of(rows, system):
 
 def build(rows, system, share=("E",), A_of_N=False):
     """The Problem of fitting `system` = {family: law} to the rows of those families at once; laws share
-    the named parameters. With A_of_N, A depends on N. Raises ConfigError where laws would share a
-    coefficient but not its exponents."""
+    the named parameters. With A_of_N, A depends on N."""
     options = {"share": share, "A_of_N": A_of_N}
     rows = [row for row in rows if row["family"] in system]
     law_of_row = np.array([system[row["family"]] for row in rows])
     laws, fixed, alone = identified_terms(rows, law_of_row, options)
-    check_shares(laws, share, alone)
     factors = set().union(*map(factors_of, laws.values())) - {"effective"}
     logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
     center = {name: np.nanmean(value) for name, value in logs.items()}

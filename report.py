@@ -3,6 +3,7 @@
 `rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
 is a list of lines that read on a terminal and in Markdown.
 """
+import itertools
 import math
 import os
 
@@ -28,6 +29,9 @@ prediction less that of the published upcycled law, in %.
   with the loss of its dense checkpoint.
 - scratch: the published law lies above a MoE from scratch on D = D2 tokens. Loss matching never does, since
   an upcycled model has seen more tokens.""".split("\n")
+
+MATCHING_CAPTION = ("Loss matching against the published upcycled law. Lines are dashed where that law lies "
+                    "above its dense start or above a MoE from scratch.")
 
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
@@ -180,24 +184,30 @@ def with_interval(value, draws, form=short):
     return value if value == low == high else f"{value} ({low} to {high})"
 
 
-def head_start_table(laws, ranges):
-    """What a dense checkpoint is worth, and what upcycling costs, at the largest N: one line for each law
-    with a head start, method of upcycling, and end of the range of D1."""
-    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws and "upcycled" in ranges
-            for method, fitted in laws[law].get("methods", {"every method": laws[law]}).items()]
+def head_starts(laws, ranges):
+    """[{"law", "method", "D1", "H", "kappa", "D2*"}], texts with intervals, at the largest N: what a dense
+    checkpoint is worth and what upcycling costs, by each law with a head start, for each method of upcycling
+    and both ends of the range of D1."""
     lines = []
-    for law, method, fitted in fits:
+    for law in SHARED_CURVE if "upcycled" in ranges else ():
         n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
-        params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
-        for d1 in dict.fromkeys(ranges["upcycled"]["D1"]):
-            cost = star = "-"
+        fits = laws[law].get("methods", {"every method": laws[law]}) if law in laws else {}
+        for (method, fit), d1 in itertools.product(fits.items(), dict.fromkeys(ranges["upcycled"]["D1"])):
+            params, draws = fit["params"], {name: np.array(value) for name, value in fit["draws"].items()}
+            line = {"law": law_name(law), "method": method, "D1": short(d1),
+                    "H": with_interval(*(head_start(law, p, n, d1) for p in (params, draws))),
+                    "kappa": "-", "D2*": "-"}
             if "kappa" in params:
-                cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
-                star = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
-            worth = with_interval(*(head_start(law, p, n, d1) for p in (params, draws)))
-            lines.append([law_name(law), method, short(d1), worth, cost, star])
+                line["kappa"] = with_interval(params["kappa"], draws["kappa"], lambda k: f"{100 * k:.2f} %")
+                line["D2*"] = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
+            lines.append(line)
+    return lines
+
+
+def head_start_table(lines):
+    """The table of head_starts."""
     header = ["law", "method", "D1", "head start H (tokens)", "handicap kappa", "D2* (tokens)"]
-    return aligned(header, lines)
+    return aligned(header, [list(line.values()) for line in lines])
 
 
 def main_method_rows(rows):
@@ -221,6 +231,13 @@ def findings(rows, content):
         if slopes:
             slope = f"D2^{np.mean(slopes):.3f}"
             said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
+    for line in head_starts(laws, ranges):
+        n, d1, d2 = (short(ranges["upcycled"][name][1]) for name in ("N", "D1", "D2"))
+        if line["law"] == "handicap" and line["D1"] == d1:
+            said.append(
+                f"By the handicap law, N = {n}, {line['method']}: a dense checkpoint of {d1} tokens is worth "
+                f"{line['H']} tokens of MoE training, once. Upcycling costs {line['kappa']} of the loss for "
+                f"ever. A MoE from scratch overtakes at D2*: {line['D2*']}. The largest measured D2 is {d2}.")
     return said
 
 
@@ -294,7 +311,7 @@ def write(rows, content, profiles, notes, directory):
         "What was found": [f"- {text}" for text in findings(rows, content)],
         "Claims under variations of the analysis": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
-        "Head starts at the largest N": head_start_table(laws, content["ranges"]),
+        "Head starts at the largest N": head_start_table(head_starts(laws, content["ranges"])),
         "Noise and misfit": noise_table(laws),
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
@@ -306,30 +323,28 @@ def write(rows, content, profiles, notes, directory):
 # ---------------------------------------------------------------------------------------------------------
 # Published laws
 
-def published_check(params, N, D1, D2):
-    """Loss matching from dense and MoE laws alone, relative to an upcycled law: prediction / law - 1.
+def compared(params, N, D1, D2):
+    """(loss matching from dense and MoE laws alone / a published upcycled law - 1, where that law lies above
+    its dense start, where it lies above a MoE from scratch on D = D2 tokens).
 
     params is {"dense", "moe", "upcycled": {parameter: value}}, as laws/liew2025.json has them. With D1 tokens
     per dense checkpoint and D2 after it, all broadcast against each other.
     """
     matched = params["moe"] | {f"dense_{name}": value for name, value in params["dense"].items()}
     predicted = predict("upcycled.loss_matching_0", matched, N=N, D1=D1, D2=D2)
-    return predicted / predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2) - 1
+    published = predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2)
+    return (predicted / published - 1, published > predict("dense", params["dense"], N=N, D=D1),
+            published > predict("moe", params["moe"], N=N, D=D2))
 
 
 def matching_table(params, sizes):
-    """Loss matching against a published law: one line a size and D1, one column a D2.
-
-    params is {"dense", "moe", "upcycled": {parameter: value}}.
-    """
+    """Loss matching against a published law: one line a size and D1, one column a D2."""
     lines = []
-    for n, d1 in ((n, d1) for n in sizes for d1 in TOKENS):
-        lines.append([short(n), short(d1)])
-        for d2 in TOKENS:
-            upcycled = predict("upcycled", params["upcycled"], N=n, D1=d1, D2=d2)
-            marks = (" start" * bool(upcycled > predict("dense", params["dense"], N=n, D=d1))
-                     + " scratch" * bool(upcycled > predict("moe", params["moe"], N=n, D=d2)))
-            lines[-1].append(f"{100 * published_check(params, n, d1, d2):+.1f}{marks}")
+    for n, d1 in itertools.product(sizes, TOKENS):
+        cells = [compared(params, n, d1, d2) for d2 in TOKENS]
+        lines.append([short(n), short(d1), *(
+            f"{100 * difference:+.1f}" + " start" * bool(above_start) + " scratch" * bool(above_scratch)
+            for difference, above_start, above_scratch in cells)])
     return aligned(["N", "D1", *(f"D2 = {short(d2)}" for d2 in TOKENS)], lines)
 
 
@@ -338,9 +353,12 @@ def write_published(path, directory):
     try:
         content = read_json(path)
         params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
-        table = matching_table(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+        sizes, fine = np.geomspace(*content["ranges"]["upcycled"]["N"], 3), np.geomspace(1e9, 1e12, 61)
+        table = matching_table(params, sizes)
+        curves = {n: {d1: (fine, *compared(params, n, d1, fine)) for d1 in TOKENS} for n in sizes}
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
     source = f"Source: {content.get('source', path)}"
     write_report("Loss matching against a published law",
-                 {"What was compared": [source, *MATCHING_WORDS], "Differences": table}, {}, directory)
+                 {"What was compared": [source, *MATCHING_WORDS], "Differences": table},
+                 {"loss_matching": (figures.loss_matching(curves), MATCHING_CAPTION)}, directory)

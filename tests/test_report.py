@@ -156,7 +156,7 @@ def test_the_planted_alpha3_and_head_start_are_said():
     assert f"At D1 = 100B the loss falls as D2^{np.mean(slopes):.3f}, on average over sizes." in said
     rows = simulate(HEAD_START, SHARED)
     content = content_of(rows, HEAD_START, SHARED)
-    table = report.head_start_table(content["laws"], content["ranges"])
+    table = report.head_start_table(report.head_starts(content["laws"], content["ranges"]))
     assert len(table) == 4 and f"| 100B | {short(80 * 1e11 ** 0.67)} (" in table[3]
 
 
@@ -190,13 +190,16 @@ def test_each_method_has_its_head_start_handicap_and_overtaking():
     laws = {"upcycled.handicap": methods["copy"] | {"methods": methods}}
     ranges = {"upcycled": {"N": [1e5, 1e6], "D1": [1e7, 1e8], "D2": [1e7, 2e8]}}
     table = [[cell.strip() for cell in line.split("|")[2:-1]]
-             for line in report.head_start_table(laws, ranges)[2:]]
+             for line in report.head_start_table(report.head_starts(laws, ranges))[2:]]
     assert [line[:2] for line in table] == [[method, d1] for method in methods for d1 in ("10M", "100M")]
     star, = report.overtaking("upcycled.handicap", methods["copy"]["params"], 1e6, 1e8, 2e8)
     method, d1, worth, cost, said = table[1]
     assert worth == short(80 * 1e8 ** 0.67) and table[3][2] == short(40 * 1e8 ** 0.67)
     assert cost == "3.00 % (2.90 % to 3.10 %)" and said.startswith(f"{short(star)} (")
     assert table[5][4] == "never"
+    said = report.findings([], {"laws": laws, "ranges": ranges})
+    assert len(said) == 3 and f"copy: a dense checkpoint of 100M tokens is worth {worth} tokens" in said[0]
+    assert f"costs {cost} of the loss for ever" in said[0] and "D2*: never." in said[2]
 
 
 def test_rows_are_predicted_by_the_parameters_of_their_own_method():
@@ -214,6 +217,7 @@ def test_loss_matching_of_the_published_laws_and_where_it_agrees(tmp_path):
     dense, moe, law = (TABLE2[name] for name in ("dense", "moe", "upcycled"))
     found = {(n.strip(), d1.strip()): cells for n, d1, *cells in lines[2:]}
     assert "arXiv 2502.03009" in text and len(found) == 3 * 4
+    assert (tmp_path / "out" / "loss_matching.png").stat().st_size > 20000
 
     def from_scratch(D):
         return moe["A"] * D ** -moe["alpha"] + moe["B"] * 1e9 ** -moe["beta"] + moe["E"]
