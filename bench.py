@@ -201,7 +201,7 @@ class Options:
     families: list[str] = setting(["dense", "moe"], "train: of the models")
     sizes: list[int] = setting([64, 128, 256], f"train: hidden sizes, of {', '.join(map(str, SHAPES))}")
     dtypes: list[str] = setting(["float32", "bfloat16"], "train: of matrix products")
-    modes: list[str] = setting(["eager", "compiled"], "train: ours by layer, the others whole")
+    modes: list[str] = setting(["eager", "compiled"], "train: of which models")
     threads: list[int] = setting([1, os.cpu_count()], "train: processor threads", least=1)
     repeats: int = setting(15, "train: steps of which the median counts; upcycle: runs", least=1)
     clock: Literal["wall", "cpu"] = setting("wall", "train: cpu counts the time of the processors")

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import to_hf_config
 from configurator import ConfigError, code_version
-from model import (HeadLoss, ModelConfig, Transformer, balance_loss, compile_layers, flops_per_token,
+from model import (HeadLoss, ModelConfig, Transformer, balance_loss, compiled, flops_per_token,
                    run_experts, turned_qkv)
 
 SHAPES = {32: (96, 3, 2), 64: (176, 4, 4), 128: (352, 4, 4), 256: (704, 6, 8), 768: (2048, 12, 12)}
@@ -31,14 +31,13 @@ def model_config(hidden, family, **changes):
     return ModelConfig(**sizes | changes)
 
 
-def ours(c, compiled):
+def ours(c, to_compile):
     """(model, its training loss as a function of ids and targets): this repository's."""
     model = Transformer(c).init_weights(0)
-    if compiled:
-        compile_layers(model)
+    forward = compiled(model) if to_compile else model
 
     def loss(ids, targets):
-        cross_entropy, router = model(ids, targets)
+        cross_entropy, router = forward(ids, targets)
         if router is None:
             return cross_entropy
         balance = balance_loss(router["counts"], router["probs"])
@@ -47,7 +46,7 @@ def ours(c, compiled):
     return model, loss
 
 
-def hugging_face(c, compiled, backend=None):
+def hugging_face(c, to_compile, backend=None):
     """The same for transformers' Llama, or its Mixtral with the expert backend `backend`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,7 +55,7 @@ def hugging_face(c, compiled, backend=None):
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa",
                                              **({"experts_implementation": backend} if backend else {}))
-    forward = compile_whole(model) if compiled else model
+    forward = compile_whole(model) if to_compile else model
 
     def loss(ids, targets):
         out = forward(ids, use_cache=False, **({"output_router_logits": True} if backend else {}))
@@ -66,7 +65,7 @@ def hugging_face(c, compiled, backend=None):
     return model, loss
 
 
-def gpt2_like(c, compiled):
+def gpt2_like(c, to_compile):
     """The same for a GPT-2-like model of torch's own layers: LayerNorm, GELU, learned positions, biases."""
     class Block(nn.Module):
         def __init__(self):
@@ -100,7 +99,7 @@ def gpt2_like(c, compiled):
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     model = Model()
-    return model, compile_whole(model) if compiled else model
+    return model, compile_whole(model) if to_compile else model
 
 
 def compile_whole(model):
@@ -108,7 +107,7 @@ def compile_whole(model):
 
 
 def contestants(family):
-    """{name: function of (ModelConfig, compiled) that makes (model, loss)}."""
+    """{name: function of (ModelConfig, to_compile) that makes (model, loss)}."""
     if family == "dense":
         return {"ours": ours, "Llama": hugging_face, "GPT-2-like": gpt2_like}
     mixtral = {f"Mixtral {name}": partial(hugging_face, backend=name) for name in EXPERT_BACKENDS}

@@ -5,8 +5,8 @@
     trainer_state.json   step, tokens, position in the token stream, lineage, history (see tokens_seen)
     optimizer.pt         AdamW's moments under the same tensor names; loads with weights_only=True
 
-In memory q k v, gate and up, and the experts are stacked. On disk they are separate. FORMATS says what
-an architecture calls its keys and tensors, and hf_views cuts a parameter into its tensors, both ways. A
+In memory q k v, gate and up, and the experts are stacked. On disk most architectures have them apart. FORMATS
+in formats.py says what each calls its keys and tensors. hf_views cuts a parameter into them, both ways. A
 directory is written under a temporary name, synced and renamed: under its final name it is complete.
 """
 import contextlib
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import ConfigError, read_json
+from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -34,69 +35,7 @@ TOKENIZER_FILES = (
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Architectures. FORMATS has an entry for each model_type of config.json:
-#   architecture  the class of transformers that opens what we write
-#   keys          {field of ModelConfig: key of config.json}
-#   constants     {key: value} written beside those
-#   assumed       {key: value} that transformers takes for a missing key, where ModelConfig takes another
-#   only          {key: values that this model can express}; any other value is refused
-#   sets          {field of ModelConfig: value} that the model_type alone says
-#   tensors       {parameter or buffer: names of its tensors} of layer i; with {e}: of each expert e
-
-KEYS = {key: key for key in (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-    "rope_scaling", "tie_word_embeddings", "initializer_range", "eos_token_id")}
-MOE_KEYS = {key: key for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")}
-LAYER, MOE = "model.layers.{i}.", "model.layers.{i}.block_sparse_moe."
-TENSORS = {name: ["model." + name] for name in (
-    "embed_tokens.weight", "norm.weight", "layers.{i}.input_layernorm.weight",
-    "layers.{i}.post_attention_layernorm.weight", "layers.{i}.self_attn.o_proj.weight")} | {
-    "lm_head.weight": ["lm_head.weight"],
-    "layers.{i}.self_attn.qkv_proj.weight": [LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"]}
-
-LLAMA = {
-    "architecture": "LlamaForCausalLM",
-    "keys": KEYS,
-    "constants": {"hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False},
-    "assumed": {"rms_norm_eps": 1e-6, "eos_token_id": 2},
-    "only": {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None),
-             "use_qk_norm": (False, None), "sliding_window": (None,), "pretraining_tp": (1, None),
-             "attention_dropout": (0, None)},
-    "sets": {},
-    "tensors": TENSORS | {
-        "layers.{i}.mlp.gate_up_proj.weight": [LAYER + f"mlp.{part}_proj.weight" for part in ("gate", "up")],
-        "layers.{i}.mlp.down_proj.weight": [LAYER + "mlp.down_proj.weight"]}}
-MIXTRAL = LLAMA | {
-    "architecture": "MixtralForCausalLM",
-    "keys": KEYS | MOE_KEYS,
-    "constants": {"hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None,
-                  "output_router_logits": True},  # if false, transformers trains without the balance loss
-    "assumed": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6,
-                "eos_token_id": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.001},
-    "tensors": TENSORS | {
-        "layers.{i}.mlp.gate.weight": [MOE + "gate.weight"],
-        "layers.{i}.mlp.gate_up_proj": [MOE + f"experts.{{e}}.{part}.weight" for part in ("w1", "w3")],
-        "layers.{i}.mlp.down_proj": [MOE + "experts.{e}.w2.weight"]}}
-FORMATS = {
-    "llama": LLAMA,
-    "mistral": LLAMA | {  # for reading only: what was read from it is written as a Llama
-        "assumed": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-                    "sliding_window": 4096, "eos_token_id": 2}},
-    "mixtral": MIXTRAL,
-    # Mixtral has no slot for a selection bias on the experts. A model with one names an architecture of ours,
-    # so that no other tool opens it and computes something else.
-    "mixtral_with_router_bias": MIXTRAL | {
-        "architecture": "MixtralWithRouterBiasForCausalLM",
-        "sets": {"router_bias": True},
-        "tensors": MIXTRAL["tensors"] | {"layers.{i}.mlp.bias": [MOE + "gate.bias"]}}}
-
-
-def written_as(c):
-    """The model_type under which a ModelConfig is written."""
-    moe = "mixtral_with_router_bias" if c.router_bias else "mixtral"
-    return moe if c.num_local_experts else "llama"
-
+# config.json
 
 def to_hf_config(c, dtype=torch.float32):
     """ModelConfig -> config.json's dict, for weights of a dtype.
@@ -104,8 +43,9 @@ def to_hf_config(c, dtype=torch.float32):
     transformers counts each of a token's k experts in full. Its balanced loss is k where ours is 1, so the
     coefficient is written as ours / k. It also pools the layers: the losses are equal for one layer only.
     """
-    entry = FORMATS[written_as(c)]
-    d = {"architectures": [entry["architecture"]], "model_type": written_as(c),
+    model_type = written_as(c)
+    entry = FORMATS[model_type]
+    d = {"architectures": [entry["architecture"]], "model_type": model_type,
          "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True, "bos_token_id": None,
          **entry["constants"], **{key: getattr(c, field) for field, key in entry["keys"].items()}}
     if c.num_local_experts:
@@ -116,6 +56,9 @@ def to_hf_config(c, dtype=torch.float32):
 def from_hf_config(d, where="config.json"):
     """config.json's dict -> ModelConfig. Raises ConfigError, naming the key, for what that cannot express."""
     model_type = d.get("model_type")
+    if isinstance(model_type, str) and model_type in NO_MIXTURE:
+        raise ConfigError(f"{where}: no mixture that computes the same as a {model_type} is known: "
+                          f"{NO_MIXTURE[model_type]}")
     if not isinstance(model_type, str) or model_type not in FORMATS:
         raise ConfigError(f"{where}: model_type '{model_type}' is not supported ({', '.join(FORMATS)} are)")
     entry = FORMATS[model_type]
@@ -129,12 +72,26 @@ def from_hf_config(d, where="config.json"):
             fields["rope_theta"] = rope.get("rope_theta", d.get("rope_theta", 10000.0))
             if rope.get("rope_type", "default") != "default":
                 fields["rope_scaling"] = rope
+        refuse_other_attention(d, entry)
         c = ModelConfig(**fields)
         if c.num_local_experts:  # 15 digits undo the rounding of the division by k
             c.router_aux_loss_coef = float(f"{c.router_aux_loss_coef * c.num_experts_per_tok:.15g}")
         return c
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def refuse_other_attention(d, entry):
+    """Raises ValueError where config.json's dict says that RoPE turns a part of a head, has a rope_type that
+    this entry of FORMATS does not take, or that layers differ in their attention."""
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor = {rope['partial_rotary_factor']} cannot be expressed here")
+    if kind not in entry.get("rope_types", (kind,)):
+        raise ValueError(f"rope_type '{kind}' is none of {', '.join(entry['rope_types'])}")
+    if {*(d.get("layer_types") or ()), "full_attention"} != {"full_attention"}:
+        raise ValueError("layer_types differ from full_attention, which cannot be expressed here")
 
 
 def read_config(directory):
@@ -185,9 +142,17 @@ class Span(NamedTuple):
     path: str
     start: int
     nbytes: int
+    first_row: int | None = None  # of the tensor in the file, where this is a part of it
+
+    def rows(self, start, shape):
+        """The Span of a part of shape `shape` that begins at row `start`."""
+        row_bytes = self.nbytes // self.shape[0]
+        return self._replace(shape=shape, start=self.start + start * row_bytes, nbytes=shape[0] * row_bytes,
+                             first_row=start)
 
     def read(self):  # a memory map
-        return self.file.get_tensor(self.name)
+        t = self.file.get_tensor(self.name)
+        return t if self.first_row is None else t[self.first_row:self.first_row + self.shape[0]]
 
     def copy_to(self, f):
         """Append the bytes to f inside the kernel: a third of the CPU time of writing out a memory map."""
@@ -261,9 +226,13 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
         model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    views = dict(itertools.chain(*stored_views(model, c, read_json(path)["model_type"]).values()))
-    tensors = open_tensors(directory)
-    check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views.items()})
+    model_type = read_json(path)["model_type"]
+    views = dict(itertools.chain(*stored_views(model, c, model_type).values()))
+    tensors, idle = open_tensors(directory), idle_tensors(c, model_type)
+    check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views.items()} | idle)
+    for name in idle:
+        if tensors[name].read().any():
+            raise ConfigError(f"{directory}: {name} is not zero: a shared expert cannot be expressed here")
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(tensors[name].read())
@@ -324,12 +293,14 @@ def copy_tokenizer(source, directory):
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
     """Write `model` (unwrapped), the dict `state` and AdamW's moments as a directory. Raises ConfigError."""
     biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
-    c = dataclasses.replace(model.config, router_bias=biased)  # routers whose bias is zero are Mixtral's
+    c = dataclasses.replace(model.config, router_bias=biased)  # no router bias: Mixtral's, Qwen's
     views = itertools.chain(*stored_views(model, c).values())
     tensors = {name: view.detach().cpu().clone() for name, view in views}
+    dtype = model.norm.weight.dtype
+    tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in idle_tensors(c).items()}
     needed = sum(t.nbytes for t in tensors.values()) * (1 if optimizer is None else 3)
     with atomic_directory(directory, needed) as temporary:
-        write_json(temporary, "config.json", to_hf_config(c, model.norm.weight.dtype))
+        write_json(temporary, "config.json", to_hf_config(c, dtype))
         save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
         if optimizer is not None:
             write_moments(temporary, moments(model, optimizer))

@@ -1,8 +1,9 @@
 """The transformer: dense (Llama) and mixture of experts (Mixtral), one forward pass for both.
 
-RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases. A config with num_local_experts = 0 is dense;
-otherwise every MLP is num_local_experts experts of which each token uses num_experts_per_tok. Config keys are
-Hugging Face's. Under torch.autocast the matrix products are bf16; weights, router, norms and loss stay fp32.
+RMSNorm, SwiGLU, RoPE, grouped-query attention. A config with num_local_experts = 0 is dense; otherwise every
+MLP is num_local_experts experts of which each token uses num_experts_per_tok. Qwen and OLMo-2 differ by
+qk_norm, attention_bias and norm_after. The other keys of a config are Hugging Face's. Under autocast the
+matrix products are bf16; weights, router, norms and loss stay fp32.
 
 Shapes in comments: B sequences, T positions, D hidden_size, F intermediate_size, H heads, K key-value heads,
 W = (H + 2K)·head_dim, V vocabulary, L layers, E experts, k experts per token, S = B·T tokens, R = S·k rows
@@ -37,12 +38,16 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # of the balance loss, carried for whoever trains on
     router_bias: bool = False  # a selection-only bias on the experts (loss-free balancing)
+    sliding_window: int | None = None  # tokens that a token sees; longer sequences are refused
+    qk_norm: str | None = None  # norms of q and k before RoPE: "head" by head, or one over the "vector"
+    attention_bias: bool = False  # biases on q, k and v
+    norm_after: bool = False  # norms follow attention and MLP, where Llama's precede them
 
     def __post_init__(self):
         """Raises ValueError, naming the key, for sizes no model can have."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int:
+            if f.type is int or f.name == "sliding_window" and value is not None:
                 if not isinstance(value, int) or value < (0 if f.name == "num_local_experts" else 1):
                     raise ValueError(f"{f.name} is {value!r}, must be a positive integer")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -60,11 +65,16 @@ class ModelConfig:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not in 1..num_local_experts "
                              f"({self.num_local_experts})")
 
+    @property
+    def longest(self):
+        """Tokens of the longest sequence, for which a sliding window hides nothing."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
 # ---------------------------------------------------------------------------------------------------------
 # Counts
 
 def parameter_counts(c):
-    """Parameters of a ModelConfig by group, and the sums the laws use.
+    """Parameters of a ModelConfig by group, and the sums the laws use. Biases count as norms.
 
     N: non-embedding parameters of the dense model with this backbone: one expert as its MLP, no router. (The
     lineage of a model that was upcycled to slices of its MLP records a larger N, that of its dense model.)
@@ -74,6 +84,9 @@ def parameter_counts(c):
     attention = L * D * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
     mlp = L * 3 * D * c.intermediate_size  # one expert
     norms = (2 * L + 1) * D
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms += L * {None: 0, "head": 2 * c.head_dim, "vector": q + kv}[c.qk_norm]
+    norms += L * (q + 2 * kv) * c.attention_bias
     router = L * E * D
     groups = {"embedding": c.vocab_size * D, "lm_head": 0 if c.tie_word_embeddings else c.vocab_size * D,
               "attention": attention, "mlp": mlp * max(E, 1), "router": router, "norms": norms}
@@ -139,14 +152,18 @@ def rope_tables(c):
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float(), pairs
 
 
-def turned_qkv(x, weight, turns, pairs, head_dim):
-    """q k v (B, T, W) = x (B, T, D) · weight (W, D)ᵀ in at least fp32, turned by RoPE with the tables turns
-    (T, W / 2, 2) and pairs. The columns of a head lie in pairs, or in halves where it is compiled."""
+def turned_qkv(x, weight, turns, pairs, head_dim, bias=None, normed=None):
+    """q k v (B, T, W) = x (B, T, D) · weight (W, D)ᵀ + bias (W,) in at least fp32, normed by a function of
+    them and of the order of their columns, then turned by RoPE with the tables turns (T, W / 2, 2) and pairs.
+    The columns of a head lie in pairs, or in halves where it is compiled."""
     if torch.compiler.is_compiling():  # the compiler knows no complex numbers
-        a, b = wide(F.linear(x, weight)).unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
+        qkv = wide(F.linear(x, weight, bias))
+        qkv = qkv if normed is None else normed(qkv)
+        a, b = qkv.unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
         cos, sin = turns.to(a.dtype).unflatten(1, (-1, head_dim // 2)).unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3)
-    qkv = wide(F.linear(x, weight.index_select(0, pairs))).unflatten(-1, (-1, 2))
+    qkv = wide(F.linear(x, weight.index_select(0, pairs), None if bias is None else bias[pairs]))
+    qkv = (qkv if normed is None else normed(qkv, pairs)).unflatten(-1, (-1, 2))
     turned = torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))
     return torch.view_as_real(turned).flatten(-2)
 
@@ -172,27 +189,41 @@ class NormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, size=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(c.hidden_size))
+        self.weight = nn.Parameter(torch.ones(size or c.hidden_size))
         self.eps = c.rms_norm_eps
 
-    def forward(self, x):
+    def forward(self, x, order=None):
+        """x (…, size); with order (at least size,) its column j has the weight order[j]."""
+        weight = self.weight if order is None else self.weight.to(x.dtype)[order[:len(self.weight)]]
         if x.is_cuda or torch.compiler.is_compiling():
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return NormFunction.apply(x, self.weight, self.eps)
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return NormFunction.apply(x, weight, self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = nn.Linear(c.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        W = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(c.hidden_size, W, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            heads_in_a_norm = (1, 1) if c.qk_norm == "head" else (self.heads, self.kv_heads)
+            self.q_norm, self.k_norm = (RMSNorm(c, n * self.head_dim) for n in heads_in_a_norm)
+
+    def normed(self, qkv, order=None):
+        """q k v (…, W) with norms on q and k. order (W,) of their columns is the same within each head."""
+        q, k, v = qkv.split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
+        q, k = (norm(t.unflatten(-1, (-1, len(norm.weight))), order).flatten(-2)
+                for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        return torch.cat((q, k, v), dim=-1)
 
     def forward(self, x, turns, pairs):
         B, T, _ = x.shape
-        qkv = turned_qkv(x, self.qkv_proj.weight, turns, pairs, self.head_dim).view(B, T, -1, self.head_dim)
+        qkv = turned_qkv(x, self.qkv_proj.weight, turns, pairs, self.head_dim, self.qkv_proj.bias,
+                         self.normed if hasattr(self, "q_norm") else None).view(B, T, -1, self.head_dim)
         if x.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
             qkv = narrow(qkv.to(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
@@ -315,12 +346,15 @@ class Layer(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c)
         self.mlp = MoE(c) if c.num_local_experts else MLP(c)
+        self.norm_after = c.norm_after
 
     def forward(self, x, turns, pairs):
-        x = x + self.self_attn(self.input_layernorm(x), turns, pairs)
-        y = self.mlp(self.post_attention_layernorm(x))
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        y = self.self_attn(x if self.norm_after else first(x), turns, pairs)
+        x = x + (first(y.to(x.dtype)) if self.norm_after else y)
+        y = self.mlp(x if self.norm_after else second(x))
         y, router = y if isinstance(y, tuple) else (y, None)
-        return x + y, router
+        return x + (second(y.to(x.dtype)) if self.norm_after else y), router
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -388,12 +422,12 @@ class Transformer(nn.Module):
         |-------------------------------------------|----------------------------------|
         | embedding, head, router, q k v, gate, up  | N(0, initializer_range²)         |
         | o, down (they write to the residual)      | N(0, initializer_range² / 2L)    |
-        | norms                                     | 1                                |
+        | norms; biases                             | 1; 0                             |
         """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                p.fill_(1.0)
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = self.config.initializer_range
             if "o_proj" in name or "down_proj" in name:
@@ -407,11 +441,12 @@ class Transformer(nn.Module):
 
         reduction "mean": the mean over tokens; "none": each token's (B, T), meant for use without gradients.
         router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax,
-        "z_loss": ()}. Raises ValueError when T exceeds max_position_embeddings.
+        "z_loss": ()}. Raises ValueError when T exceeds max_position_embeddings or a sliding window.
         """
-        T, limit = ids.shape[1], self.config.max_position_embeddings
+        T, limit = ids.shape[1], self.config.longest
         if T > limit:
-            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings {limit}")
+            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings or the sliding window, "
+                             f"{limit}")
         x = self.embed_tokens(ids)  # (B, T, D)
         turns, routers = self.turns[:T], []
         for layer in self.layers:
@@ -428,11 +463,15 @@ class Transformer(nn.Module):
         return loss, {"counts": counts, "probs": probs, "z_loss": z_loss.mean()}
 
 
-def compile_layers(model):
-    """Compile each layer of a Transformer on its own, in place. Layers share the compiled code, so it
-    takes as long as one layer does. Parameters keep their names."""
-    for layer in model.layers:
+def compiled(model):
+    """A Transformer as it is to be called, compiled: whole, or a layer at a time where it is deep. Whole is
+    faster by a tenth in small models, but takes longer with each layer. Parameters keep their names."""
+    torch._dynamo.config.recompile_limit = 64  # a process of a study compiles many shapes
+    if len(model.layers) <= 8:
+        return torch.compile(model, dynamic=False)
+    for layer in model.layers:  # they share the compiled code
         layer.compile(dynamic=False)
+    return model
 
 
 def balance_loss(counts, probs):

@@ -75,7 +75,7 @@ def variants(study):
 
 def plan_design(laws, options):
     """{variant of the study: what `expected` says, with its tokens, FLOPs and hours}."""
-    study, found = parse(Study, [options.design]), {}
+    study, found = parse(Study, [options.design, "--train_withheld"]), {}
     runs = [row for row in planned_rows(study) if row["family"] == "upcycled"]
     N, D1 = (getattr(options, name) or max((row[name] for row in runs), default=0.0) for name in ("N", "D1"))
     for name, variant in variants(study).items():

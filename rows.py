@@ -17,6 +17,7 @@ KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shar
 # Every setting that moves the loss: train.py writes them all to the row. A dense row has no ROUTING columns.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads")
+EXPERTS = ("num_local_experts", "num_experts_per_tok")
 ARCHITECTURE = (*SIZES, "tie_word_embeddings", "rope_theta", "initializer_range")
 DECAY = ("decay_start", "decay_steps")
 TRAINING = (*DECAY, "tokens_per_step", "max_seq_len", "learning_rate", "schedule", "warmup_steps",
@@ -31,7 +32,7 @@ SETTINGS = (*ARCHITECTURE, *TRAINING, *ROUTING, "sequences_per_pass", "tokens_be
 CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
 
 NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
-RUN = ("N", "D", "D1", "D2", "seed", "num_local_experts", "num_experts_per_tok", *NAMES, *KNOBS, *SETTINGS)
+RUN = ("N", "D", "D1", "D2", "seed", *EXPERTS, *NAMES, *KNOBS, *SETTINGS)
 ORIGIN = ("config", "git", "torch")  # where and with what a run was made: no part of which run it is
 
 
@@ -80,16 +81,19 @@ def differences(a, b, but=()):
 def mixed_conditions(rows):
     """{condition: its values, two or more} where rows of one fit were made under different conditions.
 
-    A column that a row lacks says nothing. An initializer_range of automatic_range(hidden_size) is "auto".
+    A column that a row lacks says nothing. An initializer_range of automatic_range(hidden_size) is "auto". A
+    learning rate may be tuned to the size: only rows of one N must agree on it.
     """
-    found = {key: {} for key in CONDITIONS}
+    found = {}
     for row in rows:
         for key in CONDITIONS:
             value = plain(key, row.get(key))
             if key == "initializer_range" and value == automatic_range(row.get("hidden_size")):
                 value = "auto"
-            found[key] |= {value: True} if value is not None else {}
-    return {key: list(values) for key, values in found.items() if len(values) > 1}
+            if value is not None:
+                alike = key, row["N"] if key == "learning_rate" else None
+                found.setdefault(alike, {})[value] = True
+    return {key: list(values) for (key, _), values in found.items() if len(values) > 1}
 
 
 def automatic_range(hidden_size):

@@ -34,11 +34,11 @@ def find_tokenizer(directory):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature, top_k, seed, eos=None):
-    """Yield new token ids after the list `ids`, each from the last max_position_embeddings ids."""
+    """Yield new token ids after the list `ids`, each from as many of the last ids as the model takes."""
     generator = torch.Generator().manual_seed(seed)
     ids = list(ids)
     for _ in range(max_new_tokens):
-        logits = model(torch.tensor([ids[-model.config.max_position_embeddings:]]))[0, -1]  # (V,)
+        logits = model(torch.tensor([ids[-model.config.longest:]]))[0, -1]  # (V,)
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -5,13 +5,15 @@ import json
 import math
 import os
 
+import torch
+
 import checkpoint
 from configurator import ConfigError
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import ARCHITECTURE, KNOBS, ROUTING, TRAINING, automatic_range, run_key
+from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
 
 # The settings of train.py that config.json carries.
-MODEL_KEYS = (*ARCHITECTURE, "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+MODEL_KEYS = (*ARCHITECTURE, *EXPERTS, "router_aux_loss_coef")
 
 
 def resolve(c, meta, world):
@@ -37,9 +39,19 @@ def resolve(c, meta, world):
     return c, m, state | {"trunk": c.trunk}, source, max_steps, row
 
 
+def on_cuda(kind):
+    """Whether the setting device=`kind` means a GPU. Raises ConfigError where it does and there is none."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch sees no GPU here")
+    return kind != "cpu" and torch.cuda.is_available()
+
+
 def resolve_architecture(c, source, meta):
-    """(settings, ModelConfig): a checkpoint decides its architecture. Raises ConfigError for another one."""
-    has_bias = c.router_bias_update_rate > 0
+    """(settings with architecture and dtype resolved, ModelConfig): a checkpoint decides its architecture.
+    Raises ConfigError for another one."""
+    has_bias, given = c.router_bias_update_rate > 0, given_settings(c)
+    if c.dtype == "auto":
+        c = dataclasses.replace(c, dtype="bfloat16" if on_cuda(c.device) else "float32")
     if not source:
         if c.initializer_range == "auto":  # a fixed one starts small widths with a plateau
             c = dataclasses.replace(c, initializer_range=automatic_range(c.hidden_size))
@@ -50,15 +62,15 @@ def resolve_architecture(c, source, meta):
         except ValueError as error:
             raise ConfigError(str(error)) from None
     m = checkpoint.read_config(source)
-    there, given = {key: getattr(m, key) for key in MODEL_KEYS}, given_settings(c)
+    there = {key: getattr(m, key) for key in MODEL_KEYS}
     if "router_aux_loss_coef" in given:  # config.json carries it, but it is a setting of the training
         there["router_aux_loss_coef"] = c.router_aux_loss_coef
     for key, value in there.items():
         if key in given and getattr(c, key) not in (None, "auto", value):
             raise ConfigError(f"{source}: {key} is {value!r} there, {getattr(c, key)!r} is asked for; "
                               f"leave {key} out")
-    if c.max_seq_len > m.max_position_embeddings:
-        raise ConfigError(f"{source}: max_position_embeddings is {m.max_position_embeddings}, "
+    if c.max_seq_len > m.longest:
+        raise ConfigError(f"{source}: takes at most {m.longest} tokens a sequence, "
                           f"max_seq_len = {c.max_seq_len} is too long")
     if meta["vocab_size"] > m.vocab_size:
         raise ConfigError(f"{source}: vocab_size is {m.vocab_size}, {c.dataset} has {meta['vocab_size']}")

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
@@ -24,9 +25,9 @@ from configurator import (REQUIRED, ConfigError, convert, from_dict, progress, r
                           run, setting)
 from data.stream import load_tokens
 from model import flops_per_token, parameter_counts
-from rows import append_row, differences, run_key, unusual_knobs
+from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, run_key, unusual_knobs
 from start import planned_row, resolve_architecture
-from train import Stopped, Train, caught_signals, train
+from train import Stopped, Train, caught_signals, pays_to_compile, train
 from upcycle import Options as UpcycleOptions, knobs, upcycle
 
 
@@ -50,6 +51,10 @@ class Study:
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
     workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each; on GPUs "
                            "worker i trains on GPU i modulo their number", least=1)
+    families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
+    withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
+                                   "{column: value, or list of values} each")
+    train_withheld: bool = setting(False, "train the withheld rows too")
     dry_run: bool = setting(False, "print the plan, train nothing")
 
 
@@ -94,6 +99,10 @@ def study_jobs(study):
             raise ConfigError(f"{study.config}: {key} is empty")
     if not 0 < study.decay_fraction < 1:
         raise ConfigError(f"{study.config}: decay_fraction = {study.decay_fraction} is not between 0 and 1")
+    for key in (key for row in study.withheld for key in row if key not in RUN):
+        raise ConfigError(f"{study.config}: withheld: {key} is no column that tells runs apart")
+    for family in (family for family in study.families if family not in FAMILIES):
+        raise ConfigError(f"{study.config}: families: {family!r} is none of {', '.join(FAMILIES)}")
     for key in (key for values in (study.train, *study.sizes) for key in values if key in SET_BY_STUDY):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     jobs, seen = [], set()
@@ -116,7 +125,45 @@ def study_jobs(study):
     keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
     if len(set(keys)) < len(keys):
         raise ConfigError(f"{study.config}: two of methods are equal")
+    jobs = due_jobs(study, jobs)
+    compile_where_it_pays(jobs)
     return jobs
+
+
+def compile_where_it_pays(jobs):
+    """Set `compile` of the jobs that leave it open. A worker compiles a shape once for all its runs."""
+    shapes, flops = {}, Counter()
+    for job in jobs:
+        shapes[id(job)] = shape = tuple(job.row[key] for key in (*SIZES, *EXPERTS))
+        flops[shape] += job.flops
+    for job in jobs:
+        if job.settings.compile == "auto":
+            job.settings.compile = pays_to_compile(flops[shapes[id(job)]], job.settings.device)
+
+
+def due_jobs(study, jobs):
+    """The jobs that the study trains now: branches of the families asked for that are not withheld, and the
+    trunks on which they depend. A trunk goes as far as any row that is not withheld needs it."""
+    def is_withheld(row):
+        return any(all(row.get(key) in (value if isinstance(value, list) else [value])
+                       for key, value in columns.items()) for columns in study.withheld)
+    due, needed, needed_now = [], set(), set()  # checkpoints needed by rows of any family, and by due jobs
+    for job in reversed(jobs):
+        c = job.settings
+        if job.is_trunk:
+            paths = {tokens: checkpoint_path(c.out_dir, tokens, c) for tokens in c.save_at_tokens}
+            stops = [tokens for tokens, path in paths.items() if path in needed]
+            is_due = any(path in needed_now for path in paths.values())
+            if stops:
+                job = dataclasses.replace(job, tokens=stops[-1], flops=job.flops * stops[-1] // job.tokens)
+                job.settings = dataclasses.replace(c, save_at_tokens=stops, max_tokens=stops[-1])
+        else:
+            stops = study.train_withheld or not is_withheld(job.row)
+            is_due = stops and (not study.families or job.row["family"] in study.families)
+        needed |= {job.needs} if stops else set()
+        needed_now |= {job.needs} if is_due else set()
+        due += [job] if is_due else []
+    return due[::-1]
 
 
 def jobs_of_size(study, dense, n, upcycled_at):
@@ -150,7 +197,7 @@ def jobs_of_size(study, dense, n, upcycled_at):
 def method_name(study, options):
     """What rows.method_label says in words, for the name of a directory, as drop-drop_ratio_0.5."""
     told = unusual_knobs(knobs(options))
-    for key in ("num_local_experts", "num_experts_per_tok"):
+    for key in EXPERTS:
         if getattr(options, key) != getattr(study, key):
             told[key] = getattr(options, key)
     return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])

@@ -25,10 +25,9 @@ import checkpoint
 from configurator import (ConfigError, code_version, progress, read_json, run, setting, write_config,
                           write_text_atomically)
 from data.stream import batches, load_tokens, locate, sequences
-from model import (ModelConfig, Transformer, balance_loss, compile_layers, effective_experts,
-                   flops_per_token)
+from model import (ModelConfig, Transformer, balance_loss, compiled, effective_experts, flops_per_token)
 from rows import append_row, differences
-from start import passes, resolve
+from start import on_cuda, passes, resolve
 
 
 @dataclass
@@ -82,9 +81,11 @@ class Train:
     eval_every_steps: int = setting(0, "steps between validations; 0: only at the end", least=0)
     save_at_tokens: list[int] = setting([], "tokens at which to keep a checkpoint, to the next step", least=1)
     save_every_seconds: int = setting(600, "seconds between checkpoints to resume from; 0: none", least=0)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "of matrix products; weights stay float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of matrix products, weights stay float32; auto: bfloat16 on GPUs, float32 on CPUs")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
-    compile: bool = setting(False, "compile the layers (pays on runs of minutes)")
+    compile: bool | Literal["auto"] = setting("auto", "compile the model; auto: where the run is long enough "
+                                              "to earn the time that it takes")
 
 
 class Stopped(Exception):
@@ -141,15 +142,20 @@ def make_optimizer(model, c):
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 
-def wrap(model, c, device):
+def pays_to_compile(flops, kind):
+    """Whether so many FLOPs on the setting device=`kind` earn the time of compilation. No clock is asked, so
+    a run that is resumed computes as before. dev/LOG.md has the measurements."""
+    return flops > (1e16 if on_cuda(kind) else 4e12) and bool(shutil.which(os.environ.get("CXX", "g++")))
+
+
+def wrap(model, to_compile, device):
     """(the model as it is called, a maker of contexts in which gradients are not summed over ranks)."""
-    if c.compile:
-        compile_layers(model)
+    forward = compiled(model) if to_compile else model
     if not dist.is_initialized():
-        return model, contextlib.nullcontext
+        return forward, contextlib.nullcontext
     devices = [device.index] if device.type == "cuda" else None
     forward = torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=False)  # every rank computes the same buffers
+        forward, device_ids=devices, broadcast_buffers=False)  # every rank computes the same buffers
     return forward, forward.no_sync
 
 
@@ -177,15 +183,14 @@ def build(run):
     run.optimizer = make_optimizer(run.model, c)
     if run.source and (c.branch or run.source != c.init_from):
         checkpoint.load_moments(run.source, run.model, run.optimizer)
-    run.forward, run.no_sync = wrap(run.model, c, run.device)
+    to_compile = pays_to_compile(run.row["flops"], c.device) if c.compile == "auto" else c.compile
+    run.forward, run.no_sync = wrap(run.model, to_compile, run.device)
 
 
 @contextlib.contextmanager
 def process_group(kind):
     """Yields the device for the setting device=`kind`; under torchrun, within a process group."""
-    cuda = kind == "cuda" or (kind == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch sees no GPU here")
+    cuda = on_cuda(kind)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

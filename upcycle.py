@@ -2,9 +2,10 @@
 
     python upcycle.py DENSE MOE --num_local_experts=8 --num_experts_per_tok=2
 
-DENSE is any Llama (or Mistral without sliding window) in Hugging Face's format. MOE becomes a Mixtral:
-attention, norms and embeddings are copied, every MLP becomes num_local_experts experts, and the router is
-drawn from N(0, router_std²). A new method is a line of this table, an entry of METHODS and its functions.
+DENSE is a Llama, Mistral, Phi-3, Qwen2, Qwen3 or OLMo-2 in Hugging Face's format, and MOE the mixture that
+belongs to it: see formats.py. Attention, norms and embeddings are copied, every MLP becomes num_local_experts
+experts, and the router is drawn from N(0, router_std²). A new method is a line of this table, an entry of
+METHODS in methods.py and its functions.
 
 | method          | expert e                                                        | function preserved    |
 |-----------------|-----------------------------------------------------------------|-----------------------|
@@ -26,10 +27,9 @@ bf16 transformers rounds them, 5 to 40 tokens in 10,000 tie two groups (of 4 and
 import hashlib
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,149 +39,14 @@ from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_mo
                         write_json, write_moments, write_weights)
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
+from formats import FORMATS, idle_tensors, written_as
+from methods import METHODS, Piece, generator, normal, slice_of, wide
 from model import Transformer, effective_experts, parameter_counts
-
-# ---------------------------------------------------------------------------------------------------------
-# Methods
-
-class Piece(NamedTuple):
-    """A tensor of the result and what it is made of."""
-    name: str
-    shape: tuple
-    dtype: torch.dtype
-    dense_name: str | None  # the dense tensor; None: the router, which is drawn
-    layer: int = 0
-    expert: int | None = None  # None: attention, norms, embeddings, router
-    part: int = 0  # gate 0, up 1, down 2
-
-    @property
-    def bytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def channels(self):
-        """The dimension of the intermediate channels: gate and up are (F, D), down is (D, F)."""
-        return 1 if self.part == 2 else 0
-
-
-class Method(NamedTuple):
-    """How experts are made. Its functions get Options o, the Piece p to make, and copies of tensors, which
-    they may overwrite. None for weights or moments: they are the MLP's, copied byte by byte."""
-    weights: Callable | None = None  # (o, w, p): the expert's matrix, from the MLP's or slice e mod G of it
-    moments: Callable | None = None  # (o, m, p, power): AdamW's mean of gradient ** power
-    theory: Callable = lambda o, dense: {}  # {key of MEASURED: the value to expect}; dense: a ModelConfig
-    costs: Callable = lambda o, sources: []  # [how settings break its promise]; raises ConfigError for others
-    knobs: tuple = ()  # the settings that tell two uses of the method apart
-
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
             "relative_logit_difference": "logits, largest difference / largest",
             "kl": "KL(dense, result), nats a token", "channels_kept": "channels kept",
             "weight_change": "experts' change, RMS / std"}
-SAME_WEIGHTS = {"channels_kept": 1.0, "weight_change": 0.0}
-SAME_FUNCTION = {"relative_logit_difference": 0.0, "kl": 0.0}
-
-
-def generator(*key):
-    """A random generator that is a function of `key` alone."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def wide(dtype):
-    """The type to compute in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def normal(t, *key):
-    """N(0, 1) of t's shape, fp32, or fp64 for an fp64 t."""
-    return torch.empty(t.shape, dtype=wide(t.dtype)).normal_(generator=generator(*key))
-
-
-def add_noise(o, w, p):
-    """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
-    delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.to(wide(w.dtype)).std())
-    if o.noise_fraction < 1:
-        uniform = torch.empty(w.shape).uniform_(generator=generator(o.seed, "entries", p.name))
-        delta *= uniform < o.noise_fraction
-    return delta.add_(w)
-
-
-def drop(per_matrix):
-    """The method that draws channels again: one set for an expert, or one for each of its matrices."""
-    def dropped(o, t, p):
-        key = (o.seed, "channels", p.layer, p.expert) + ((p.part,) if per_matrix else ())
-        count = t.shape[p.channels]
-        return torch.randperm(count, generator=generator(*key))[:round(o.drop_ratio * count)]
-
-    def weights(o, w, p):
-        channels = dropped(o, w, p)
-        if not len(channels):
-            return w
-        block = w.index_select(p.channels, channels).to(wide(w.dtype))
-        fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
-        return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
-
-    def moments(o, m, p, power):
-        return m.index_fill_(p.channels, dropped(o, m, p), 0)
-
-    def theory(o, dense):
-        r = round(o.drop_ratio * dense.intermediate_size) / dense.intermediate_size
-        return {"channels_kept": (1 - r) ** (3 if per_matrix else 1), "weight_change": math.sqrt(2 * r)}
-
-    return Method(weights, moments, theory=theory, knobs=("drop_ratio",))
-
-
-def costs_of_groups(o, sources):
-    E, k, G = o.num_local_experts, o.num_experts_per_tok, o.granularity
-    channels = sources[0].config.intermediate_size
-    if channels % G:
-        raise ConfigError(f"granularity = {G} does not divide intermediate_size {channels} into equal slices")
-    costs = []
-    if k % G:
-        costs.append(f"num_experts_per_tok = {k} is not a multiple of granularity = {G}: {k % G} of a "
-                     "token's experts are part of a group and do not add up to an MLP")
-    if E % G:
-        costs.append(f"num_local_experts = {E} is not a multiple of granularity = {G}: the last group lacks "
-                     f"{G - E % G} of its slices")
-    return costs
-
-
-def costs_of_merge(o, sources):
-    n, E, dense = len(sources), o.num_local_experts, sources[0].config
-    for s in sources[1:]:
-        for key, value in asdict(dense).items():
-            found = getattr(s.config, key)
-            if found != value and key not in ("max_position_embeddings", "initializer_range", "eos_token_id"):
-                raise ConfigError(f"{s.path}: {key} = {found}, but {value} in {o.source}: merge equal shapes")
-    if n == 1:
-        raise ConfigError("--method=merge needs further checkpoints after the destination")
-    if o.optimizer == "copy":
-        raise ConfigError("--optimizer=copy: merged checkpoints have a set of moments each, and no right one")
-    uneven = f"num_local_experts = {E} is not a multiple of the {n} checkpoints: some have more experts"
-    return [uneven] if E % n else []
-
-
-METHODS = {
-    "copy": Method(theory=lambda o, dense: SAME_WEIGHTS | SAME_FUNCTION),
-    "noise": Method(
-        weights=add_noise,
-        theory=lambda o, dense: {"channels_kept": float(o.noise_std * o.noise_fraction == 0),
-                                 "weight_change": o.noise_std * math.sqrt(o.noise_fraction)},
-        knobs=("noise_std", "noise_fraction")),
-    "drop": drop(per_matrix=False),
-    "drop_per_matrix": drop(per_matrix=True),
-    "virtual_groups": Method(
-        weights=lambda o, w, p: w * o.granularity if p.part == 2 else w,
-        # a weight G times as large has a gradient G times smaller
-        moments=lambda o, m, p, power: m / o.granularity ** power if p.part == 2 else m,
-        theory=lambda o, dense: SAME_WEIGHTS | SAME_FUNCTION,
-        costs=costs_of_groups,
-        knobs=("granularity",)),
-    "merge": Method(
-        theory=lambda o, dense: SAME_WEIGHTS,
-        costs=costs_of_merge,
-        knobs=("merge_shared",))}
 KNOBS_OF_ALL = ("router_std", "optimizer")
 
 
@@ -252,9 +117,11 @@ class Source:
         self.tensors, layers = open_tensors(path), self.config.num_hidden_layers
         if layers > len(self.tensors):
             raise ConfigError(f"{path}: config.json says {layers} layers for {len(self.tensors)} tensors")
-        self.layout = layout(self.config, path, self.json["model_type"])
+        stored = layout(self.config, path, self.json["model_type"])
+        check_tensors(path, self.tensors, dict(sum(stored.values(), [])))
+        self.layout = layout(self.config, path)
+        self.tensors = split_tensors(self.tensors, stored, self.layout)
         self.shapes = dict(sum(self.layout.values(), []))
-        check_tensors(path, self.tensors, self.shapes)
 
     def sha256(self):
         """{weight file: digest}."""
@@ -277,6 +144,18 @@ def layout(c, where="", model_type=None):
             for name, views in stored_views(model, c, model_type).items()}
 
 
+def split_tensors(tensors, stored, wanted):
+    """{name: Span} of the layout `wanted`, from those of the layout `stored`, where one tensor may hold
+    several, row after row."""
+    result = {}
+    for parameter, views in wanted.items():
+        names, row = [name for name, _ in stored[parameter]], 0
+        for i, (name, shape) in enumerate(views):
+            result[name] = tensors[names[i]] if len(names) > 1 else tensors[names[0]].rows(row, shape)
+            row += shape[0]
+    return result
+
+
 def pieces_of(source, moe):
     """[Piece] of the result, a ModelConfig, made of a Source, in the order in which they are written."""
     pieces = []
@@ -284,27 +163,24 @@ def pieces_of(source, moe):
         dense_names = [name for name, _ in source.layout.get(parameter + ".weight", ())]
         for i, (name, shape) in enumerate(views):
             if parameter in source.layout:
-                pieces.append(Piece(name, shape, source.tensors[name].dtype, name))
+                dense = source.layout[parameter][i][0]
+                pieces.append(Piece(name, shape, source.tensors[dense].dtype, dense))
             elif dense_names:
                 expert, part = divmod(i, len(dense_names))  # gate and up in turn, or down alone
                 dense, layer = dense_names[part], int(parameter.split(".")[1])
                 part = part if len(dense_names) == 2 else 2
                 pieces.append(Piece(name, shape, source.tensors[dense].dtype, dense, layer, expert, part))
-            else:  # the router
-                pieces.append(Piece(name, shape, pieces[0].dtype, None))
-    return pieces
-
-
-def slice_of(o, t, p):
-    """Slice e mod granularity of the intermediate channels of a dense matrix, or of its moment."""
-    size = t.shape[p.channels] // o.granularity
-    return t.narrow(p.channels, p.expert % o.granularity * size, size)
+            else:
+                pieces.append(Piece(name, shape, pieces[0].dtype, None, drawn=True))
+    return pieces + [Piece(name, shape, pieces[0].dtype, None) for name, shape in idle_tensors(moe).items()]
 
 
 def make_piece(o, sources, p):
     """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
     span, make = sources[(p.expert or 0) % len(sources)].tensors.get(p.dense_name), METHODS[o.method].weights
-    if p.dense_name is None:  # the router: a row for each group of `granularity` experts
+    if p.dense_name is None and not p.drawn:
+        return torch.zeros(p.shape, dtype=p.dtype)
+    if p.drawn:  # the router: a row for each group of `granularity` experts
         rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
         rows = normal(rows, o.seed, p.name) * o.router_std
         t = rows.repeat_interleave(o.granularity, dim=0)[:p.shape[0]]
@@ -331,7 +207,7 @@ def upcycled_moments(o, source, pieces):
     old, make = read_moments(source.path, source.shapes), METHODS[o.method].moments
     new = {"step": old["step"], "exp_avg": {}, "exp_avg_sq": {}}
     for power, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
-        for p in pieces:
+        for p in (p for p in pieces if p.dense_name or p.drawn):
             m = torch.zeros(p.shape) if p.dense_name is None else old[key][p.dense_name]
             if p.expert is not None and make:
                 m = make(o, slice_of(o, m, p).clone(), p, power)
@@ -341,7 +217,7 @@ def upcycled_moments(o, source, pieces):
 
 # Keys of config.json that stay as the source has them, RoPE in whichever form.
 KEPT_KEYS = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
-             "rope_scaling", "rope_parameters")
+             "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 
 def result_state(o, source, record):
@@ -374,7 +250,7 @@ def measure_weights(o, sources, directory, pieces):
 
 def check_ids(o, source):
     """(ids (B, T + 1) on which to compare the models, where they are from). Raises ConfigError."""
-    T = min(source.config.max_position_embeddings, 512, o.check_tokens)
+    T = min(source.config.longest, 512, o.check_tokens)
     dataset = o.dataset or source.state.get("dataset")
     if not o.dataset and not (dataset and locate(dataset).is_dir()):  # the source was trained elsewhere
         shape, g = (max(1, o.check_tokens // T), T + 1), generator(o.seed, "check")
@@ -433,13 +309,45 @@ def proof(o, sources, directory, pieces, ids, record):
     return result
 
 
+def hints_for(E, model_type):
+    """What llama.cpp and vLLM make of E experts and of a model_type, [str], as their sources have it."""
+    hints = []
+    if E > 512:
+        hints.append(f"llama.cpp takes 512 experts at most, not {E}, unless LLAMA_MAX_EXPERTS is raised")
+    if E & (E - 1) and E % 64 or E > 576:
+        hints.append(f"vLLM routes {E} experts with a slow kernel, powers of two with a fast one")
+    if model_type == "qwen2_moe":
+        hints.append("llama.cpp does not renormalise the weights of Qwen2-MoE's experts, as this model wants")
+    return hints
+
+
+def name_of(path):
+    return os.path.basename(os.path.abspath(path))
+
+
+def model_card(record, architecture):
+    """README.md for a hub. It names no licence and no base_model, which depend on the source."""
+    o = record["settings"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:",
+             "- mixture-of-experts", "- upcycled", "---", f"# {name_of(o['destination'])}", "",
+             f"A {architecture} that nanoUpcycle made of dense weights.", "",
+             "| source | tokens seen | file | sha256 |", "|---|---|---|---|"]
+    for source in record["sources"]:
+        seen = "unknown" if source["tokens"] is None else f"{source['tokens']:,}"
+        lines += [f"| {name_of(source['path'])} | {seen} | {file} | `{digest}` |"
+                  for file, digest in source["sha256"].items()]
+    lines += ["", f"Method `{o['method']}`, seed {o['seed']}, "
+              + ", ".join(f"{key} {o[key]}" for key in knobs(Options(**o))) + "."]
+    return "\n".join([*lines, "", "```", summary(record), "```", ""])
+
+
 def summary(record):
     """The record as a few lines for a person."""
     o, found, said = record["settings"], record["measured"], record["predicted"]
     D1 = "unknown (give it with --D1)" if record["D1"] is None else f"{record['D1']:,}"
-    lines = [f"{o['destination']}: {o['num_local_experts']} experts, top-{o['num_experts_per_tok']}, by "
-             f"{o['method']}; N {record['N']:,}, D1 {D1}"]
-    lines += [f"forced: {cost}" for cost in record["costs"]]
+    lines = [f"{name_of(o['destination'])}: {o['num_local_experts']} experts, "
+             f"top-{o['num_experts_per_tok']}, by {o['method']}; N {record['N']:,}, D1 {D1}"]
+    lines += [f"forced: {cost}" for cost in record["costs"]] + [f"hint: {hint}" for hint in record["hints"]]
     if not found:
         return "\n".join(lines + ["not compared (--check=true does it)"])
     lines.append(found.get("not_run", f"on {found['tokens']} {found['on']}:"))
@@ -471,7 +379,8 @@ def upcycle(o):
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
     ids, origin = check_ids(o, first) if (fits if o.check is None else o.check) else (None, None)
     record = {"N": parameter_counts(dense)["N"], "D1": seen if o.D1 is None else o.D1, "settings": asdict(o),
-              "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs}
+              "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs,
+              "hints": hints_for(o.num_local_experts, written_as(moe))}
     size = sum(p.bytes for p in pieces)
     with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(1) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
@@ -489,6 +398,8 @@ def upcycle(o):
             measured = proof(o, sources, directory, pieces, ids, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
+        with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:
+            f.write(model_card(record, FORMATS[written_as(moe)]["architecture"]))
     return record
 
 

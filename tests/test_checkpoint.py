@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from configurator import ConfigError
+from formats import MIXTURES
 from model import ModelConfig, Transformer, balance_loss
 from test_model import DENSE, MOE, random_model
 
@@ -234,31 +235,42 @@ def test_the_tensors_of_a_model_are_those_of_transformers(tmp_path):
         assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral"])
+@pytest.mark.parametrize("model_type", [name for name in checkpoint.FORMATS if "router_bias" not in name])
 def test_missing_keys_mean_what_transformers_takes_for_them(model_type):
     from transformers import AutoConfig
     d = {"model_type": model_type, "vocab_size": 101, "hidden_size": 128, "intermediate_size": 48,
-         "num_hidden_layers": 2, "num_attention_heads": 16}
+         "num_hidden_layers": 2, "num_attention_heads": 32}
     hf_config = AutoConfig.for_model(**d)
     if model_type == "mistral":
         assert hf_config.sliding_window == 4096  # which is refused
         d["sliding_window"] = None
+    if "norm_topk_prob" in checkpoint.FORMATS[model_type]["only"]:
+        assert not hf_config.norm_topk_prob  # which is refused
+        d["norm_topk_prob"] = True
+    if model_type == "qwen2_moe":
+        assert hf_config.shared_expert_intermediate_size == 5632  # which is refused
+        d["shared_expert_intermediate_size"] = 64
     c = checkpoint.from_hf_config(d)
     for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
                 "initializer_range", "eos_token_id"):
         assert getattr(c, key) == getattr(hf_config, key), key
     assert c.rope_theta == hf_config.rope_parameters["rope_theta"]
-    if model_type == "mixtral":
-        assert c.num_local_experts == hf_config.num_local_experts
+    assert c.head_dim == (getattr(hf_config, "head_dim", None) or 128 // 32)
+    if c.num_local_experts:
+        assert c.intermediate_size == getattr(hf_config, "moe_intermediate_size", 48)
+        key = "num_experts" if hasattr(hf_config, "num_experts") else "num_local_experts"
+        assert c.num_local_experts == getattr(hf_config, key)
         assert c.num_experts_per_tok == hf_config.num_experts_per_tok
         assert c.router_aux_loss_coef == hf_config.router_aux_loss_coef * hf_config.num_experts_per_tok
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_the_balance_loss_has_its_strength_in_transformers(tmp_path, k):
+@pytest.mark.parametrize("k, family", [(1, "mixtral"), (3, "mixtral"), (4, "mixtral"),
+                                       *((2, family) for family in MIXTURES)])
+def test_the_balance_loss_has_its_strength_in_transformers(tmp_path, k, family):
     """With one layer, where pooling the layers changes nothing, both train on the same loss."""
     from transformers import AutoModelForCausalLM
-    model = random_model(**MOE | {"num_hidden_layers": 1, "num_experts_per_tok": k}, router_aux_loss_coef=0.7)
+    model = random_model(**MOE | {"num_hidden_layers": 1, "num_experts_per_tok": k}, router_aux_loss_coef=0.7,
+                         **MIXTURES[family]["sets"])
     checkpoint.save(tmp_path / "ours", model, {})
     ids = torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -282,37 +294,6 @@ def test_the_balance_coefficient_comes_back(k, tmp_path):
         again = checkpoint.read_config(tmp_path)
         assert again.router_aux_loss_coef == float(f"{coefficient:.15g}")
         assert checkpoint.from_hf_config(checkpoint.to_hf_config(again)) == again
-
-
-def test_a_new_architecture_is_an_entry_of_formats(tmp_path, monkeypatch):
-    """Phi-3 stores q k v in one tensor, gate and up in another. Some mixtures say gate_proj for w1."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-    layer = "layers.{i}."
-    fused = {f"{layer}{name}": [f"model.{layer}{name}"]
-             for name in ("self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")}
-    llama = checkpoint.FORMATS["llama"]
-    monkeypatch.setitem(checkpoint.FORMATS, "phi3", llama | {"tensors": llama["tensors"] | fused})
-    phi3 = Phi3ForCausalLM(Phi3Config(**DENSE, num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=0,
-                                        initializer_range=0.2)).eval()
-    phi3.save_pretrained(tmp_path / "phi3")
-    ids = torch.arange(30).view(1, 30)
-    with torch.no_grad():
-        model = checkpoint.load_model(tmp_path / "phi3")
-        torch.testing.assert_close(model(ids), phi3(ids).logits, rtol=1e-4, atol=1e-5)
-        checkpoint.save(tmp_path / "llama", model, {})
-        assert torch.equal(checkpoint.load_model(tmp_path / "llama")(ids), model(ids))
-    mixtral = checkpoint.FORMATS["mixtral"]
-    named = [f"model.{layer}mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up")]
-    monkeypatch.setitem(checkpoint.FORMATS, "another", mixtral | {
-        "keys": mixtral["keys"] | {"num_local_experts": "num_experts"},
-        "tensors": mixtral["tensors"] | {f"{layer}mlp.gate_up_proj": named}})
-    d = checkpoint.to_hf_config(ModelConfig(**MOE))
-    d = d | {"model_type": "another", "num_experts": d.pop("num_local_experts")}
-    c = checkpoint.from_hf_config(d)
-    assert c == ModelConfig(**MOE)
-    t = torch.arange(4 * 96 * 32.0).view(4, 96, 32)
-    views = dict(checkpoint.hf_views("layers.1.mlp.gate_up_proj", t, c, "another"))
-    assert len(views) == 8 and torch.equal(views["model.layers.1.mlp.experts.3.up_proj.weight"], t[3, 48:])
 
 
 # ---------------------------------------------------------------------------------------------------------

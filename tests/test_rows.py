@@ -71,6 +71,13 @@ def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():
     assert mixed_conditions([FULL, *dense]) == {"initializer_range": [0.02, "auto"]}
 
 
+def test_a_learning_rate_may_follow_the_size_but_must_not_differ_within_one():
+    tuned = [FULL, FULL | {"N": 2 * FULL["N"], "learning_rate": FULL["learning_rate"] / 2}]
+    assert mixed_conditions(tuned) == {}
+    again = tuned[1] | {"learning_rate": 0.5}
+    assert mixed_conditions([*tuned, again]) == {"learning_rate": [FULL["learning_rate"] / 2, 0.5]}
+
+
 def test_a_csv_and_a_jsonl_row_of_one_run_are_the_same(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(",".join(FULL) + "\n" + ",".join(map(str, FULL.values())) + "\n")

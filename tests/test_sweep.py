@@ -77,6 +77,32 @@ def test_plan_shares_trunks_and_counts_what_it_trains(mini):
     assert f"save {saved:.0%} of the tokens" in text and "0 of" in text
 
 
+def test_withheld_rows_and_what_only_they_need_wait_until_they_are_asked_for(mini):
+    """The upcycled runs of one size and the longest runs of the other are withheld, by column and value."""
+    every, large = study_jobs(study(mini)), max(r["N"] for r in planned_rows(study(mini)))
+    mini.write_text(mini.read_text() + f"withheld = [{{'family': 'upcycled', 'N': {large}}},"
+                                       f" {{'D': 5120, 'N': {large}}}, {{'D2': [2560, 5120]}}]\n")
+
+    now = study_jobs(study(mini))
+    held = [r for r in planned_rows(study(mini, "--train_withheld"))
+            if r.get("N") == large and (r["family"] == "upcycled" or r["D"] == 5120) or r.get("D2", 0) > 1280]
+    assert len(held) == 9 + 2 + 6 and len(now) < len(every)
+    rows = [job.row for job in now if not job.is_trunk]
+    assert [r for r in planned_rows(study(mini, "--train_withheld")) if r not in held] == rows
+    reach = {job.row["trunk"]: job.settings.max_tokens // 128 for job in now if job.is_trunk}
+    small = min(r["N"] for r in rows)
+    assert reach.pop(f"dense-N{large}-s0") == reach.pop(f"moe-N{large}-s0") == 16  # 20 steps, a fifth decays
+    assert reach.pop(f"dense-N{small}-s0") == 40 and reach.pop(f"moe-N{small}-s0") == 32
+    assert set(reach.values()) == {8} and len(reach) == 3 and all("upcycled" in name for name in reach)
+    assert sum(job.tokens for job in now) == 128 * ((16 + 2 + 4) * 2 + (40 + 14) + (32 + 14) + 3 * (8 + 2))
+    # A family at a time: the dense trunk keeps the checkpoints that upcycling will want.
+    scratch = study_jobs(study(mini, "--families=['dense', 'moe']"))
+    assert [job for job in now if job.row["family"] != "upcycled"] == scratch
+    assert {job.row["family"] for job in study_jobs(study(mini, "--families=['moe']"))} == {"moe"}
+    upcycled = study_jobs(study(mini, "--families=['upcycled']"))
+    assert [j.row["family"] for j in upcycled].count("dense") == 1 and upcycled[0].is_trunk
+
+
 def test_virtual_groups_keep_the_dense_N(mini):
     s = study(mini)
     s.methods = [{"method": "copy"}, {"method": "virtual_groups", "granularity": 2, "num_local_experts": 8,
@@ -100,6 +126,8 @@ def test_virtual_groups_keep_the_dense_N(mini):
                                             "two of methods are equal"),
                                            ("methods = [{'method': 'copy'}, {'router_std': 0.02}]",
                                             "two of methods are equal"),
+                                           ("families = ['dens']", "'dens' is none of"),
+                                           ("withheld = [{'Dl': 1}]", "Dl is no column"),
                                            ("train = {'tokens_per_step': 100}", "multiple of max_seq_len"),
                                            ("trian = {}", "did you mean 'train'")])
 def test_bad_studies_are_refused_by_name(mini, line, message):

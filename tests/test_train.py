@@ -21,7 +21,7 @@ from model import flops_per_token
 from data.stream import batches, sequences, shuffled
 from rows import ROUTING, SETTINGS, run_key
 from checkpoint import tokens_seen
-from train import Stopped, Train, learning_rate, train, validate
+from train import Stopped, Train, learning_rate, pays_to_compile, train, validate
 from upcycle import Options, upcycle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,6 +322,20 @@ def test_a_row_has_every_setting_that_moves_the_loss(tiny):
     assert all(dense[key] == getattr(c, key)
                for key in set(SETTINGS) & set(dense) - derived - {"num_key_value_heads"})
     assert (dense["num_key_value_heads"], dense["decay_start"], sparse["sequences_per_pass"]) == (2, 14, 4)
+
+
+def test_automatic_settings_follow_the_device_and_the_length_of_the_run(tiny, monkeypatch):
+    import start
+    assert train(tiny, report=quiet)["dtype"] == "float32" and not pays_to_compile(1e12, "cpu")
+    assert pays_to_compile(1e13, "cpu") and pays_to_compile(1e13, "auto")
+    monkeypatch.setattr(start.torch.cuda, "is_available", lambda: True)
+    assert pays_to_compile(1e13, "cpu") and pays_to_compile(1e17, "cuda")
+    assert not pays_to_compile(1e13, "auto")
+    meta = {"vocab_size": 257, "tokenizer": "bytes"}
+    assert start.resolve_architecture(Train(), None, meta)[0].dtype == "bfloat16"
+    assert start.resolve_architecture(Train(device="cpu"), None, meta)[0].dtype == "float32"
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    assert not pays_to_compile(1e17, "cpu")
 
 
 def test_history_counts_each_run_once_and_branches_share_their_trunk(tiny, tmp_path):

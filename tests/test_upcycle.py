@@ -22,6 +22,7 @@ import rows
 import upcycle as u
 from checkpoint import load_model, load_moments, save
 from configurator import ConfigError, run
+from methods import Method
 from model import ModelConfig, Transformer, parameter_counts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,7 +304,7 @@ def test_a_method_may_work_in_place(tmp_path, random_dense, monkeypatch):
     shutil.rmtree(dense)
     save(dense, model, {"tokens": 1, "history": [], "lineage": {}}, optimizer)
     files = [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")]
-    monkeypatch.setitem(u.METHODS, "copy", u.Method(
+    monkeypatch.setitem(u.METHODS, "copy", Method(
         weights=lambda o, w, p: w.mul_(1.05), moments=lambda o, m, p, power: m.mul_(2)))
     path, _ = upcycled(tmp_path, str(dense), optimizer="copy")
     assert [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")] == files
@@ -494,8 +495,8 @@ def test_old_rope_key_and_mistral(tmp_path):
         assert difference(load_model(path)(ids), b) < 1e-5
     # left out, it is 4096
     file.write_text(json.dumps({key: value for key, value in d.items() if key != "sliding_window"}))
-    with pytest.raises(ConfigError, match="sliding_window"):
-        upcycled(tmp_path, str(tmp_path / "dense"), "sliding")
+    path, _ = upcycled(tmp_path, str(tmp_path / "dense"), "sliding")
+    assert json.loads((Path(path) / "config.json").read_text())["sliding_window"] == 4096
 
 
 def test_float16_passes_through_and_overflow_is_refused(tmp_path):
@@ -527,6 +528,30 @@ def test_lineage_and_record(tmp_path, random_dense):
     assert upcycled(tmp_path, random_dense, "given", D1=77)[1]["D1"] == 77
     path, record = upcycled(tmp_path, random_dense, "groups", method="virtual_groups", granularity=2)
     assert record["N"] == n and load_model(path).config.intermediate_size == FF // 2
+
+
+def test_the_model_card_is_one_a_hub_reads(tmp_path, random_dense):
+    from huggingface_hub import ModelCard
+    path, record = upcycled(tmp_path, random_dense, check=True, check_tokens=64, seed=7, method="drop")
+    card = ModelCard.load(Path(path) / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["mixture-of-experts", "upcycled"]
+    text = (Path(path) / "README.md").read_text()
+    digest = hashlib.sha256((Path(random_dense) / "model.safetensors").read_bytes()).hexdigest()
+    for said in (f"| dense | 1,000 | model.safetensors | `{digest}` |", "A MixtralForCausalLM", "D1 1,000",
+                 "Method `drop`, seed 7, drop_ratio 0.5, router_std 0.02, optimizer reset.", "# moe\n",
+                 f"{record['measured']['kl']:.5g}", f"{record['measured']['weight_change']:.5g}"):
+        assert said in text, said
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("E, words", [
+    (8, []), (7, ["vLLM routes 7"]), (192, []), (513, ["512 experts", "vLLM"]), (512, []),
+    (640, ["512 experts", "vLLM"])])
+def test_hints_say_what_other_tools_make_of_a_number_of_experts(E, words):
+    hints = u.hints_for(E, "mixtral")
+    assert len(hints) == len(words) and all(word in hint for word, hint in zip(words, hints))
+    assert u.hints_for(E, "qwen2_moe")[:-1] == hints and "llama.cpp" in u.hints_for(E, "qwen2_moe")[-1]
 
 
 def test_every_tensor_is_used_or_needless_or_refused(tmp_path):
@@ -678,7 +703,7 @@ def test_a_failed_proof_is_kept_with_force_alone(tmp_path, random_dense, monkeyp
 
 @pytest.mark.parametrize("key,value", [
     ("attention_bias", True), ("mlp_bias", True), ("sliding_window", 4096), ("use_qk_norm", True),
-    ("hidden_act", "gelu"), ("model_type", "qwen3"), ("quantization_config", {"bits": 4}),
+    ("hidden_act", "gelu"), ("model_type", "gpt2"), ("quantization_config", {"bits": 4}),
     ("num_hidden_layers", 10 ** 9), ("hidden_size", 10 ** 12), ("hidden_size", 64), ("hidden_size", "32"),
     ("intermediate_size", 65), ("vocab_size", -1), ("num_attention_heads", 3)])
 def test_what_mixtral_cannot_express_is_refused(tmp_path, key, value):

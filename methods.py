@@ -1,0 +1,153 @@
+"""The methods that make experts of an MLP. The table at the head of upcycle.py says what each keeps."""
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+
+from configurator import ConfigError
+
+
+class Piece(NamedTuple):
+    """A tensor of the result and what it is made of."""
+    name: str
+    shape: tuple
+    dtype: torch.dtype
+    dense_name: str | None  # the dense tensor; None: it has none
+    layer: int = 0
+    expert: int | None = None  # None: attention, norms, embeddings, router
+    part: int = 0  # gate 0, up 1, down 2
+    drawn: bool = False  # the router; what is neither drawn nor of a dense tensor is zero
+
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def channels(self):
+        """The dimension of the intermediate channels: gate and up are (F, D), down is (D, F)."""
+        return 1 if self.part == 2 else 0
+
+
+def slice_of(o, t, p):
+    """Slice e mod granularity of the intermediate channels of a dense matrix, or of its moment."""
+    size = t.shape[p.channels] // o.granularity
+    return t.narrow(p.channels, p.expert % o.granularity * size, size)
+
+
+class Method(NamedTuple):
+    """How experts are made. Its functions get Options o, the Piece p to make, and copies of tensors, which
+    they may overwrite. None for weights or moments: they are the MLP's, copied byte by byte."""
+    weights: Callable | None = None  # (o, w, p): the expert's matrix, from the MLP's or slice e mod G of it
+    moments: Callable | None = None  # (o, m, p, power): AdamW's mean of gradient ** power
+    theory: Callable = lambda o, dense: {}  # {key of MEASURED: the value to expect}; dense: a ModelConfig
+    costs: Callable = lambda o, sources: []  # [how settings break its promise]; raises ConfigError for others
+    knobs: tuple = ()  # the settings that tell two uses of the method apart
+
+
+SAME_WEIGHTS = {"channels_kept": 1.0, "weight_change": 0.0}
+SAME_FUNCTION = {"relative_logit_difference": 0.0, "kl": 0.0}
+
+
+def generator(*key):
+    """A random generator that is a function of `key` alone."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def wide(dtype):
+    """The type to compute in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def normal(t, *key):
+    """N(0, 1) of t's shape, fp32, or fp64 for an fp64 t."""
+    return torch.empty(t.shape, dtype=wide(t.dtype)).normal_(generator=generator(*key))
+
+
+def add_noise(o, w, p):
+    """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
+    delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.to(wide(w.dtype)).std())
+    if o.noise_fraction < 1:
+        uniform = torch.empty(w.shape).uniform_(generator=generator(o.seed, "entries", p.name))
+        delta *= uniform < o.noise_fraction
+    return delta.add_(w)
+
+
+def drop(per_matrix):
+    """The method that draws channels again: one set for an expert, or one for each of its matrices."""
+    def dropped(o, t, p):
+        key = (o.seed, "channels", p.layer, p.expert) + ((p.part,) if per_matrix else ())
+        count = t.shape[p.channels]
+        return torch.randperm(count, generator=generator(*key))[:round(o.drop_ratio * count)]
+
+    def weights(o, w, p):
+        channels = dropped(o, w, p)
+        if not len(channels):
+            return w
+        block = w.index_select(p.channels, channels).to(wide(w.dtype))
+        fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
+        return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
+
+    def moments(o, m, p, power):
+        return m.index_fill_(p.channels, dropped(o, m, p), 0)
+
+    def theory(o, dense):
+        r = round(o.drop_ratio * dense.intermediate_size) / dense.intermediate_size
+        return {"channels_kept": (1 - r) ** (3 if per_matrix else 1), "weight_change": math.sqrt(2 * r)}
+
+    return Method(weights, moments, theory=theory, knobs=("drop_ratio",))
+
+
+def costs_of_groups(o, sources):
+    E, k, G = o.num_local_experts, o.num_experts_per_tok, o.granularity
+    channels = sources[0].config.intermediate_size
+    if channels % G:
+        raise ConfigError(f"granularity = {G} does not divide intermediate_size {channels} into equal slices")
+    costs = []
+    if k % G:
+        costs.append(f"num_experts_per_tok = {k} is not a multiple of granularity = {G}: {k % G} of a "
+                     "token's experts are part of a group and do not add up to an MLP")
+    if E % G:
+        costs.append(f"num_local_experts = {E} is not a multiple of granularity = {G}: the last group lacks "
+                     f"{G - E % G} of its slices")
+    return costs
+
+
+def costs_of_merge(o, sources):
+    n, E, dense = len(sources), o.num_local_experts, sources[0].config
+    for s in sources[1:]:
+        for key, value in asdict(dense).items():
+            found = getattr(s.config, key)
+            if found != value and key not in ("max_position_embeddings", "initializer_range", "eos_token_id"):
+                raise ConfigError(f"{s.path}: {key} = {found}, but {value} in {o.source}: merge equal shapes")
+    if n == 1:
+        raise ConfigError("--method=merge needs further checkpoints after the destination")
+    if o.optimizer == "copy":
+        raise ConfigError("--optimizer=copy: merged checkpoints have a set of moments each, and no right one")
+    uneven = f"num_local_experts = {E} is not a multiple of the {n} checkpoints: some have more experts"
+    return [uneven] if E % n else []
+
+
+METHODS = {
+    "copy": Method(theory=lambda o, dense: SAME_WEIGHTS | SAME_FUNCTION),
+    "noise": Method(
+        weights=add_noise,
+        theory=lambda o, dense: {"channels_kept": float(o.noise_std * o.noise_fraction == 0),
+                                 "weight_change": o.noise_std * math.sqrt(o.noise_fraction)},
+        knobs=("noise_std", "noise_fraction")),
+    "drop": drop(per_matrix=False),
+    "drop_per_matrix": drop(per_matrix=True),
+    "virtual_groups": Method(
+        weights=lambda o, w, p: w * o.granularity if p.part == 2 else w,
+        # a weight G times as large has a gradient G times smaller
+        moments=lambda o, m, p, power: m / o.granularity ** power if p.part == 2 else m,
+        theory=lambda o, dense: SAME_WEIGHTS | SAME_FUNCTION,
+        costs=costs_of_groups,
+        knobs=("granularity",)),
+    "merge": Method(
+        theory=lambda o, dense: SAME_WEIGHTS,
+        costs=costs_of_merge,
+        knobs=("merge_shared",))}
