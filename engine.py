@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from laws import LEAST_GAP, MATCHING, SHARED_CURVE, Problem, build, parameter_names
+from laws import LEAST_GAP, SHARED_CURVE, parameter_names
+from problem import Problem, build
 from rows import KNOBS
 
 # ---------------------------------------------------------------------------------------------------------
@@ -124,12 +125,14 @@ def whitened(values, whiten):
     return (whiten @ values.reshape(-1, values.shape[-1]).T).T.reshape(values.shape)
 
 
-def descend(problem, theta, delta, y=None, whiten=None, free=None, max_steps=400, tolerance=1e-11):
+def descend(problem, theta, delta, y=None, whiten=None, free=None, prior=None, max_steps=400,
+            tolerance=1e-11):
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
     y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
     by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). free: (p,) False holds a
-    parameter.
+    parameter. prior: (place of an exponent, its mean, a number or (S,), its standard deviation) counts as one
+    more whitened residual.
     """
     theta = np.array(theta, float)
     count, n = len(theta), len(problem.y)
@@ -139,7 +142,14 @@ def descend(problem, theta, delta, y=None, whiten=None, free=None, max_steps=400
 
     def tried(theta, live):
         predicted, jacobian = evaluate(problem, theta)
-        return whitened(y[live] - predicted, whiten), whitened(jacobian, whiten)
+        residual, jacobian = whitened(y[live] - predicted, whiten), whitened(jacobian, whiten)
+        if prior:
+            place, mean, sd = prior
+            off = (np.broadcast_to(mean, count)[live] - theta[:, place]) / sd
+            slope = np.broadcast_to((np.arange(theta.shape[1]) == place) / sd, theta.shape)
+            residual = np.concatenate([residual, off[:, None]], axis=1)
+            jacobian = np.concatenate([jacobian, slope[:, :, None]], axis=2)
+        return residual, jacobian
 
     residual, jacobian = tried(theta, live)
     for _ in range(max_steps):
@@ -253,6 +263,7 @@ class Fit:
     residual: np.ndarray   # (n,) ln measured - ln fitted
     whiten: object = None  # (n, n) what residuals were multiplied by, or None
     noise: object = None   # uncertainty.Noise
+    prior: tuple = None    # (place of an exponent, mean, standard deviation)
 
     def params(self, law, theta=None, method=None):
         """{parameter: value} of a law of the system, for one method of upcycling; from theta (S, p) arrays of
@@ -263,17 +274,10 @@ class Fit:
         problem, theta = self.problem, self.theta if theta is None else theta
         raw = theta @ problem.to_raw.T + problem.to_raw0
         raw = np.where(problem.is_log, np.exp(raw), raw)
-        found = {}
-        owners = {"": "", law: ""} | ({"dense": "dense_"} if law in MATCHING else {})
-        for j, (owner, _, name) in enumerate(full.rpartition(":") for full in problem.names):
-            name, _, label = name.partition("|")
-            if owner in owners and (not label or label == method):
-                found[owners[owner] + name] = raw[..., j]
-                if not owner and law in MATCHING:
-                    found["dense_" + name] = raw[..., j]
-        for owner in owners.keys() & problem.fixed.keys():
-            for name, (value, _) in problem.fixed[owner].items():
-                found[owners[owner] + name] = np.full(theta.shape[:-1], value)[()]
+        found = {name: raw[..., place] for name, place in problem.places(law, method).items()}
+        for prefix, owner in (("dense_", "dense"), ("", law)):
+            for name, (value, _) in problem.fixed.get(owner, {}).items():
+                found[prefix + name] = np.full(theta.shape[:-1], value)[()]
         names = parameter_names(law, problem.options["A_of_N"])
         return {name: found[name] for name in names if name in found}
 

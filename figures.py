@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib import ticker
 from scipy import stats
 
-from laws import predict, variable
+from laws import RIVALS, law_name, predict, short
+from problem import variable
 from rows import method_label
 
 plt.rcParams.update({
@@ -19,30 +20,11 @@ plt.rcParams.update({
 FAMILY_STYLES = {  # name, marker and colour
     "dense": ("dense", "o", "#888888"), "moe": ("MoE from scratch", "s", "#222222"),
     "upcycled": ("upcycled", "D", "#3b6fb6")}
-RIVAL_STYLES = {  # name, colour and dashes of each upcycled law
-    "upcycled": ("interaction", "#c0392b", "-"),
-    "upcycled.no_interaction": ("no interaction", "#7f8c8d", ":"),
-    "upcycled.additive": ("additive", "#b8860b", "-."),
-    "upcycled.effective_data": ("effective data", "#27874a", "--"),
-    "upcycled.effective_data_shared": ("effective data, shared", "#5b3b9c", (0, (4, 1, 1, 1))),
-    "upcycled.saturating": ("saturating head start", "#0f8b8d", (0, (5, 2))),
-    "upcycled.handicap": ("handicap", "#d35400", (0, (6, 1))),
-    "upcycled.loss_matching": ("loss matching", "#2c3e90", (0, (2, 1))),
-    "upcycled.loss_matching_0": ("loss matching, delta = 0", "#7fb3d5", (0, (1, 1)))}
+RIVAL_STYLES = dict(zip(RIVALS, (  # colour and dashes
+    ("#c0392b", "-"), ("#7f8c8d", ":"), ("#b8860b", "-."), ("#27874a", "--"), ("#5b3b9c", (0, (4, 1, 1, 1))),
+    ("#0f8b8d", (0, (5, 2))), ("#d35400", (0, (6, 1))), ("#2c3e90", (0, (2, 1))), ("#7fb3d5", (0, (1, 1))),
+    ("#d35400", "-"))))
 VARIABLES = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
-
-
-def short(value):
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:  # 999,999 is 1M and not 1e+03k
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def law_name(law):
-    """The name of a law in words."""
-    return (FAMILY_STYLES | RIVAL_STYLES).get(law, [law.replace(".", ": ").replace("_", " ")])[0]
 
 
 def of_family(rows, family, **values):
@@ -124,6 +106,8 @@ def spread_ticks(levels, most):
 def log_axis(axis, levels, most=5):
     """A log axis across, with ticks at some of the sorted levels, written short."""
     ticks = spread_ticks(levels, most)
+    if levels[0] == levels[-1]:  # margins of nothing are nothing
+        axis.set_xlim(levels[0] / 2, levels[0] * 2)
     axis.set_xscale("log")
     axis.set_xticks(ticks, [short(tick) for tick in ticks])
     axis.xaxis.set_minor_locator(ticker.NullLocator())
@@ -208,12 +192,12 @@ def exponent_against_D1(rows, laws):
         slopes = np.array([local_exponent(D2, loss) for D2, loss, _ in means.values()]).reshape(-1, 2)
         axis.errorbar(list(means), slopes[:, 0], 2 * slopes[:, 1], fmt="o", ms=5, color="black", zorder=5,
                       label="measured, ± 2 s.e.")
-        for law, (name, color, dash) in RIVAL_STYLES.items():
+        for law, (color, dash) in RIVAL_STYLES.items():
             if law in laws:  # over the same D2 as the points
                 fitted = [predicted_losses([{**here[0], "D1": d1, "D2": d2} for d2 in D2], law, laws[law])
                           for d1, (D2, _, _) in means.items()]
                 slopes = [local_exponent(D2, loss)[0] for loss, (D2, _, _) in zip(fitted, means.values())]
-                axis.plot(list(means), slopes, color=color, ls=dash, label=name)
+                axis.plot(list(means), slopes, color=color, ls=dash, label=law_name(law))
         log_axis(axis, sorted_levels(here, "D1"))
         axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
     axes[0].set_ylabel("local exponent  d ln L / d ln D2")
@@ -302,20 +286,20 @@ def against_copy(differences):
     return figure
 
 
-def loss_matching(planes, tokens):
-    """Loss matching against a published law over (D1, D2): one panel a plane of report.matching_planes."""
-    figure, axes = panels(len(planes), sharey=True)
-    for axis, (n, difference, above_start, above_scratch) in zip(axes, planes):
-        image = axis.pcolormesh(tokens, tokens, 100 * difference, cmap="RdBu_r", vmin=-6, vmax=6,
-                                rasterized=True)
-        axis.contour(tokens, tokens, difference, levels=[-0.02, 0.02], colors="black", linewidths=0.8)
-        for region, hatch in ((above_start, "///"), (above_scratch, "..")):
-            axis.contourf(tokens, tokens, region, levels=[0.5, 1.5], hatches=[hatch], colors="none")
-        log_axis(axis, list(tokens[::20]))
-        axis.set(yscale="log", xlabel="D1 (tokens)", title=f"N = {short(n)}")
-        axis.set_yticks(tokens[::20], [short(tick) for tick in tokens[::20]])
-        axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.margins(0)
-    axes[0].set_ylabel("D2 (tokens)")
-    figure.colorbar(image, ax=list(axes), label="loss matching - published law (%)", extend="both")
+def loss_matching(curves):
+    """Loss matching less a published law over D2: one panel a N, one colour a D1.
+
+    curves is {N: {D1: (D2, difference, where that law is above its start, above from scratch)}}, all (n,).
+    """
+    figure, axes = panels(len(curves), sharey=True)
+    for axis, (n, by_D1) in zip(axes, curves.items()):
+        for (d1, (D2, difference, *above)), color in zip(by_D1.items(), shades(by_D1).values()):
+            valid = ~np.any(above, axis=0)
+            axis.plot(D2, 100 * difference, "--", lw=0.8, color=color)
+            axis.plot(D2, np.where(valid, 100 * difference, np.nan), color=color, label=f"D1 = {short(d1)}")
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        log_axis(axis, [D2[0], D2[len(D2) // 2], D2[-1]])
+        axis.set(xlabel="D2 (tokens)", title=f"N = {short(n)}")
+    axes[0].set_ylabel("loss matching - published law (%)")
+    legend_outside(figure, axes)
     return figure

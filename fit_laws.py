@@ -13,17 +13,20 @@ from typing import Literal
 import numpy as np
 
 import report
-from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
+from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
                           write_text_atomically)
 from engine import fit
-from laws import (LAWS, MATCHING, RIVALS, SHARED_CURVE, levels, levels_of_N, missing, parameter_names,
-                  predict, variable, variables_of)
+from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
+from problem import levels, levels_of_N, missing, variable, variables_of
 from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
                          profile_E, standard_errors, unidentified)
 
 # Laws that are fitted to the rows of one (D, D1, D2).
 AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
+MOE = ("num_local_experts", "num_experts_per_tok")
+ORIGIN = ("data_sha256", "tokenizer", *MOE, "max_seq_len")  # what must agree among laws that are compared
+WARM_UPS = 5  # a shorter run, in lengths of its warm-up, says little of the law: the claims leave it out
 
 
 @dataclass
@@ -34,11 +37,12 @@ class Options:
         REQUIRED, "JSONL files of rows, or CSV files with columns family,N,D,D1,D2,loss; or a laws file "
         "(.json), whose dense and MoE laws then predict its upcycled law", positional=True)
     out: str = setting("out/laws", "directory for laws.json, report.md and the figures")
-    laws: str = setting("", "laws to fit, comma-separated; empty: all that the rows allow")
-    share: str = setting(
-        "E", "parameters that the laws of the families share, comma-separated; none: nothing")
+    laws: list[str] = setting([], "laws to fit, comma-separated; empty: all that the rows allow")
+    share: Literal["none", "E", "E,B,beta"] = setting("E", "what the laws of the families share")
     delta: Literal["auto"] | float = setting(
-        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise")
+        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise", least=1e-9)
+    prior: str = setting("", "laws.json of other sizes; its alpha is a prior of the alpha of a pilot's "
+                         "law, upcycled.head_start")
     A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
     repeats: Literal["refuse", "lowest", "mean"] = setting(
         "refuse", "of repeated runs take the lowest loss (of a search) or the mean loss (of seeds)")
@@ -83,16 +87,19 @@ def rows_at_one_data(rows):
     return [row for row, tokens in zip(rows, data) if tokens == chosen]
 
 
-def system_of(law, base):
+def system_of(law, base, rows):
     """{family: law} of the system that a law is fitted in. Dense, MoE and upcycled law are one system;
     each rival takes the upcycled law's place, so that all of them explain the same rows. A law whose curve
     from scratch is its own takes the MoE's place too. Loss matching with delta = 0 is fitted to no
-    upcycled row."""
+    upcycled row. The law of a pilot takes the checkpoint continued as a power law, where its rows allow no
+    more."""
     if law in FAMILIES:
         return base | {law: law}
     if law not in RIVALS:
         return {law.partition(".")[0]: law}
     system = base | {"upcycled": law} | ({"moe": law} if law in SHARED_CURVE else {})
+    if law == "upcycled.head_start" and "dense" not in base and not missing(rows, {"dense": "dense.local"}):
+        system = {"dense": "dense.local"} | system
     if law == "upcycled.loss_matching_0":
         del system["upcycled"]
     return system
@@ -102,11 +109,10 @@ def plan_fits(rows, wanted=()):
     """({law: (system, rows)} of what can be fitted, {law: what it lacks})."""
     fits, lacks = {}, {}
     base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
-    for law in wanted or LAWS:
-        system = system_of(law, base)
-        chosen = [row for row in rows if row["family"] in system]
-        if law in AT_ONE_DATA:
-            chosen = rows_at_one_data(chosen)
+    for law in wanted or [law for law in LAWS if law != "dense.local"]:
+        system = system_of(law, base, rows)
+        chosen = rows_at_one_data([row for row in rows if row["family"] in system]) \
+            if law in AT_ONE_DATA else rows
         needed = {family: name for family, name in system.items()
                   if name == law or law in MATCHING and family == "dense"}
         lack = missing(chosen, needed)
@@ -117,9 +123,31 @@ def plan_fits(rows, wanted=()):
     return fits, lacks
 
 
-def shared_names(options):
-    """The parameters that --share names."""
-    return tuple(name for name in map(str.strip, options.share.split(",")) if name not in ("", "none"))
+def fit_settings(options, law):
+    """The settings of fit_with_noise for the system of a law. Raises ConfigError."""
+    share = () if options.share == "none" else tuple(options.share.split(","))
+    settings = {"share": share, "A_of_N": options.A_of_N, "delta": options.delta}
+    return settings | ({"prior": alpha_prior(options.prior)} if law == "upcycled.head_start" else {})
+
+
+def alpha_prior(path):
+    """(mean, standard deviation) of the alpha of MoEs from scratch in a laws file; None without a file.
+
+    Its draws say how sure it is, and how much it differs from size to size says what another size may have:
+    a tenth of it where the file does not say. Raises ConfigError.
+    """
+    if not path:
+        return None
+    content = read_json(path)
+    try:
+        law = next(law for law in ("upcycled.effective_data_shared", "moe") if law in content["laws"])
+        entry, sizes = content["laws"][law], content.get("at_each_N", {}).values()
+        alpha, draws = float(entry["params"]["alpha"]), np.array(entry["draws"]["alpha"], float)
+        alphas = [float(fits[law]["params"]["alpha"]) for fits in sizes if law in fits]
+    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
+        raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha") from None
+    spread = float(np.std(alphas, ddof=1)) if len(alphas) > 1 else 0.1 * alpha
+    return alpha, math.hypot(draws.std(), spread)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -131,89 +159,56 @@ def rounded(params):
             for name, value in params.items()}
 
 
-@dataclass
-class Analysis:
-    """A fitted system with what is known about its errors."""
-    fit: object             # engine.Fit
-    narrow: object          # the fit at Huber's delta 0.001
-    theta: np.ndarray       # (draws, p) bootstrap
-    left_out: np.ndarray    # (n,) log errors where the row's trunk was left out
-    aicc: float
-
-
-def analysed(rows, system, options, tick):
-    """The Analysis of one system; options are those of the command."""
-    settings = {"share": shared_names(options), "A_of_N": options.A_of_N}
-    fitted = fit_with_noise(rows, system, delta=options.delta, **settings)
-    theta = bootstrap(fitted, options.draws, options.seed, tick)
-    narrow = fit(rows, system, delta=1e-3, **settings)
-    return Analysis(fitted, narrow, theta, leave_trunk_out(fitted), aicc(fitted))
-
-
 def explained_rows(law, rows):
     """The rows whose losses a law is there to explain: those of its own family."""
     return [row for row in rows if row["family"] == law.partition(".")[0]]
 
 
-def law_entry(law, rows, analysis, held_out):
-    """The entry of one law in laws.json."""
-    fitted, theta = analysis.fit, analysis.theta
-    problem = fitted.problem
-    system, draws, explained = problem.system, fitted.params(law, theta), explained_rows(law, rows)
-    noise, misfit = fitted.noise.table()
-    fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
-    entry = {
-        "params": rounded(fitted.params(law)),
-        "ci95": {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()},
-        "se_asymptotic": standard_errors(fitted, law),
-        "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)), "held_out": held_out,
-        "aicc": analysis.aicc, "n_with": len(fitted.residual), "fitted_with": system,
-        "shared": sorted(set(problem.options["share"]) & set(problem.names)),
-        "not_identified": fixed | unidentified(fitted, law, theta),
-        "huber_delta": float(np.median(fitted.delta)),
-        "params_at_delta_0.001": rounded(analysis.narrow.params(law)),
-        "noise": noise, "misfit": misfit, "draws": rounded(draws)}
-    if law in AT_ONE_DATA:
-        entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}
-    if problem.methods and law == system.get("upcycled"):
-        entry["methods"] = {
-            label: {"params": rounded(fitted.params(law, method=label)),
-                    "draws": rounded(fitted.params(law, theta, label))} for label in problem.methods}
-    if law in RIVALS:  # the laws to compare it with are those of the same fit, draw by draw
-        others = [other for other in dict.fromkeys(system.values()) if other != law]
-        entry["beside"] = {other: {"params": rounded(fitted.params(other)),
-                                   "draws": rounded(fitted.params(other, theta))} for other in others}
-    return entry
+def short_entry(law, rows, fitted, held_out):
+    """What the entry of a law in laws.json says without draws."""
+    explained = explained_rows(law, rows)
+    return {"params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
+            "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)), "held_out": held_out}
 
 
-def held_out_errors(law, rows, analysis, options):
-    """{variable or "trunk": {"rms", "rows", "beyond"} or None}: errors of rows of the law's family that
-    the fit did not see."""
-    fitted = analysis.fit
-    settings = {"delta": options.delta, **fitted.problem.options}
-    names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
-    found = {name: extrapolate(rows, fitted.problem.system, law, name, **settings) for name in names}
-    if law == "upcycled.loss_matching_0":  # no upcycled trunk was seen
-        left = errors(fitted, law, explained_rows(law, rows))
-    else:
-        left = of_family(analysis.left_out, fitted, law.partition(".")[0])
-    found["trunk"] = counted(left)
-    return found
+def entries_of(laws, system, rows, options, tick):
+    """({law: its entry in laws.json}, the Fit) of the laws of one system."""
+    settings = fit_settings(options, system.get("upcycled"))
+    fitted = fit_with_noise(rows, system, **settings)
+    theta = bootstrap(fitted, options.draws, options.seed, tick)
+    narrow = fit(rows, system, settings["share"], 1e-3, options.A_of_N)
+    problem, left_out, (noise, misfit) = fitted.problem, leave_trunk_out(fitted), fitted.noise.table()
+    of_system = {"aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
+                 "shared": sorted(set(settings["share"]) & set(problem.names)),
+                 "huber_delta": float(np.median(fitted.delta)), "noise": noise, "misfit": misfit}
 
+    def fit_of(law, method=None):
+        return {"params": rounded(fitted.params(law, method=method)),
+                "draws": rounded(fitted.params(law, theta, method))}
 
-def analyse(rows, options, fits, bar):
-    """({law: its entry in laws.json}, the Fit with the interaction law or None)."""
-    entries, cache, main_fit = {}, {}, None
-    for law, (system, chosen) in fits.items():
-        key = tuple(system.items()) + (len(chosen),)
-        if key not in cache:
-            cache[key] = analysed(chosen, system, options, bar.update)
-        if law == "upcycled":
-            main_fit = cache[key].fit
-        if law == "upcycled.loss_matching_0":
-            chosen = chosen + explained_rows(law, rows)
-        entries[law] = law_entry(law, chosen, cache[key], held_out_errors(law, chosen, cache[key], options))
-    return entries, main_fit
+    entries = {}
+    for law in laws:
+        explained, draws = explained_rows(law, rows), fitted.params(law, theta)
+        names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
+        held_out = {name: extrapolate(rows, system, law, name, **settings)
+                    for name in names}
+        left = of_family(left_out, fitted, law.partition(".")[0])
+        if law == "upcycled.loss_matching_0":  # it saw no upcycled trunk
+            left = errors(fitted, law, explained)
+        entry = short_entry(law, rows, fitted, held_out | {"trunk": counted(left)}) | of_system | fit_of(law)
+        entry["ci95"] = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}
+        fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
+        entry["not_identified"] = fixed | unidentified(fitted, law, theta)
+        entry["params_at_delta_0.001"] = rounded(narrow.params(law))
+        if law in AT_ONE_DATA:
+            entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}
+        if problem.methods and law == system.get("upcycled"):
+            entry["methods"] = {label: fit_of(law, label) for label in problem.methods}
+        if law in RIVALS:  # the laws to compare it with are those of the same fit, draw by draw
+            others = dict.fromkeys(system.values())
+            entry["beside"] = {other: fit_of(other) for other in others if other != law}
+        entries[law] = entry
+    return entries, fitted
 
 
 def at_each_N(rows, options):
@@ -224,13 +219,11 @@ def at_each_N(rows, options):
         one = [row for row in rows if n <= row["N"] <= 1.05 * n]
         for law, (system, chosen) in plan_fits(one, RIVALS)[0].items():
             fitted = fit_with_noise(chosen, system, (), options.delta)
-            explained, left = explained_rows(law, one), leave_trunk_out(fitted)
-            found.setdefault(f"{n:.6g}", {})[law] = {
-                "params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
-                "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)),
-                "held_out": {"trunk": counted(of_family(left, fitted, "upcycled"))}}
+            left_out = of_family(leave_trunk_out(fitted), fitted, "upcycled")
+            found.setdefault(f"{n:.6g}", {})[law] = short_entry(law, one, fitted,
+                                                                {"trunk": counted(left_out)})
             if law == "upcycled":
-                profiles[f"N = {report.short(n)} alone"] = profile_E(fitted, law)
+                profiles[f"N = {short(n)} alone"] = profile_E(fitted, law)
     return found, profiles
 
 
@@ -302,58 +295,41 @@ def extrapolate(rows, system, law, name, **options):
 # ---------------------------------------------------------------------------------------------------------
 # The command
 
-def ranges(rows):
-    """{family: {variable: [smallest, largest]}}."""
-    found = {}
-    for family, names in FAMILIES.items():
-        members = [row for row in rows if row["family"] == family]
-        if members:
-            found[family] = {name: [extreme(row[name] for row in members) for extreme in (min, max)]
-                             for name in names}
-    return found
+def by_family(rows, of_members):
+    """{family: what a function says of its rows} of the families that have rows."""
+    families = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
+    return {family: of_members(members) for family, members in families.items() if members}
+
+
+def values_of(members, names):
+    """{column: its values, sorted} of rows."""
+    return {name: sorted({row[name] for row in members if name in row}, key=str) for name in names}
 
 
 def mixtures(rows):
     """Warnings, [text], where rows of one family come from different data or numbers of experts, where
     methods are mixed (only laws with a head start tell them apart), and where rows were made under
     different settings."""
-    found = []
-    for family in FAMILIES:
-        for key in ("data_sha256", "method", "num_local_experts", "num_experts_per_tok"):
-            values = [row[key] for row in rows if row["family"] == family and key in row]
-            names = {f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")
-                     for value in values}
-            if len(names) > 1:
-                shown = ", ".join(sorted(name[:12] for name in names))
-                found.append(f"{family} rows mix {len(names)} values of {key} ({shown}); "
-                             "the laws take them as one")
-    for key, values in mixed_conditions(rows).items():
-        shown = ", ".join(map(str, values[:5]))
-        found.append(f"rows mix {len(values)} values of {key} ({shown}); the laws take them as one")
-    return found
+    found = {f"{family} rows": values for family, values in by_family(
+        rows, lambda members: values_of(members, ("data_sha256", "method", *MOE))).items()}
+    said = []
+    for who, columns in (found | {"rows": mixed_conditions(rows)}).items():
+        for key, values in ((key, values) for key, values in columns.items() if len(values) > 1):
+            shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
+                     for value in values[:5]]
+            said.append(f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "
+                        "the laws take them as one")
+    return said
 
 
-def wanted_laws(options):
-    """The laws that --laws names. Raises ConfigError where --laws, --delta or --share make no sense."""
-    wanted = [name.strip() for name in options.laws.split(",") if name.strip()]
-    for name in wanted:
+def planned(rows, options):
+    """{law: (system, rows)} of the laws that these rows allow; it prints which laws it skips. Raises
+    ConfigError where a wanted law is unknown, or where it, or every law, lacks rows."""
+    for name in options.laws:
         if name not in LAWS:
             raise ConfigError(f"--laws: no law '{name}'; there are {', '.join(LAWS)}")
-    if options.delta != "auto" and options.delta <= 0:
-        raise ConfigError(f"--delta={options.delta:g} is not positive; "
-                          "auto, or a size of log residuals such as 0.001")
-    for name in shared_names(options):
-        if name not in parameter_names("dense"):
-            known = ", ".join(parameter_names("dense"))
-            raise ConfigError(f"--share: '{name}' is none of {known}")
-    return wanted
-
-
-def planned(rows, wanted, options):
-    """{law: (system, rows)} of the laws that these rows allow; it prints which laws it skips. Raises
-    ConfigError where a wanted law, or every law, lacks rows."""
-    fits, lacks = plan_fits(rows, wanted)
-    if wanted and lacks:
+    fits, lacks = plan_fits(rows, options.laws)
+    if options.laws and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
     for lack in dict.fromkeys(lacks.values()):
         print(f"skipped {', '.join(law for law in lacks if lacks[law] == lack)}: {lack}")
@@ -362,40 +338,25 @@ def planned(rows, wanted, options):
     return fits
 
 
-def unidentified_note(entries):
-    """[a warning] that names the parameters these rows do not identify."""
-    unclear = {}
+def notes_on(entries):
+    """[warning] on parameters that these rows do not identify, and on laws that hold at one horizon D, or at
+    one D, D1 and D2 by their definition."""
+    unclear, folded, notes = [], [], []
     for law, entry in entries.items():
         why = entry["not_identified"]
         names = [name for name in why if why[name].endswith(("bound of the fit", "sign is open"))]
-        if names:
-            unclear[law] = names
-    said = ", ".join(f"{law} ({', '.join(names)})" for law, names in unclear.items())
-    return [f"these rows do not identify {said}; outside the data those laws say little"] if said else []
-
-
-def scope_notes(entries):
-    """[warning] on laws that hold at one horizon D, and at one D, D1 and D2 by their definition."""
-    folded = [law for law, entry in entries.items()
-              if "one level of D" in entry["not_identified"].get("A", "")]
-    notes = [f"{', '.join(folded)}: the rows have one horizon D, whose term is part of E; "
-             "the law says nothing of other horizons"] if folded else []
-    for law, entry in entries.items():
+        unclear += [f"{law} ({', '.join(names)})"] if names else []
+        folded += [law] if "one level of D" in why.get("A", "") else []
         if "at" in entry:
-            tokens = ", ".join(f"{name} = {report.short(value)}" for name, value in entry["at"].items())
+            tokens = ", ".join(f"{name} = {short(value)}" for name, value in entry["at"].items())
             notes.append(f"{law} is fitted at {tokens} alone")
+    if folded:
+        notes.insert(0, f"{', '.join(folded)}: the rows have one horizon D, whose term is part of E; "
+                        "the law says nothing of other horizons")
+    if unclear:
+        notes.insert(0, f"these rows do not identify {', '.join(unclear)}; outside the data those laws say "
+                        "little")
     return notes
-
-
-def origin(rows):
-    """{family: {column: its values}} of what must agree among laws that are compared."""
-    columns = ("data_sha256", "tokenizer", "num_local_experts", "num_experts_per_tok", "max_seq_len")
-    found = {}
-    for family in dict.fromkeys(row["family"] for row in rows):
-        members = [row for row in rows if row["family"] == family]
-        found[family] = {name: sorted({row[name] for row in members if name in row}, key=str)
-                         for name in columns}
-    return found
 
 
 def models(rows):
@@ -404,54 +365,68 @@ def models(rows):
     found = {}
     for row in rows:
         tokens = row.get("D2", row.get("D"))
-        columns = ("family", "N", "N_active", "N_total", "num_local_experts", "num_experts_per_tok")
+        columns = ("family", "N", "N_active", "N_total", *MOE)
         model = {name: row[name] for name in columns if name in row}
         if isinstance(row.get("flops"), (int, float)) and row["flops"] > 0:
             found[tuple(model.values())] = model | {"flops_per_token": row["flops"] / tokens}
     return list(found.values())
 
 
-def compared(rows, options, settings):
-    """[(claim, whether it holds, text)] on the interaction law and the handicap law; [] where one cannot
-    be fitted."""
-    fits, _ = plan_fits(rows, ["upcycled", "upcycled.handicap"])
-    if len(fits) < 2:
+def past_warm_up(row):
+    """Whether a run is at least WARM_UPS times as long as its warm-up; a row that does not say is."""
+    warm_up = (row.get("warmup_steps") or 0) * (row.get("tokens_per_step") or 0)
+    return row.get("D2", row.get("D")) >= WARM_UPS * warm_up
+
+
+def compared(entries):
+    """[(claim, whether it holds, text)] on the interaction law and the handicap law; [] where one is not
+    there."""
+    if not {"upcycled", "upcycled.handicap"} <= set(entries):
         return []
-    settings = {"delta": options.delta, **settings}
-    fitted = {law: fit_with_noise(chosen, system, **settings) for law, (system, chosen) in fits.items()}
-    found = []
-    for claim, (law, name) in {"alpha3 of the interaction law is positive": ("upcycled", "alpha3"),
-                               "upcycling has a lasting cost kappa": ("upcycled.handicap", "kappa")}.items():
-        value, error = fitted[law].params(law)[name], standard_errors(fitted[law], law)[name]
+    interaction, handicap, found = entries["upcycled"], entries["upcycled.handicap"], []
+    for claim, entry, name in (("alpha3 of the interaction law is positive", interaction, "alpha3"),
+                               ("upcycling has a lasting cost kappa", handicap, "kappa")):
+        value, error = entry["params"][name], entry["se_asymptotic"][name]
         found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
-    gain = aicc(fitted["upcycled"]) - aicc(fitted["upcycled.handicap"])
     better = "the handicap law is better than the interaction law"
+    gain = interaction["aicc"] - handicap["aicc"]
     found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
     for name in ("D1", "D2"):
-        held = [extrapolate(chosen, system, law, name, **settings) for law, (system, chosen) in fits.items()]
-        if all(held):
-            errors_of = " against ".join(f"{100 * one['rms']:.2f} %" for one in held[::-1])
-            text = f"{errors_of} on {held[0]['rows']} rows"
-            found.append((f"{better} at the held-out largest {name}", held[1]["rms"] < held[0]["rms"], text))
+        ours, other = handicap["held_out"][name], interaction["held_out"][name]
+        if ours and other:
+            text = f"{100 * ours['rms']:.2f} % against {100 * other['rms']:.2f} % on {ours['rows']} rows"
+            found.append((f"{better} at the held-out largest {name}", ours["rms"] < other["rms"], text))
     return found
 
 
-def claims(rows, options):
-    """{claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows.
+def claims(rows, entries, options):
+    """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows,
+    [note]).
 
-    The variations drop the smallest D2, share B and beta among the families, and let A depend on N.
+    The variations drop the smallest D2, share B and beta among the families, and let A depend on N. All
+    leave out runs that are shorter than WARM_UPS times their warm-up.
     """
-    smallest = min((row["D2"] for row in rows if row["family"] == "upcycled"), default=0.0)
-    without = [row for row in rows if row.get("D2", math.inf) > 1.05 * smallest]
-    usual = {"share": shared_names(options), "A_of_N": options.A_of_N}
-    variations = {"as fitted": (rows, usual), "without the smallest D2": (without, usual),
-                  "B and beta shared": (rows, usual | {"share": ("E", "B", "beta")}),
-                  "A depends on N": (rows, usual | {"A_of_N": True})}
+    long = [row for row in rows if past_warm_up(row)]
+    smallest = min((row["D2"] for row in long if row["family"] == "upcycled"), default=0.0)
+    without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
+    usual = fit_settings(options, "upcycled")
+    variations = {"as fitted": (long, usual), "without the smallest D2": (without, usual),
+                  "B and beta shared": (long, usual | {"share": ("E", "B", "beta")}),
+                  "A depends on N": (long, usual | {"A_of_N": True})}
     found = {}
     for variation, (chosen, settings) in variations.items():
-        for claim, holds, text in compared(chosen, options, settings):
+        if variation != "as fitted" or len(long) < len(rows):
+            entries = {}
+            for law, (system, explained) in plan_fits(chosen, ["upcycled", "upcycled.handicap"])[0].items():
+                fitted = fit_with_noise(explained, system, **settings)
+                held_out = {name: extrapolate(explained, system, law, name, **settings)
+                            for name in ("D1", "D2")}
+                entries[law] = short_entry(law, explained, fitted, held_out) | {"aicc": aicc(fitted)}
+        for claim, holds, text in compared(entries):
             found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
-    return found
+    left = len(rows) - len(long)
+    return found, [f"{left} rows have fewer than {WARM_UPS} times the tokens of their warm-up; the claims "
+                   "leave them out"] if left else []
 
 
 def main(options):
@@ -464,33 +439,37 @@ def main(options):
     rows, dropped = read_rows(options.rows, options.skip_bad)
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
     rows, said = resolve_repeats(rows, options.repeats)
-    wanted = wanted_laws(options)
-    fits = planned(rows, wanted, options)
+    fits = planned(rows, options)
     notes += said + mixtures(rows)
     try:
         os.makedirs(options.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
-    systems = {tuple(system.items()) for system, _ in fits.values()}
+    systems, entries, profiles = {}, {}, {}
+    for law, (system, chosen) in fits.items():
+        systems.setdefault(tuple(system.items()), (system, chosen, []))[2].append(law)
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
-        entries, main_fit = analyse(rows, options, fits, bar)
-    notes += unidentified_note(entries) + scope_notes(entries)
-    sizes, profiles = at_each_N(rows, options) if not wanted else ({}, {})
-    if main_fit:
-        profiles = {"all N": profile_E(main_fit, "upcycled")} | profiles
-    profiles = {title: profile for title, profile in profiles.items() if profile}
+        for system, chosen, laws in systems.values():
+            found, fitted = entries_of(laws, system, chosen, options, bar.update)
+            entries |= found
+            if "upcycled" in laws:
+                profiles["all N"] = profile_E(fitted, "upcycled")
+    claimed, left_out = claims(rows, entries, options) if not options.laws else ({}, [])
+    notes += notes_on(entries) + left_out
+    sizes, more = at_each_N(rows, options) if not options.laws else ({}, {})
+    profiles = {title: profile for title, profile in (profiles | more).items() if profile}
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
-    out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges(rows),
-           "origin": origin(rows), "models": models(rows),
-           "claims": claims(rows, options) if not wanted else {},
-           "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(), "git": code_version()}
+    ranges = by_family(rows, lambda members: {
+        name: [extreme(row[name] for row in members) for extreme in (min, max)]
+        for name in FAMILIES[members[0]["family"]]})
+    out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges,
+           "origin": by_family(rows, lambda members: values_of(members, ORIGIN)), "models": models(rows),
+           "claims": claimed, "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+           "git": code_version()}
     report.write(rows, out, profiles, notes, options.out)
     path = os.path.join(options.out, "laws.json")
     write_text_atomically(path, json.dumps(out, allow_nan=False))
-    best = min((law for law in RIVALS if law in entries), key=lambda law: entries[law]["aicc"], default="")
-    shown = {law: entry for law, entry in entries.items() if wanted or law in (*FAMILIES, best)}
-    for block in (report.comparison_table(entries), report.single_size_table(sizes),
-                  report.parameter_table(shown), report.methods_table(report.method_differences(rows)),
+    for block in (report.comparison_table(entries), report.methods_table(report.method_differences(rows)),
                   report.findings(rows, out), [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))
     print(f"{path}, report.md and figures written")

@@ -1,4 +1,4 @@
-"""Scaling laws as data, what they predict, and rows with a system of laws as the arrays that engine.py fits.
+"""Scaling laws as data, and what they predict.
 
 A law is a sum of terms. Each term is a coefficient times powers of N, D, D1, D2, ..., so its logarithm is
 linear in (ln coefficient, exponents), and the logarithm of the loss is a log-sum-exp. LAWS holds the laws as
@@ -6,13 +6,8 @@ data; engine.py fits them all. Token and parameter counts are raw numbers, losse
 natural.
 """
 import math
-from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
-
-from configurator import ConfigError
-from rows import method_label
 
 # ---------------------------------------------------------------------------------------------------------
 # The laws: {coefficient: {exponent: feature}}. The feature "-D" is -ln D, "D1*D2" is ln D1 * ln D2, and
@@ -37,6 +32,9 @@ LAWS = {
     "upcycled.handicap": EFFECTIVE,  # times e^kappa for upcycled runs
     "upcycled.loss_matching": EFFECTIVE,
     "upcycled.loss_matching_0": EFFECTIVE,
+    # a pilot on one dense checkpoint: one N and one D1, so H is one number
+    "upcycled.head_start": EFFECTIVE,
+    "dense.local": {"A": {"alpha": "-D"}},  # the checkpoint continued: a power law at one N, near D1
     # arXiv 2502.03009 at fixed data, sparsity = N_total / N_active
     "moe.sparsity": SPARSITY, "moe.sparsity_additive": SPARSITY_ADDITIVE,
     "upcycled.sparsity": SPARSITY, "upcycled.sparsity_additive": SPARSITY_ADDITIVE,
@@ -55,16 +53,45 @@ HEAD_START = {  # {law with a head start: the parameters that it adds}
     "upcycled.handicap": ("c", "gamma", "kappa"),
     "upcycled.loss_matching": ("delta",),              # L_moe(N, H) = e^delta L_dense(N, D1)
     "upcycled.loss_matching_0": (),                    # delta = 0: nothing is fitted to upcycled runs
+    "upcycled.head_start": ("H",),
 }
-# Each method of upcycling has its own c and kappa. Methods have gamma in common: fitted apart, six of seven
-# methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
-BY_METHOD = ("c", "kappa")
 MATCHING = ("upcycled.loss_matching", "upcycled.loss_matching_0")
 SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
 LEAST_GAP = 1e-4  # loss matching: the dense loss counts as at least this share above the MoE's asymptote
-SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
 RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not in law]
+NAMES = {  # where the name of a law is not that of its key
+    "moe": "MoE from scratch", "upcycled": "interaction",
+    "upcycled.effective_data_shared": "effective data (shared)",
+    "upcycled.saturating": "saturating head start", "upcycled.head_start": "head start of one checkpoint",
+    "upcycled.loss_matching_0": "loss matching (delta = 0)"}
 
+
+# ---------------------------------------------------------------------------------------------------------
+# Words
+
+def law_name(law):
+    """The name of a law in words."""
+    plain = law.removeprefix("upcycled.") if law in RIVALS else law
+    return NAMES.get(law, plain.replace(".", ": ").replace("_", " "))
+
+
+TIE = 1e-12  # the relative size of a step that takes a tie over the edge
+
+
+def short(value):
+    """A count in words, as 50.6B; a large one as 1.5e21. Ties round up, as they do on the planner's page."""
+    value *= 1 + TIE
+    if value >= 1e15 or value < 1:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
+    value = float(f"{value:.3g}")
+    units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
+    unit, name = next(pair for pair in units if value >= pair[0])
+    return f"{value / unit:.3g}{name}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What laws predict
 
 def parse_feature(feature):
     """"-D" -> (-1, ["D"]); "D1*D2" -> (1, ["D1", "D2"])."""
@@ -109,6 +136,8 @@ def head_start(law, params, N=None, D1=0.0):
             gap = np.maximum(goal - floor, LEAST_GAP * goal)
             scale = params["A"] * np.asarray(N, float) ** -params.get("nu", 0.0)
             return (gap / scale) ** (-1 / alpha)
+        if "H" in params:
+            return np.asarray(params["H"], float)
         power = np.exp(np.log(params["c"]) + params["gamma"] * np.log(np.asarray(D1, float)))
         if "H_max" in params:
             return (power ** -alpha + params["H_max"] ** -alpha) ** (-1 / alpha)
@@ -139,362 +168,3 @@ def predict(law, params, **variables):
             power = power + sign * params[exponent] * math.prod(logs[name] for name in factors)
         loss = loss + params[coefficient] * np.exp(power)
     return factor * loss
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What rows hold
-
-def variable(row, name):
-    """The row's value of a law's variable; nan where it has none."""
-    try:
-        if name == "sparsity":
-            return row["N_total"] / row["N_active"]
-        if name == "active_share":
-            return row["num_experts_per_tok"] / row["num_local_experts"]
-        return row[{"experts": "num_local_experts"}.get(name, name)]
-    except KeyError:
-        return math.nan
-
-
-def factors_of(terms):
-    """The names in the features of a law's terms."""
-    return {name for exponents in terms.values() for feature in exponents.values()
-            for name in parse_feature(feature)[1]}
-
-
-def variables_of(law):
-    """The variables of a law, sorted: N, D, D1, ..."""
-    factors = factors_of(LAWS[law])
-    return sorted(factors - {"effective"} | ({"D1", "D2"} if "effective" in factors else set()))
-
-
-def levels(values):
-    """The distinct levels of some numbers, ascending: each is the smallest of the values within 5 % above
-    it."""
-    found = []
-    for value in sorted(value for value in set(values) if not math.isnan(value)):
-        if not found or value > 1.05 * found[-1]:
-            found.append(value)
-    return found
-
-
-def count_levels(rows, name):
-    """How many levels a variable has in these rows."""
-    return len(levels(variable(row, name) for row in rows))
-
-
-def levels_of_N(rows, system):
-    """The number of levels of N in each family of the system {family: law}."""
-    return [count_levels([row for row in rows if row["family"] == family], "N") for family in system]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Rows and a system of laws as arrays
-
-@dataclass
-class Head:
-    """The head start in a problem: the term A (D2 + H)^-alpha, where ln H or what it saturates from is
-    linear."""
-    slot: int                  # the term A
-    alpha: int                 # the place of alpha
-    x2: np.ndarray             # (n,) centred ln D2, or ln D from scratch
-    here: np.ndarray           # (n,) whether the row's law has the term
-    started: np.ndarray        # (n,) whether the row started from a dense checkpoint
-    linear: np.ndarray         # (p, n) features of ln(c D1^gamma)
-    H_max: int | None          # its place, in the saturating law
-    delta: int | None          # its place, in loss matching
-    dense: np.ndarray | None   # (terms, p, n) features of the dense law at (N, D1), in loss matching
-
-
-@dataclass
-class Problem:
-    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred."""
-    rows: list
-    system: dict           # {family: law}
-    options: dict          # what build was called with: share, A_of_N
-    names: list            # "law:parameter", or "parameter" where laws share it, or "law:parameter|method"
-    is_log: np.ndarray     # (p,) the parameter is the log of a coefficient
-    low: np.ndarray        # (p,) bounds keep finite what rows do not identify: exponents within 3, those of
-    high: np.ndarray       # (p,) a product within 0.3, a term at the centre above a millionth of the loss
-    features: np.ndarray   # (K, p, n)
-    offset: np.ndarray     # (K, n) 0 where the row's law has the term, -inf where it has not
-    to_raw: np.ndarray     # (p, p) and
-    to_raw0: np.ndarray    # (p,) raw = to_raw @ centred + to_raw0
-    y: np.ndarray          # (n,) ln loss
-    fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
-    layout: dict           # {law: (its rows (n,), {place of a coefficient: {place of an exponent: grid}})}
-    slots: list            # (K,) the term's coefficient, by name
-    methods: list          # labels of methods of upcycling that have parameters of their own
-    shift: np.ndarray      # (p, n) features of what is added to ln loss: kappa
-    head: Head | None
-    used: list = field(init=False)  # (K,) places of the parameters that occur in each term
-
-    def __post_init__(self):
-        self.used = [np.flatnonzero(np.abs(features).any(axis=1)) for features in self.features]
-
-
-def identified_terms(rows, law_of_row, options):
-    """({law: its terms that these rows can tell apart}, {law: {parameter: (fixed value, why)}}, laws that
-    share nothing).
-
-    One level of N or D: the term folds into an E of the law's own. Rows that mix numbers of experts have an E
-    of their own too. Two levels of N in every law that shares E: E and B N^-beta cannot be told apart, E is
-    0.
-    """
-    laws = {law: dict(law_terms(law, options["A_of_N"])) for law in dict.fromkeys(law_of_row)}
-    members = {law: [row for row, name in zip(rows, law_of_row) if name == law] for law in laws}
-    fixed, alone = {law: {} for law in laws}, set()
-    sizes = {law: count_levels(members[law], "N") for law in laws if laws[law].get("B") == {"beta": "-N"}}
-    for law, count in sizes.items():
-        experts = [variable(row, "experts") / (row.get("granularity") or 1) for row in members[law]]
-        if len(levels(experts)) > 1:
-            alone.add(law)
-        if law in ("dense", "moe") and count_levels(members[law], "D") == 1:
-            why = "one level of D: A D^-alpha is part of E"
-            fixed[law] |= {name: (0.0, why) for name in ("A", *laws[law].pop("A"))}
-            alone.add(law)
-        if count == 1:
-            for name in laws[law]:
-                laws[law][name] = {k: feature for k, feature in laws[law][name].items() if k != "nu"}
-            fixed[law] |= {name: (0.0, "one level of N: B N^-beta is part of E") for name in ("B", "beta")}
-            fixed[law] |= {"nu": (0.0, "one level of N: N^-nu is part of A")} if options["A_of_N"] else {}
-            del laws[law]["B"]
-            alone.add(law)
-    joint = [count for law, count in sizes.items() if law not in alone]
-    for law, count in sizes.items():
-        if count == 2 and max(joint if "E" in options["share"] and law not in alone else [count]) == 2:
-            del laws[law]["E"]
-            fixed[law]["E"] = (0.0, "two levels of N do not separate E from B N^-beta")
-    return laws, fixed, alone
-
-
-def check_shares(laws, share, alone):
-    """Raises ConfigError where laws would share a coefficient but not its exponents."""
-    for name in share:
-        users = [law for law in laws if law not in alone and name in laws[law]]
-        forms = [laws[law][name] for law in users]
-        if len(forms) > 1 and any(form != forms[0] or not set(form) <= set(share) for form in forms):
-            raise ConfigError(
-                f"--share: {', '.join(users)} can share {name} only where its exponents are the same and "
-                f"shared too ({', '.join(forms[0])}): else what is shared depends on the unit of counting")
-
-
-@dataclass
-class Draft:
-    """A problem under construction: what its arrays will hold."""
-    rows: list
-    law_of_row: np.ndarray                        # (n,)
-    share: tuple
-    alone: set                                    # laws that share nothing
-    logs: dict                                    # {variable: (n,) ln of it}
-    center: dict                                  # {variable: mean of its ln}
-    methods: list                                 # labels of methods with parameters of their own
-    names: dict = field(default_factory=dict)     # {full name: place}
-    bounds: dict = field(default_factory=dict)    # {place: (low, high)} where they are not a coefficient's
-    features: dict = field(default_factory=dict)  # {(coefficient, place): (n,)}
-    shift: dict = field(default_factory=dict)     # {place: (n,)}
-    linear: list = field(default_factory=list)    # (place, place, value) off the diagonal of to_raw
-    constant: list = field(default_factory=list)  # (place, value) of to_raw0
-    head: dict = field(default_factory=dict)      # the fields of Head, features as {place: (n,)}
-
-    def place(self, law, name):
-        """The place of a law's parameter; a new one where it has none yet."""
-        full = name if name in self.share and law not in self.alone else f"{law}:{name}"
-        return self.names.setdefault(full, len(self.names))
-
-    def feature(self, coefficient, place, here, value):
-        """Set the feature of a parameter in a term, for some rows."""
-        self.features.setdefault((coefficient, place), np.zeros(len(self.rows)))[here] = value
-
-
-def add_term(draft, law, coefficient, exponents):
-    """Add one term of a law to the draft; returns {exponent's place: values to start from}."""
-    here, a = draft.law_of_row == law, draft.place(law, coefficient)
-    draft.feature(coefficient, a, here, 1.0)
-    grid, single = {}, {}
-    for exponent, feature in exponents.items():
-        sign, factors = parse_feature(feature)
-        if factors == ["effective"]:
-            grid |= add_head(draft, law, coefficient, exponent)
-            continue
-        j = draft.place(law, exponent)
-        centred = math.prod(draft.logs[name][here] - draft.center[name] for name in factors)
-        draft.feature(coefficient, j, here, sign * centred)
-        if len(factors) == 1:
-            single[factors[0]] = (j, sign)
-            grid[j] = (0.0,) if exponent == "nu" else [-sign * slope for slope in SLOPES]
-            draft.bounds[j] = (-3.0, 3.0)
-            draft.linear.append((a, j, -sign * draft.center[factors[0]]))
-        else:
-            v, w = factors
-            (jv, sign_v), (jw, sign_w) = single[v], single[w]
-            grid[j] = (-0.03, 0.0, 0.03)
-            draft.bounds[j] = (-0.3, 0.3)  # at 3 a raw coefficient overflows
-            mean_v, mean_w = draft.center[v], draft.center[w]
-            draft.linear += [(a, j, sign * mean_v * mean_w), (jv, j, -sign * mean_w * sign_v),
-                             (jw, j, -sign * mean_v * sign_w)]
-    return grid
-
-
-def add_head(draft, law, coefficient, exponent):
-    """Add ln(D2 + H) to the draft; returns {place: values to start from}."""
-    here, alpha = draft.law_of_row == law, draft.place(law, exponent)
-    D1 = np.array([row.get("D1", 0.0) for row in draft.rows], float)
-    x2 = np.log([row.get("D2", row.get("D")) for row in draft.rows])
-    started = here & (D1 > 0)
-    log_D1 = np.where(started, np.log(np.where(started, D1, 1.0)), 0.0)
-    m1, m2 = log_D1[started].mean() if started.any() else 0.0, x2[here].mean()
-    draft.head = dict(slot=coefficient, alpha=alpha, x2=x2 - m2, here=here, started=started, linear={},
-                      H_max=None, delta=None, dense=None, log_D1=log_D1)
-    draft.linear.append((draft.place(law, coefficient), alpha, m2))
-    draft.bounds[alpha] = (-3.0, 3.0)
-    grid = {alpha: SLOPES}
-    if "c" in HEAD_START[law]:
-        gamma = draft.place(law, "gamma")
-        draft.head["linear"][gamma] = np.where(started, log_D1 - m1, 0.0)
-        draft.bounds[gamma] = (0.01, 3.0)
-        for c, of_method in own_parameters(draft, law, "c", started):
-            draft.head["linear"][c] = of_method
-            draft.linear.append((c, gamma, -m1))
-            draft.constant.append((c, m2))
-            draft.bounds[c] = (-7.0, 7.0)
-            grid[c] = (-2.0, 0.0, 2.0)
-        grid[gamma] = (0.3, 0.7, 1.1)
-    if "H_max" in HEAD_START[law]:
-        draft.head["H_max"] = draft.place(law, "H_max")
-        draft.constant.append((draft.head["H_max"], m2))
-        draft.bounds[draft.head["H_max"]] = (-7.0, 9.0)
-    if "kappa" in HEAD_START[law]:
-        draft.shift = dict(own_parameters(draft, law, "kappa", started))
-        draft.bounds |= {kappa: (-1.0, 1.0) for kappa in draft.shift}
-    if "delta" in HEAD_START[law]:
-        draft.head["delta"] = draft.place(law, "delta")
-        draft.bounds[draft.head["delta"]] = (-1.0, 1.0)
-    if "H_max" in HEAD_START[law] or law in MATCHING:
-        draft.bounds[alpha] = (0.005, 3.0)
-    return grid
-
-
-def own_parameters(draft, law, name, started):
-    """[(place, (n,) which started rows have it)] of a parameter that each method of upcycling has for
-    itself."""
-    if not draft.methods:
-        return [(draft.place(law, name), started.astype(float))]
-    labels = np.array([method_label(row) for row in draft.rows])
-    return [(draft.place(law, name + f"|{label}" * (k > 0)), (started & (labels == label)).astype(float))
-            for k, label in enumerate(draft.methods)]
-
-
-def add_dense_loss(draft, terms):
-    """Add to the draft's head the terms {coefficient: exponents} of the dense law at (N, D1)."""
-    values = {"D": draft.head["log_D1"]}
-    draft.head["dense"] = []
-    for coefficient, exponents in terms.items():
-        features = {draft.place("dense", coefficient): np.ones(len(draft.rows))}
-        for exponent, feature in exponents.items():
-            sign, (name,) = parse_feature(feature)
-            centred = values.get(name, draft.logs[name]) - draft.center[name]
-            features[draft.place("dense", exponent)] = sign * centred
-        draft.head["dense"].append(features)
-
-
-def methods_of(rows, system):
-    """Labels of the methods of upcycling in the rows, copy or the first one first; [] of one method, or of
-    laws in which methods do not differ."""
-    if not set(BY_METHOD) & set(HEAD_START.get(system.get("upcycled"), ())):
-        return []
-    labels = {method_label(row) for row in rows if row["family"] == "upcycled"}
-    return sorted(labels, key=lambda label: (label != "copy", label)) if len(labels) > 1 else []
-
-
-def build(rows, system, share=("E",), A_of_N=False):
-    """The Problem of fitting `system` = {family: law} to the rows of those families at once; laws share
-    the named parameters. With A_of_N, A depends on N. Raises ConfigError where laws would share a
-    coefficient but not its exponents."""
-    options = {"share": share, "A_of_N": A_of_N}
-    rows = [row for row in rows if row["family"] in system]
-    law_of_row = np.array([system[row["family"]] for row in rows])
-    laws, fixed, alone = identified_terms(rows, law_of_row, options)
-    check_shares(laws, share, alone)
-    factors = set().union(*map(factors_of, laws.values())) - {"effective"}
-    logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
-    center = {name: np.nanmean(value) for name, value in logs.items()}
-    draft = Draft(rows, law_of_row, share, alone, logs, center, methods_of(rows, system))
-    layout, offset = {}, {}
-    for law, terms in laws.items():
-        here = law_of_row == law
-        layout[law] = (here, {})
-        for coefficient, exponents in terms.items():
-            offset.setdefault(coefficient, np.full(len(rows), -np.inf))[here] = 0.0
-            grid = add_term(draft, law, coefficient, exponents)
-            layout[law][1][draft.place(law, coefficient)] = grid
-    if set(system.values()) & set(MATCHING):
-        add_dense_loss(draft, laws["dense"])
-    return finished(draft, system, options, fixed, layout, offset)
-
-
-def finished(draft, system, options, fixed, layout, offset):
-    """The Problem of a complete draft."""
-    p, n, slots = len(draft.names), len(draft.rows), list(offset)
-    y = np.log([row["loss"] for row in draft.rows])
-
-    def array(features):
-        return np.array([features.get(j, np.zeros(n)) for j in range(p)])
-
-    features = {name: {} for name in slots}
-    for (name, j), value in draft.features.items():
-        features[name][j] = value
-    to_raw, to_raw0 = np.eye(p), np.zeros(p)
-    for i, j, value in draft.linear:
-        to_raw[i, j] = to_raw[i, j] or value  # laws that share both parameters agree
-    for i, value in draft.constant:
-        to_raw0[i] = value
-    logs = (*slots, "c", "H_max")
-    is_log = np.array([name.rpartition(":")[2].partition("|")[0] in logs for name in draft.names])
-    bounds = [draft.bounds.get(j, (y.min() + math.log(1e-6), y.max() + 3.0)) for j in range(p)]
-    low, high = np.array(bounds).T
-    head = None
-    if draft.head:
-        dense = draft.head["dense"] and np.array([array(term) for term in draft.head["dense"]])
-        parts = {name: value for name, value in draft.head.items() if name != "log_D1"}
-        head = Head(**parts | {"slot": slots.index(draft.head["slot"]), "dense": dense,
-                               "linear": array(draft.head["linear"])})
-    return Problem(draft.rows, system, options, list(draft.names), is_log, low, high,
-                   np.array([array(features[name]) for name in slots]),
-                   np.array([offset[name] for name in slots]), to_raw, to_raw0, y, fixed, layout,
-                   slots, draft.methods, array(draft.shift), head)
-
-
-def missing(rows, system):
-    """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows.
-
-    N may have one level, and so may D where N has three. Laws that share the MoE's curve need fewer D1.
-    """
-    lacks = []
-    needed_D1 = {"upcycled.effective_data_shared": 2, "upcycled.handicap": 2} | dict.fromkeys(MATCHING, 1)
-    if set(system.values()) & set(MATCHING) and "dense" not in system:
-        return ["needs a dense law of the same rows"]
-    for law in dict.fromkeys(system.values()):
-        families = [family for family in system if system[family] == law]
-        absent = [family for family in families if not any(row["family"] == family for row in rows)]
-        if absent:
-            lacks.append(f"has no {' or '.join(absent)} rows")
-            continue
-        members = [row for row in rows if row["family"] in families]
-        found = {name: count_levels(members, name) for name in variables_of(law)}
-        if "upcycled" not in families and law in SHARED_CURVE:  # the MoE's own curve
-            found = {name: count_levels(members, name) for name in ("D", "N")}
-        one_D = law in ("dense", "moe") and found["D"] == 1
-        for name, count in found.items():
-            needed = needed_D1.get(law, 3) if name == "D1" else 3 if name != "N" or one_D else 1
-            if count < needed and not (name == "D" and one_D):
-                lacks.append(f"needs {needed} levels of {name}, has {count}" + ", at one D" * one_D)
-    for label, count in Counter(method_label(row) for row in rows if row["family"] == "upcycled").items():
-        if label in methods_of(rows, system) and count < 4:
-            lacks.append(f"needs 4 rows of the method {label}, has {count}")
-    if not lacks:
-        problem = build(rows, system)
-        needed = len(problem.names) + 3
-        if len(problem.y) < needed:
-            lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")
-    return lacks

@@ -10,7 +10,8 @@ import numpy as np
 from scipy.special import ndtri
 
 from configurator import ConfigError, read_json
-from laws import LAWS, RIVALS, parameter_names, predict
+from laws import LAWS, RIVALS, law_name, parameter_names, predict
+from rows import FAMILIES
 
 DRAWS = 250           # draws of each law at most; a law with fewer repeats them
 NUMBERS = 45_000      # numbers in the draws of all laws at most, so that a page with them stays below 500 kB
@@ -22,38 +23,31 @@ LEAST_ERROR = 0.003   # a held-out error below the noise of a run is luck
 FORM_ERROR, REACH = 0.01, 8.0
 EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
-FAMILY_NAMES = ("dense", "moe", "upcycled")
+
+# The least that a number in a laws file can be, by its key; others may be negative. E may be 0, and so may
+# the B of a law for one N. A misfit has its family as the key.
+TINY = 5e-324  # the smallest positive number
+LEAST = dict.fromkeys(("A", "A1", "A2", "c", "H", "H_max", "N", "D", "D1", "D2", "flops_per_token",
+                       "active_ratio"), TINY)
+LEAST |= dict.fromkeys(("B", "E", "rms", "beyond", "rmse_log", "relative_error", *FAMILIES, *MOE), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The laws file
 
-def least(parameter):
-    """The smallest value that a law's parameter can have. A law for one N has B = 0, and E may be 0."""
-    name = parameter.removeprefix("dense_")
-    return 0.0 if name in ("B", "E") else 5e-324 if name in ("A", "A1", "A2", "c", "H_max") else -math.inf
-
-
-def check_number(where, value, lowest=5e-324):
-    """Raises ConfigError unless value is a finite number, and positive or at least the given lowest."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
-        raise ConfigError(f"{where} = {str(value)[:40]} is not a finite number")
-    if value < lowest:
-        raise ConfigError(f"{where} = {value:g} must be positive")
-
-
-def check_law(where, law, entry):
-    """Raises ConfigError where a law's params or draws are missing or are no numbers that it can have."""
-    params, draws = entry["params"], entry.get("draws", {})
-    for name in {**dict.fromkeys(parameter_names(law)), **params}:
-        if name not in params or draws and name not in draws:
-            raise ConfigError(f"{where}: {name} is missing")
-        check_number(f"{where}.params.{name}", params[name], least(name))
-        values = draws.get(name, [1.0])
-        for value in values if set(map(type, values)) != {float} else (min(values), sum(values)):
-            check_number(f"{where}.draws.{name}", value, least(name))
-    if len({len(values) for values in draws.values()}) > 1:
-        raise ConfigError(f"{where}.draws: the parameters do not have equally many draws")
+def check_numbers(where, value, key=""):
+    """Raises ConfigError where a number at any depth of a part of a laws file is not finite or too small."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            check_numbers(f"{where}.{name}", part, name.removeprefix("dense_"))
+    elif isinstance(value, list):
+        for part in value:
+            check_numbers(where, part, key)
+    elif isinstance(value, (int, float)):
+        if isinstance(value, bool) or not abs(value) < 1e100:
+            raise ConfigError(f"{where} = {value} is not a finite number")
+        if value < LEAST.get(key, -math.inf):
+            raise ConfigError(f"{where} = {value:g} must be positive")
 
 
 def check_origin(path, origin):
@@ -61,17 +55,11 @@ def check_origin(path, origin):
 
     Methods of upcycling may have other numbers of experts beside that of the MoE from scratch.
     """
-    for family, said in origin.items():
-        for key in ("max_seq_len", *MOE):
-            for value in said.get(key) or ():
-                check_number(f"{path}: origin.{family}.{key}", value, 0.0)
     for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
         values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
-                  for family in FAMILY_NAMES}
-        if key in MOE:  # the dense model has none
-            values["dense"] = set()
-            if values["moe"] and values["moe"] <= values["upcycled"]:
-                values["upcycled"] = values["moe"]
+                  for family in FAMILIES if family != "dense" or key not in MOE}
+        if key in MOE and values["moe"] and values["moe"] <= values["upcycled"]:
+            values["upcycled"] = values["moe"]
         if len(set().union(*values.values())) > 1:
             said = "; ".join(f"{family} {', '.join(sorted(value[:12] for value in found))}"
                              for family, found in values.items() if found)
@@ -80,53 +68,42 @@ def check_origin(path, origin):
 
 
 def check_laws(path, content):
-    """Raises ConfigError in one line with file and key where the content of a laws file cannot be used."""
-    where = "version"
-    try:
-        if content["version"] not in (1, 2):
-            raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
-        where = "laws"
-        for law, entry in content["laws"].items():
-            where = f"laws.{law}"
-            if law not in LAWS:
-                raise ConfigError(f"{path}: {where} is no law that this program knows")
-            check_law(f"{path}: {where}", law, entry)
-            for other, beside in entry.get("beside", {}).items():
-                check_law(f"{path}: {where}.beside.{other}", other, beside)
-            for method, fitted in entry.get("methods", {}).items():
-                check_law(f"{path}: {where}.methods.{method}", law, fitted)
-            entry.get("fitted_with", {}).get(law)
-            for key in ("relative_error", "rmse_log"):
-                check_number(f"{path}: {where}.{key}", entry.get(key, 1.0), 0.0)
-            for test, (error, beyond) in held_out(entry).items():
-                check_number(f"{path}: {where}.held_out.{test}", error * beyond, 0.0)
-            for family, value in entry.get("misfit", {}).items():
-                check_number(f"{path}: {where}.misfit.{family}", 0.0 if value is None else value, 0.0)
-        where = "ranges"
-        for family, ranges in content.get("ranges", {}).items():
-            for name, (low, high) in ranges.items():
-                check_number(f"{path}: ranges.{family}.{name}", low)
-                check_number(f"{path}: ranges.{family}.{name}", high, low)
-        where = "models"
-        for model in content.get("models", ()):
-            if model["family"] not in FAMILY_NAMES:
-                raise ConfigError(f"{path}: models: no family is {str(model['family'])[:40]}")
-            check_number(f"{path}: models: N", model["N"])
-            check_number(f"{path}: models: flops_per_token", model["flops_per_token"])
-        check_number(f"{path}: active_ratio", content.get("active_ratio", 1.0))
-        where = "origin"
-        check_origin(path, content.get("origin", {}))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{path}: {where}: not of a laws file ({type(error).__name__}: {error})") from None
+    """Raises ConfigError, or another error where the structure is not that of a laws file, unless the laws
+    have all their parameters, numbers are finite, and all are of one origin."""
+    if content["version"] not in (1, 2):
+        raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
+    for part in ("laws", "ranges", "models", "origin", "active_ratio"):
+        check_numbers(f"{path}: {part}", content.get(part, {}), part)
+    check_origin(path, content.get("origin", {}))
+    for law, entry in content["laws"].items():
+        if law not in LAWS:
+            raise ConfigError(f"{path}: laws.{law} is no law that this program knows")
+        fits = {law: (law, entry)}
+        fits |= {f"{law}.beside.{other}": (other, fit) for other, fit in entry.get("beside", {}).items()}
+        fits |= {f"{law}.methods.{method}": (law, fit) for method, fit in entry.get("methods", {}).items()}
+        for where, (name, fit) in fits.items():
+            check_params(f"{path}: laws.{where}", name, fit)
     if not content["laws"]:
         raise ConfigError(f"{path}: holds no laws")
 
 
-def read_laws(path):
-    """The laws file as a dict whose numbers are checked. Raises ConfigError in one line with file and key."""
+def check_params(where, law, entry):
+    """Raises ConfigError where params or draws of a law are missing, are no numbers, or differ in number."""
+    try:
+        names, draws = {**dict.fromkeys(parameter_names(law)), **entry["params"]}, entry.get("draws")
+        np.array([[entry["params"][name], *(draws[name] if draws else ())] for name in names], float)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: its params or draws cannot be used ({error!r:.80})") from None
+
+
+def read_laws(path, wanted=""):
+    """(the laws file as a dict, its book for the wanted upcycled law or for all). Raises ConfigError."""
     content = read_json(path)
-    check_laws(path, content)
-    return content
+    try:
+        check_laws(path, content)
+        return content, make_book(path, content, wanted)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{path}: not of a laws file ({error!r:.80})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -134,11 +111,8 @@ def read_laws(path):
 
 def held_out(entry):
     """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it is)}."""
-    if "held_out" in entry:
-        tests = {name: test for name, test in entry["held_out"].items() if test}
-        return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in tests.items()}
-    old = dict(entry.get("extrapolation") or {}, trunk=entry.get("leave_trunk_out"))
-    return {name: (error, 1.0) for name, error in old.items() if error is not None}
+    tests = entry.get("held_out", {}).items()
+    return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in tests if test}
 
 
 def weigh(entries):
@@ -157,8 +131,10 @@ def weigh(entries):
 
 
 def drawn(law, entry, wanted):
-    """{"law", "params", "draws"} with the wanted number of draws, or with one where the file has none."""
-    params = {name: float(value) for name, value in entry["params"].items()}
+    """{"law", "params", "draws"} of a law's parameters in an entry, with the wanted number of draws, or with
+    one where the entry has none."""
+    params = {name: float(entry["params"][name]) for name in parameter_names(law, A_of_N=True)
+              if name in entry["params"]}
     draws = entry.get("draws") or {name: [value] for name, value in params.items()}
     count = len(next(iter(draws.values())))
     pick = [i * count // wanted if count > wanted else i % count for i in range(wanted)] if count > 1 else [0]
@@ -173,17 +149,15 @@ def routes_of(laws, name, wanted):
     """
     entry = laws.get(name, {})
     beside, system = entry.get("beside", {}), entry.get("fitted_with")
-    by_method = entry.get("methods") or {"copy": entry}
-    routes = {"upcycled": {method: drawn(name, found, wanted) for method, found in by_method.items() if name}}
+    methods = (entry.get("methods") or {"copy": entry}) if name else {}
     of_one_fit = name or laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
+    routes = {"upcycled": {method: drawn(name, fit, wanted) for method, fit in methods.items()}}
     for family in ("dense", "moe"):
-        if family in beside:
-            routes[family] = drawn(family, beside[family], wanted)
+        law = (system or {}).get(family, family)
+        if law in beside:
+            routes[family] = drawn(law, beside[law], wanted)
         elif system and system.get(family) == name:  # one curve serves both families
-            names = {p: f"dense_{p}" if family == "dense" else p for p in (*parameter_names(family), "nu")}
-            shared = {part: {p: entry[part][q] for p, q in names.items() if q in entry[part]}
-                      for part in ("params", "draws") if part in entry}
-            routes[family] = drawn(family, shared, wanted)
+            routes[family] = drawn(family, entry, wanted)
         elif of_one_fit and not system and family in laws:  # published laws do not name their fit
             routes[family] = drawn(family, laws[family], wanted)
         else:
@@ -203,19 +177,13 @@ def misfit(laws, name, family):
     return float(assumed if measured is None else measured)
 
 
-def label(law):
-    """The name of a law for people."""
-    if law in ("", "upcycled"):
-        return "interaction" if law else "dense and MoE"
-    return law.partition(".")[2].replace("_", " ")
-
-
 def make_book(path, content, wanted=""):
     """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
 
     {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
-    [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "methods": of
-    upcycling, "draws": their number, "normal": {family: standard normal deviates, one a draw}}
+    [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "models":
+    {family: {N: FLOPs of a token / 6 N}}, "methods": of upcycling, "draws": their number, "normal": {family:
+    standard normal deviates, one a draw}}
     """
     laws, origin = content["laws"], content.get("origin", {})
     names = [law for law in RIVALS if law in laws]
@@ -233,22 +201,26 @@ def make_book(path, content, wanted=""):
     tests = [held_out(entry) for entry in laws.values()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
-    ranges = {family: dict(content.get("ranges", {}).get(family, {})) for family in FAMILY_NAMES}
+    ranges = {family: {name: [low, high] for name, (low, high) in
+                       content.get("ranges", {}).get(family, {}).items()} for family in FAMILIES}
     for family in ("moe", "upcycled"):
         ranges[family] |= {key: [value, value] for key, value in moe.items()}
     weights = weigh({law: laws[law] for law in names}) or {"": 1.0}
     sizes = [10 + len(laws[law]["params"]) * len(laws[law].get("methods") or [law]) for law in weights if law]
     draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
     random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
-    return {"laws": [{"name": law, "label": label(law), "weight": weight,
+    return {"laws": [{"name": law, "label": law_name(law) or "dense and MoE", "weight": weight,
                       "routes": routes_of(laws, law, draws),
-                      "misfit": {family: misfit(laws, law, family) for family in FAMILY_NAMES}}
+                      "misfit": {family: misfit(laws, law, family) for family in FAMILIES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,
             "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
                       for name in ("N", "D", "D1", "D2", *MOE)},
+            "models": {family: {model["N"]: model["flops_per_token"] / (6 * model["N"])
+                                for model in content.get("models", ()) if model["family"] == family}
+                       for family in FAMILIES},
             "methods": methods[names[0]] if names else [],
-            "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILY_NAMES}}
+            "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILIES}}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -12,17 +12,17 @@ tell, and it lists the cheapest runs that would.
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from configurator import ConfigError, run, setting
-from laws import head_start
-from mixture import (EXPERTS_ERROR, FAMILY_NAMES, FORM_ERROR, MOE, REACH, distance, estimate,
-                     first_crossing, make_book, quantile, read_laws, sample)
-from plan_page import WORDS, draw_figure, folded, percent, say, say_answer, short, write_page
+from laws import head_start, short
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, quantile,
+                     read_laws, sample)
+from plan_page import WORDS, folded, percent, say, say_answer, write_page
+from rows import FAMILIES
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
 ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
@@ -57,7 +57,6 @@ class Options:
     design: str = setting("", "study file: what would it find, were these laws true")
     noise: float = setting(0.005, "design: standard deviation of ln loss between runs", least=1e-6)
     trunk_noise: float = setting(0.003, "design: the same between trunks", least=0)
-    figure: str = setting("out/plan.png", "figure (.png, .svg or .pdf) and a PDF beside it; empty: none")
     html: str = setting("", "page with the answer and sliders, one file that opens offline; empty: none")
     json: bool = setting(False, "print JSON")
 
@@ -293,7 +292,7 @@ def expected_loss(book, question, family, N, logit=0.0):
 def points_fresh(book, question):
     """({route: (family, {variable: value})}, {route: why it has no plan}): the best of each route."""
     points, refused = {}, {}
-    fitted = [n for family in FAMILY_NAMES for n in book["ranges"][family].get("N", ())]
+    fitted = [n for family in FAMILIES for n in book["ranges"][family].get("N", ())]
     low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, question["flops"] / 6e3)
     for route, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe"), (SPLIT, "upcycled")):
         if not all(law["routes"][family] for law in book["laws"]):
@@ -332,25 +331,19 @@ def answer_fresh(book, question):
 # The command
 
 def check(options):
-    """Refuse what cannot be meant, with a hint on counts in billions or millions. Raises ConfigError."""
-    for name, floor in (("N", 1e4), ("D1", max(1e3, options.N / 1e3)), ("tokens", max(1e3, options.N / 1e3))):
+    """Refuse counts that cannot be meant, with what may be meant. Raises ConfigError."""
+    few = max(1e3, options.N / 1e3)
+    for name, floor in (("N", 1e4), ("D1", few), ("tokens", few), ("flops", 1e6), ("flops_per_gpu", 1e9)):
         if 0 < (value := getattr(options, name)) < floor:
-            unit, meant = ("billions", f"{value:g}e9") if value < 1000 else ("millions", f"{value * 1e6:g}")
-            raise ConfigError(f"--{name}={value:g} is a raw count here, not {unit}; "
+            unit = "e12" if name == "flops_per_gpu" else "e9"
+            meant = f"{value:g}{unit}" if value < 1000 else f"{value * 1e6:g}"
+            raise ConfigError(f"--{name}={value:g} is too small for a raw count; "
                               f"did you mean --{name}={meant}?")
-    if 0 < options.flops < 1e6:
-        raise ConfigError(f"--flops={options.flops:g} is a raw count of operations; budgets are like 1e20")
-    if 0 < options.flops_per_gpu < 1e9:
-        raise ConfigError(f"--flops_per_gpu={options.flops_per_gpu:g} is a raw count of operations a second; "
-                          f"did you mean {options.flops_per_gpu:g}e12?")
-    if options.figure and os.path.splitext(options.figure)[1] not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--figure={options.figure}: must end in .png, .svg or .pdf")
-    if options.html and options.fresh:
-        raise ConfigError("--html shows the options of a dense checkpoint; leave out --fresh")
 
 
-def of_checkpoint(options, moe, context):
-    """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE. Raises ConfigError."""
+def of_checkpoint(options, moe, context, D1_of_laws):
+    """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE; D1 is that of a pilot's
+    laws where the checkpoint does not say. Raises ConfigError."""
     from checkpoint import read_config, read_state, tokens_seen  # these need torch
     from model import flops_per_token as count_flops, parameter_counts
 
@@ -358,7 +351,8 @@ def of_checkpoint(options, moe, context):
     if config.num_local_experts:
         raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
     N = float(options.N or parameter_counts(config)["N"])
-    D1 = float(options.D1 or (tokens_seen(state) if state else 0))
+    low, high = D1_of_laws
+    D1 = float(options.D1 or (tokens_seen(state) if state else 0) or low * (low == high))
     if not D1:
         raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was "
                           "trained; give --D1=")
@@ -370,9 +364,7 @@ def of_checkpoint(options, moe, context):
 def costs_of(content, book, moe):
     """({"dense", "moe": [(N, FLOPs of a token / 6 N)]}, where they are from) of a laws file."""
     more = MLP_SHARE * (moe["num_experts_per_tok"] - book["moe"]["num_experts_per_tok"])
-    models = {family: {m["N"]: m["flops_per_token"] / (6 * m["N"]) for m in content.get("models", ())
-                       if m["family"] == family} for family in FAMILY_NAMES}
-    dense, mixtures = models["dense"], models["upcycled"] | models["moe"]
+    dense, mixtures = book["models"]["dense"], book["models"]["upcycled"] | book["models"]["moe"]
     if dense and mixtures:
         costs = {"dense": sorted(dense.items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
         return costs, "those of the models that the laws were fitted on"
@@ -393,7 +385,8 @@ def ask(options, content, book):
                           f"--num_local_experts={moe['num_local_experts']}")
     if options.checkpoint:
         of_laws = content.get("origin", {}).get("dense", {}).get("max_seq_len") or [4096]
-        N, D1, book["costs"], source = of_checkpoint(options, moe, options.max_seq_len or int(of_laws[0]))
+        N, D1, book["costs"], source = of_checkpoint(options, moe, options.max_seq_len or int(of_laws[0]),
+                                                     book["ranges"]["upcycled"].get("D1", (0, 0)))
     else:
         book["costs"], source = costs_of(content, book, moe)
     if options.active_ratio:
@@ -445,11 +438,10 @@ def uncertainty(options, content, book):
 
 def main(options):
     check(options)
-    content = read_laws(options.laws)
+    content, book = read_laws(options.laws, options.law)
     if options.design:
         from plan_design import print_design  # it needs torch
         return print_design(content["laws"], options)
-    book = make_book(options.laws, content, options.law)
     question = ask(options, content, book)
     answer = answer_fresh if options.fresh else answer_now
     question["uncertainty"] = uncertainty(options, content, book)
@@ -470,13 +462,12 @@ def main(options):
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
-        write_page({"book": book, "question": question, "constants": constants}, options.html)
-    if options.figure:
-        answers = {flops: answer(book, question | {"flops": flops})
-                   for flops in question["flops"] * np.geomspace(1 / 30, 30, 31)}
-        draw_figure(question["flops"], answers, COLORS, options.figure)
-    if not options.json:
-        print("".join(f"written: {path}\n" for path in (options.figure, options.html) if path), end="")
+        budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
+        answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets] \
+            if options.fresh else None  # the page finds the answers to the other questions itself
+        write_page({"book": book, "question": question, "constants": constants, "answers": answers},
+                   options.html)
+        print(f"written: {options.html}" * (not options.json), end="\n" * (not options.json))
 
 
 if __name__ == "__main__":

@@ -86,20 +86,16 @@ def plan_design(laws, options):
     return found
 
 
-def say_design(found):
-    """A table of the variants; nan shows as a dash."""
-    table = [(name, *(f"{value:.3g}" if math.isfinite(value) else "-" for value in cells.values()))
-             for name, cells in found.items()]
-    return columns([("design", *found["as it is"]), *table])
-
-
 def print_design(laws, options):
-    """What plan.py --design prints."""
+    """What plan.py --design prints: a table of the variants, or JSON; what there is none of is a dash or
+    null."""
     found = plan_design(laws, options)
     if options.json:
-        finite = {name: {key: value if math.isfinite(value) else None for key, value in cells.items()}
-                  for name, cells in found.items()}
-        print(json.dumps(finite))
-    else:
-        print(f"Were {options.laws} true, with noise of {percent(options.noise)} a run and "
-              f"{percent(options.trunk_noise)} a trunk:", *say_design(found), sep="\n")
+        print(json.dumps({name: {key: value if math.isfinite(value) else None for key, value in cells.items()}
+                          for name, cells in found.items()}))
+        return
+    table = [(name, *(f"{value:.3g}" if math.isfinite(value) else "-" for value in cells.values()))
+             for name, cells in found.items()]
+    print(f"Were {options.laws} true, with noise of {percent(options.noise)} a run and "
+          f"{percent(options.trunk_noise)} a trunk:", *columns([("design", *found["as it is"]), *table]),
+          sep="\n")

@@ -1,12 +1,11 @@
-"""An answer of the planner in words, as a figure and as a page."""
+"""An answer of the planner in words and as a page."""
 import json
 import math
 import os
 import textwrap
 
-import numpy as np
-
 from configurator import ConfigError
+from laws import TIE, short
 
 WORDS = {  # plan.html says the same sentences
     "unknown": "the fitted range of {name} ({family}) is not known",
@@ -36,23 +35,8 @@ WORDS = {  # plan.html says the same sentences
 }
 
 
-TIE = 1e-12  # the relative size of a step that takes a tie over the edge
-
-
 def say(key, **values):
     return WORDS[key].format(**values)
-
-
-def short(value):
-    """A count in words, as 50.6B; a large one as 1.5e21. Ties round up, as they do on the page."""
-    value *= 1 + TIE
-    if value >= 1e15 or value < 1:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}" + f"e{int(exponent)}" * (int(exponent) != 0)
-    value = float(f"{value:.3g}")
-    units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
-    unit, name = next(pair for pair in units if value >= pair[0])
-    return f"{value / unit:.3g}{name}"
 
 
 def percent(share):
@@ -130,53 +114,10 @@ def say_answer(result):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# As a figure and as a page
-
-def draw_figure(budget, answers, colors, path):
-    """Loss against the budget with 90 % bands; budgets within the fitted ranges are shaded.
-
-    answers is {budget in FLOPs: its answer}, budget the one that was asked about. Raises ConfigError.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-
-    figure, axis = plt.subplots(figsize=(7.4, 3.8), constrained_layout=True)
-    budgets = list(answers)
-    for option in dict.fromkeys(option for found in answers.values() for option in found["options"]):
-        options = [found["options"].get(option) for found in answers.values()]
-        loss, low, high = np.array([(o["loss"], *o["interval"]) if o else [math.nan] * 3 for o in options]).T
-        axis.plot(budgets, loss, color=colors[option], label=option)
-        axis.fill_between(budgets, low, high, color=colors[option], alpha=0.15, lw=0)
-    inside = [flops for flops, found in answers.items() if found["options"] and not found["warnings"]]
-    if inside:
-        axis.axvspan(inside[0], inside[-1], color="#2e8b57", alpha=0.1, lw=0, label="the laws' fitted range")
-    axis.axvline(budget, color="#c0392b", lw=1, label="budget")
-    axis.set(xscale="log", xlabel="budget, training FLOPs", ylabel="predicted loss (nats a token)")
-    if any(found["options"] for found in answers.values()):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(MaxNLocator(6))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axis.yaxis.set_minor_locator(NullLocator())
-    else:
-        axis.text(0.5, 0.5, "the laws cannot say anywhere here", transform=axis.transAxes, ha="center",
-                  bbox={"facecolor": "white", "lw": 0})
-        axis.set_yticks([])
-    axis.set_xlim(budgets[0], budgets[-1])
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        for name in {path, os.path.splitext(path)[0] + ".pdf"}:
-            figure.savefig(name, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"--figure={path}: {error.strerror}") from None
-    plt.close(figure)
-
+# As a page
 
 def write_page(filled, path):
-    """plan.html with the book, the question and the constants filled in. Raises ConfigError."""
+    """plan.html with {"book", "question", "constants", "answers"} filled in. Raises ConfigError."""
     text = json.dumps(filled, default=lambda value: value.tolist(), allow_nan=False).replace("</", "<\\/")
     try:
         template = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html")

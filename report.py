@@ -3,6 +3,7 @@
 `rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
 is a list of lines that read on a terminal and in Markdown.
 """
+import itertools
 import math
 import os
 
@@ -11,23 +12,26 @@ import numpy as np
 
 import figures
 from configurator import ConfigError, read_json
-from figures import FAMILY_STYLES, RIVAL_STYLES, law_name, of_family, short, sorted_levels, t_interval
-from laws import SHARED_CURVE, head_start, predict
+from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
+from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
 from rows import KNOBS, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
             "experts": "most experts"}
-TOKENS = np.geomspace(1e9, 1e12, 61)  # D1 and D2 of published laws that do not say where they were fitted
+TOKENS = (1e9, 1e10, 1e11, 1e12)  # D1 and D2 of published laws that do not say where they were fitted
 MATCHING_WORDS = """
 Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
 on along the MoE's own curve, from where that curve has the loss of the dense model. The difference is this
-prediction less that of the published upcycled law, for D1 and D2 from 1B to 1T tokens."""
-WHY_NOT = """
-- A copied model starts with the loss of its dense checkpoint. A law that lies above this start is not valid
-  there. Loss matching never does.
-- An upcycled model has seen more tokens than a MoE from scratch on D = D2 tokens. Loss matching always puts
-  the upcycled model below. The published law lets the MoE from scratch overtake it."""
+prediction less that of the published upcycled law, in %.
+
+- start: the published law lies above its own dense start. It is not valid there, since a copied model starts
+  with the loss of its dense checkpoint.
+- scratch: the published law lies above a MoE from scratch on D = D2 tokens. Loss matching never does, since
+  an upcycled model has seen more tokens.""".split("\n")
+
+MATCHING_CAPTION = ("Loss matching against the published upcycled law. Lines are dashed where that law lies "
+                    "above its dense start or above a MoE from scratch.")
 
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
@@ -139,20 +143,6 @@ def parameter_table(laws):
     return aligned(header, lines)
 
 
-def single_size_table(sizes):
-    """Fits at one N each, {N: {law: entry}}: nothing is assumed about how N enters."""
-    lines = []
-    for n, entries in sizes.items():
-        for law, entry in entries.items():
-            exponents = [f"{name} {entry['params'][name]:.3g} ± {error:.1g}"
-                         for name, error in entry["se_asymptotic"].items()
-                         if name.startswith(("alpha", "gamma", "kappa"))]
-            lines.append([short(float(n)), law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
-                          held_out_text(entry["held_out"].get("trunk")), ", ".join(exponents)])
-    header = ["N", "law", "rows", "in sample", "a trunk held out", "exponents ± asymptotic s.e."]
-    return aligned(header, lines)
-
-
 def methods_table(differences):
     """Mean loss against copying ± half of its t-interval, number of pairs: one line a method, N and D1."""
     tokens, lines = sorted({d2 for cells in differences.values() for d2 in cells}), []
@@ -195,43 +185,29 @@ def with_interval(value, draws, form=short):
 
 
 def head_starts(laws, ranges):
-    """[[law, method, D1, head start, handicap, D2*]], texts with intervals, at the largest N.
-
-    One line for each law with a head start, method of upcycling, and end of the range of D1.
-    """
-    n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
-    fits = [(law, method, fitted) for law in SHARED_CURVE if law in laws
-            for method, fitted in laws[law].get("methods", {"every method": laws[law]}).items()]
+    """[{"law", "method", "D1", "H", "kappa", "D2*"}], texts with intervals, at the largest N: what a dense
+    checkpoint is worth and what upcycling costs, by each law with a head start, for each method of upcycling
+    and both ends of the range of D1."""
     lines = []
-    for law, method, fitted in fits:
-        params, draws = fitted["params"], {name: np.array(value) for name, value in fitted["draws"].items()}
-        for d1 in ranges["upcycled"]["D1"]:
-            cost = star = "-"
+    for law in SHARED_CURVE if "upcycled" in ranges else ():
+        n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
+        fits = laws[law].get("methods", {"every method": laws[law]}) if law in laws else {}
+        for (method, fit), d1 in itertools.product(fits.items(), dict.fromkeys(ranges["upcycled"]["D1"])):
+            params, draws = fit["params"], {name: np.array(value) for name, value in fit["draws"].items()}
+            line = {"law": law_name(law), "method": method, "D1": short(d1),
+                    "H": with_interval(*(head_start(law, p, n, d1) for p in (params, draws))),
+                    "kappa": "-", "D2*": "-"}
             if "kappa" in params:
-                cost = with_interval(params["kappa"], draws["kappa"], lambda kappa: f"{100 * kappa:.2f} %")
-                star = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
-            worth = with_interval(*(head_start(law, p, n, d1) for p in (params, draws)))
-            lines.append([law, method, d1, worth, cost, star])
+                line["kappa"] = with_interval(params["kappa"], draws["kappa"], lambda k: f"{100 * k:.2f} %")
+                line["D2*"] = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
+            lines.append(line)
     return lines
 
 
-def head_start_table(laws, ranges):
-    """What a dense checkpoint is worth, and what upcycling costs, by each law with a head start."""
+def head_start_table(lines):
+    """The table of head_starts."""
     header = ["law", "method", "D1", "head start H (tokens)", "handicap kappa", "D2* (tokens)"]
-    lines = head_starts(laws, ranges) if "upcycled" in ranges else []
-    return aligned(header, [[law_name(law), method, short(d1), *texts] for law, method, d1, *texts in lines])
-
-
-def handicap_words(laws, ranges):
-    """Sentences, [text]: the handicap law at the largest D1, for each method."""
-    if "upcycled.handicap" not in laws:
-        return []
-    n, d1, d2 = (ranges["upcycled"][name][1] for name in ("N", "D1", "D2"))
-    return [f"By the handicap law, N = {short(n)}, {method}: a dense checkpoint of {short(d1)} tokens "
-            f"is worth {worth} tokens of MoE training, once. Upcycling costs {cost} of the loss for ever. "
-            f"A MoE from scratch overtakes at D2*: {star}. The largest measured D2 is {short(d2)}."
-            for law, method, tokens, worth, cost, star in head_starts(laws, ranges)
-            if law == "upcycled.handicap" and tokens == d1]
+    return aligned(header, [list(line.values()) for line in lines])
 
 
 def main_method_rows(rows):
@@ -255,7 +231,14 @@ def findings(rows, content):
         if slopes:
             slope = f"D2^{np.mean(slopes):.3f}"
             said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
-    return said + handicap_words(laws, ranges)
+    for line in head_starts(laws, ranges):
+        n, d1, d2 = (short(ranges["upcycled"][name][1]) for name in ("N", "D1", "D2"))
+        if line["law"] == "handicap" and line["D1"] == d1:
+            said.append(
+                f"By the handicap law, N = {n}, {line['method']}: a dense checkpoint of {d1} tokens is worth "
+                f"{line['H']} tokens of MoE training, once. Upcycling costs {line['kappa']} of the loss for "
+                f"ever. A MoE from scratch overtakes at D2*: {line['D2*']}. The largest measured D2 is {d2}.")
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -264,32 +247,32 @@ def findings(rows, content):
 def draw_figures(rows, laws, profiles):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
-    rivals = [law for law in RIVAL_STYLES if law in laws and of_family(rows, "upcycled")]
+    rivals = [law for law in RIVALS if law in laws and of_family(rows, "upcycled")]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
     best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
              "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
              "dense": [law for law in ("dense",) if law in laws]}
-    captions = {
-        "loss_against_tokens": f"Loss against tokens, measured and fitted. Method: {method}. "
-                               "Bars are the range over repeats.",
-        "exponent_against_D1": "The interaction: how fast the loss falls with D2, against D1.",
-        "alpha3_along_E": "alpha3 of the interaction law, with E held at each value and all else refitted.",
-        "methods_against_copy": "Methods of upcycling, and a MoE from scratch on D = D2 tokens, against "
-                                "copying. Paired runs differ in the method alone."}
-    found = {"loss_against_tokens": figures.loss_against_tokens(one_method, laws, shown)}
+    found = {"loss_against_tokens": (
+        figures.loss_against_tokens(one_method, laws, shown),
+        f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
     if rivals:
-        found["exponent_against_D1"] = figures.exponent_against_D1(one_method, laws)
+        found["exponent_against_D1"] = (figures.exponent_against_D1(one_method, laws),
+                                        "The interaction: how fast the loss falls with D2, against D1.")
     alone = [law for law in laws if law.startswith("moe.") or not rivals]
     for law in dict.fromkeys([best, *alone]):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
-        captions[name] = f"What the law '{law_name(law)}' leaves unexplained."
-        found[name] = figures.residuals(rows, law, laws[law])
+        found[name] = (figures.residuals(rows, law, laws[law]),
+                       f"What the law '{law_name(law)}' leaves unexplained.")
     if profiles:
-        found["alpha3_along_E"] = figures.alpha3_along_E(profiles)
+        found["alpha3_along_E"] = (
+            figures.alpha3_along_E(profiles),
+            "alpha3 of the interaction law, with E held at each value and all else refitted.")
     if differences := method_differences(rows):
-        found["methods_against_copy"] = figures.against_copy(differences)
-    return {name: (figure, captions[name]) for name, figure in found.items()}
+        found["methods_against_copy"] = (
+            figures.against_copy(differences), "Methods of upcycling, and a MoE from scratch on D = D2 "
+            "tokens, against copying. Paired runs differ in the method alone.")
+    return found
 
 
 def write_report(title, sections, found, directory):
@@ -328,12 +311,11 @@ def write(rows, content, profiles, notes, directory):
         "What was found": [f"- {text}" for text in findings(rows, content)],
         "Claims under variations of the analysis": claims_table(content.get("claims", {})),
         "How well the laws predict": comparison_table(laws),
-        "Head starts at the largest N": head_start_table(laws, content["ranges"]),
+        "Head starts at the largest N": head_start_table(head_starts(laws, content["ranges"])),
         "Noise and misfit": noise_table(laws),
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
                        f"Huber's delta is {first['huber_delta']:.2g}."],
-        "Each size alone": single_size_table(content["at_each_N"]),
         "Methods against copying": methods_table(method_differences(rows))}
     write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profiles), directory)
 
@@ -341,45 +323,29 @@ def write(rows, content, profiles, notes, directory):
 # ---------------------------------------------------------------------------------------------------------
 # Published laws
 
-def published_check(params, N, D1, D2):
-    """Loss matching from dense and MoE laws alone, relative to an upcycled law: prediction / law - 1.
+def compared(params, N, D1, D2):
+    """(loss matching from dense and MoE laws alone / a published upcycled law - 1, where that law lies above
+    its dense start, where it lies above a MoE from scratch on D = D2 tokens).
 
     params is {"dense", "moe", "upcycled": {parameter: value}}, as laws/liew2025.json has them. With D1 tokens
     per dense checkpoint and D2 after it, all broadcast against each other.
     """
     matched = params["moe"] | {f"dense_{name}": value for name, value in params["dense"].items()}
     predicted = predict("upcycled.loss_matching_0", matched, N=N, D1=D1, D2=D2)
-    return predicted / predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2) - 1
+    published = predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2)
+    return (predicted / published - 1, published > predict("dense", params["dense"], N=N, D=D1),
+            published > predict("moe", params["moe"], N=N, D=D2))
 
 
-def matching_planes(params, sizes):
-    """[(N, difference, above_start, above_scratch)] over TOKENS (D2, D1), one for each size.
-
-    params is {"dense", "moe", "upcycled": {parameter: value}}. The difference is loss matching / published
-    upcycled law - 1. The others are True where that law lies above the dense one at D1, and above the MoE
-    from scratch on D = D2 tokens.
-    """
-    D1, D2, planes = TOKENS[None, :], TOKENS[:, None], []
-    for n in sizes:
-        upcycled = predict("upcycled", params["upcycled"], N=n, D1=D1, D2=D2)
-        above_start = upcycled > predict("dense", params["dense"], N=n, D=D1)
-        above_scratch = upcycled > predict("moe", params["moe"], N=n, D=D2)
-        planes.append((n, published_check(params, n, D1, D2), above_start, above_scratch))
-    return planes
-
-
-def matching_table(planes):
-    """Where loss matching agrees with a published law: one line a size and region of (D1, D2)."""
+def matching_table(params, sizes):
+    """Loss matching against a published law: one line a size and D1, one column a D2."""
     lines = []
-    for n, difference, start, scratch in planes:
-        for title, region in (("below both", ~start & ~scratch), ("above from scratch", scratch & ~start),
-                              ("above its dense start", start)):
-            found = 100 * difference[region]
-            if len(found):
-                shares = [f"{100 * share:.0f} %" for share in (region.mean(), (np.abs(found) < 2).mean())]
-                difference_text = f"{found.min():+.1f} .. {found.max():+.1f} %"
-                lines.append([short(n), title, shares[0], difference_text, shares[1]])
-    return aligned(["N", "the published law is", "share of the plane", "difference", "within ± 2 %"], lines)
+    for n, d1 in itertools.product(sizes, TOKENS):
+        cells = [compared(params, n, d1, d2) for d2 in TOKENS]
+        lines.append([short(n), short(d1), *(
+            f"{100 * difference:+.1f}" + " start" * bool(above_start) + " scratch" * bool(above_scratch)
+            for difference, above_start, above_scratch in cells)])
+    return aligned(["N", "D1", *(f"D2 = {short(d2)}" for d2 in TOKENS)], lines)
 
 
 def write_published(path, directory):
@@ -387,13 +353,12 @@ def write_published(path, directory):
     try:
         content = read_json(path)
         params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
-        planes = matching_planes(params, np.geomspace(*content["ranges"]["upcycled"]["N"], 3))
+        sizes, fine = np.geomspace(*content["ranges"]["upcycled"]["N"], 3), np.geomspace(1e9, 1e12, 61)
+        table = matching_table(params, sizes)
+        curves = {n: {d1: (fine, *compared(params, n, d1, fine)) for d1 in TOKENS} for n in sizes}
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
-    caption = ("Loss matching against the published upcycled law. Lines: ± 2 %. Strokes: that law lies above "
-               "its dense start. Dots: it lies above a MoE from scratch on D = D2 tokens.")
-    write_report("Loss matching against a published law", {
-        "What was compared": [f"Source: {content.get('source', path)}", *MATCHING_WORDS.split("\n")],
-        "Where it agrees": matching_table(planes),
-        "Why it does not agree elsewhere": WHY_NOT.strip().split("\n")},
-        {"loss_matching": (figures.loss_matching(planes, TOKENS), caption)}, directory)
+    source = f"Source: {content.get('source', path)}"
+    write_report("Loss matching against a published law",
+                 {"What was compared": [source, *MATCHING_WORDS], "Differences": table},
+                 {"loss_matching": (figures.loss_matching(curves), MATCHING_CAPTION)}, directory)

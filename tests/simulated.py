@@ -32,6 +32,7 @@ def shared_system(law):
 
 
 SHARED = shared_system("upcycled.effective_data_shared")
+PILOT = dict(N=[1e5], D=np.geomspace(1.25e5, 2e6, 5), D1=[4e6], D2=[5e5, 1e6])  # one checkpoint
 
 
 def loss_of(law, p, truth, n, point):

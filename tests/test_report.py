@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 import figures
 import report
 from configurator import ConfigError
-from laws import LAWS
+from laws import LAWS, law_name, short
 from rows import FAMILIES, RUN, clean
 from simulated import DATA, HEAD_START, ROOT, SHARED, SIZES, TABLE2, THREE, simulate
 
@@ -156,8 +156,8 @@ def test_the_planted_alpha3_and_head_start_are_said():
     assert f"At D1 = 100B the loss falls as D2^{np.mean(slopes):.3f}, on average over sizes." in said
     rows = simulate(HEAD_START, SHARED)
     content = content_of(rows, HEAD_START, SHARED)
-    table = report.head_start_table(content["laws"], content["ranges"])
-    assert len(table) == 4 and f"| 100B | {figures.short(80 * 1e11 ** 0.67)} (" in table[3]
+    table = report.head_start_table(report.head_starts(content["laws"], content["ranges"]))
+    assert len(table) == 4 and f"| 100B | {short(80 * 1e11 ** 0.67)} (" in table[3]
 
 
 CURVE = dict(A=60.0, alpha=0.22, B=7.05, beta=0.16, E=1.0, c=80.0, gamma=0.67)
@@ -180,7 +180,7 @@ def test_from_scratch_overtakes_where_the_handicap_outweighs_the_head_start():
     assert np.isinf(found[3:]).all()  # no handicap: the head start only fades
 
 
-def test_each_method_has_its_head_start_handicap_and_overtaking_in_words():
+def test_each_method_has_its_head_start_handicap_and_overtaking():
     def fitted(c, kappa):
         params, errors = CURVE | {"c": c, "kappa": kappa}, np.linspace(-1e-3, 1e-3, 21)
         draws = {name: np.full(21, value) for name, value in params.items()} | {"kappa": kappa + errors}
@@ -189,15 +189,17 @@ def test_each_method_has_its_head_start_handicap_and_overtaking_in_words():
     methods = {"copy": fitted(80.0, 0.03), "drop 0.5": fitted(40.0, 1e-3), "noise 0.1 σ": fitted(9.0, -0.01)}
     laws = {"upcycled.handicap": methods["copy"] | {"methods": methods}}
     ranges = {"upcycled": {"N": [1e5, 1e6], "D1": [1e7, 1e8], "D2": [1e7, 2e8]}}
-    copied, dropped, noisy = report.handicap_words(laws, ranges)
-    head = 80 * 1e8 ** 0.67
-    assert f"copy: a dense checkpoint of 100M tokens is worth {figures.short(head)} tokens" in copied
-    assert f"is worth {figures.short(head / 2)} tokens" in dropped
-    assert "Upcycling costs 3.00 % (2.90 % to 3.10 %) of the loss for ever." in copied
+    table = [[cell.strip() for cell in line.split("|")[2:-1]]
+             for line in report.head_start_table(report.head_starts(laws, ranges))[2:]]
+    assert [line[:2] for line in table] == [[method, d1] for method in methods for d1 in ("10M", "100M")]
     star, = report.overtaking("upcycled.handicap", methods["copy"]["params"], 1e6, 1e8, 2e8)
-    assert f"overtakes at D2*: {figures.short(star)} (" in copied and "D2*: never." in noisy
-    table = report.head_start_table(laws, ranges)
-    assert len(table) == 2 + 3 * 2 and figures.short(80 * 1e7 ** 0.67) in table[2]  # methods, ends of D1
+    method, d1, worth, cost, said = table[1]
+    assert worth == short(80 * 1e8 ** 0.67) and table[3][2] == short(40 * 1e8 ** 0.67)
+    assert cost == "3.00 % (2.90 % to 3.10 %)" and said.startswith(f"{short(star)} (")
+    assert table[5][4] == "never"
+    said = report.findings([], {"laws": laws, "ranges": ranges})
+    assert len(said) == 3 and f"copy: a dense checkpoint of 100M tokens is worth {worth} tokens" in said[0]
+    assert f"costs {cost} of the loss for ever" in said[0] and "D2*: never." in said[2]
 
 
 def test_rows_are_predicted_by_the_parameters_of_their_own_method():
@@ -208,33 +210,29 @@ def test_rows_are_predicted_by_the_parameters_of_their_own_method():
     assert dropped / copied == pytest.approx(math.exp(0.1))
 
 
-def test_loss_matching_of_the_published_laws_and_where_it_agrees():
-    (n, difference, above_start, above_scratch), = report.matching_planes(TABLE2, [1e8])
-    dense, moe, law = (TABLE2[name] for name in ("dense", "moe", "upcycled"))
-
-    def from_scratch(D):
-        return moe["A"] * D ** -moe["alpha"] + moe["B"] * n ** -moe["beta"] + moe["E"]
-
-    for i, k in ((0, 0), (30, 10), (60, 60), (5, 55)):
-        D2, D1 = report.TOKENS[i], report.TOKENS[k]
-        start = dense["A"] * D1 ** -dense["alpha"] + dense["B"] * n ** -dense["beta"] + dense["E"]
-        head = brentq(lambda D: from_scratch(D) - start, 1e3, 1e13)
-        published = (law["A"] * D1 ** -law["alpha1"] * D2 ** (-law["alpha2"] + law["alpha3"] * math.log(D1))
-                     + law["B"] * n ** -law["beta"] + law["E"])
-        assert difference[i, k] == pytest.approx(from_scratch(head + D2) / published - 1, abs=1e-9)
-        assert above_start[i, k] == (published > start)
-        assert above_scratch[i, k] == (published > from_scratch(D2))
-    between = (report.TOKENS >= 1e10) & (report.TOKENS <= 1e11)  # -2.1 .. +1.5 % was found at 15M and 100M
-    assert np.abs(difference[np.ix_(between, between)]).max() < 0.025
-    table = "\n".join(report.matching_table([(n, difference, above_start, above_scratch)]))
-    assert all(title in table for title in ("below both", "above from scratch", "above its dense start"))
-
-
-def test_a_report_on_published_laws_has_its_figure(tmp_path):
+def test_loss_matching_of_the_published_laws_and_where_it_agrees(tmp_path):
     report.write_published(os.path.join(ROOT, "laws", "liew2025.json"), str(tmp_path / "out"))
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "arXiv 2502.03009" in text and "](loss_matching.png)" in text
+    lines = [line.split("|")[1:-1] for line in text.split("## Differences")[1].split("\n") if "|" in line]
+    dense, moe, law = (TABLE2[name] for name in ("dense", "moe", "upcycled"))
+    found = {(n.strip(), d1.strip()): cells for n, d1, *cells in lines[2:]}
+    assert "arXiv 2502.03009" in text and len(found) == 3 * 4
     assert (tmp_path / "out" / "loss_matching.png").stat().st_size > 20000
+
+    def from_scratch(D):
+        return moe["A"] * D ** -moe["alpha"] + moe["B"] * 1e9 ** -moe["beta"] + moe["E"]
+
+    for d1, D1 in (("1B", 1e9), ("10B", 1e10), ("100B", 1e11)):
+        start = dense["A"] * D1 ** -dense["alpha"] + dense["B"] * 1e9 ** -dense["beta"] + dense["E"]
+        head = brentq(lambda D: from_scratch(D) - start, 1e3, 1e13)
+        for D2, said in zip((1e9, 1e10, 1e11, 1e12), found["1B", d1]):
+            slope = -law["alpha2"] + law["alpha3"] * math.log(D1)
+            published = (law["A"] * D1 ** -law["alpha1"] * D2 ** slope + law["B"] * 1e9 ** -law["beta"]
+                         + law["E"])
+            difference, *marks = said.split()
+            error = 100 * (from_scratch(head + D2) / published - 1)
+            assert float(difference) == pytest.approx(error, abs=0.051)
+            assert ("start" in marks, "scratch" in marks) == (published > start, published > from_scratch(D2))
 
 
 @pytest.mark.parametrize("content", [
@@ -385,7 +383,7 @@ def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
     assert headings == ["Terms", "The laws", "What was measured", "Warnings", "What was found",
                         "Claims under variations of the analysis", "How well the laws predict",
                         "Noise and misfit", "Parameters"]
-    assert all(f"`{law}`" in text and figures.law_name(law) in text for law in LAWS)  # under The laws
+    assert all(f"`{law}`" in text and law_name(law) in text for law in LAWS)  # under The laws
     assert "- something is odd" in text and f"There are {len(rows)} rows" in text
     for name in ("loss_against_tokens", "exponent_against_D1", "residuals"):
         for kind in ("png", "pdf"):

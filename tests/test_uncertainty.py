@@ -8,7 +8,8 @@ import engine
 import fit_laws as F
 import laws
 import uncertainty
-from simulated import HANDICAP, HEAD_START, NOISE, SHARED, SMALL, STUDIES, TABLE2, THREE, coverage, simulate
+from simulated import (HANDICAP, HEAD_START, NOISE, PILOT, SHARED, SMALL, STUDIES, TABLE2, THREE, coverage,
+                       simulate)
 
 
 # Which rows share luck
@@ -156,6 +157,24 @@ def test_an_outlier_hardly_moves_generalised_least_squares():
     losses = [laws.predict("dense", uncertainty.fit_with_noise(chosen, {"dense": "dense"}).params("dense"),
                            N=1e8, D=1e10) for chosen in (rows, spoiled)]
     assert abs(math.log(losses[1] / losses[0])) < 0.004
+
+
+@pytest.mark.parametrize("sd", [1e-4, 0.02, 1e3])
+def test_a_prior_on_alpha_is_one_more_observation(sd):
+    law, system = "upcycled.head_start", {family: "upcycled.head_start" for family in ("moe", "upcycled")}
+    rows = simulate(HEAD_START, SHARED, **PILOT, noise=0.003)
+    plain = uncertainty.fit_with_noise(rows, system)
+    fitted = uncertainty.fit_with_noise(rows, system, prior=(0.3, sd))
+    free, alpha = plain.params(law)["alpha"], fitted.params(law)["alpha"]
+    error = uncertainty.standard_errors(fitted, law)["alpha"]
+    draws = fitted.params(law, uncertainty.bootstrap(fitted, 200))["alpha"]
+    if sd == 1e3:
+        assert alpha == pytest.approx(free, abs=1e-4)
+    elif sd == 1e-4:
+        assert alpha == pytest.approx(0.3, abs=1e-3) and error == pytest.approx(1e-4, rel=0.01)
+        assert draws.std() == pytest.approx(1e-4, rel=0.15)  # 3 standard errors of 200 draws
+    else:  # between what the rows and what the prior say, and surer than the prior
+        assert min(free, 0.3) < alpha < max(free, 0.3) and error < sd and draws.std() < 1.2 * sd
 
 
 # Rows that the fit did not see

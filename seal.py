@@ -1,0 +1,116 @@
+"""Predict the withheld rows of a study before they are run, and judge the predictions when they are there.
+
+    python seal.py config/study.py --laws=out/study/laws/laws.json --out=results/sealed.json
+    python seal.py results/study.jsonl --out=results/sealed.json
+
+The first command writes each law's prediction of each row that the study withholds, with a 95 % interval.
+Commit the file before you run `sweep.py --train_withheld`. The second command compares the predictions with
+the rows that were run.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import REQUIRED, ConfigError, code_version, parse, read_json, run, setting
+from configurator import write_text_atomically
+from laws import RIVALS, law_name
+from mixture import make_book, read_laws, sample
+from rows import EXPERTS, FAMILIES, KNOBS, method_label, read_rows
+from sweep import Study, planned_rows
+
+# What tells one sealed row from another.
+COLUMNS = ("family", "N", "D", "D1", "D2", "seed", *EXPERTS, "method", *KNOBS)
+
+
+@dataclass
+class Options:
+    """Seal predictions of a study's withheld rows, or judge the sealed ones."""
+    what: str = setting(REQUIRED, "study file, to predict its withheld rows; or file of rows, to judge",
+                        positional=True)
+    laws: str = setting("out/study/laws/laws.json", "laws file that predicts")
+    out: str = setting("results/sealed.json", "file of the sealed predictions")
+
+
+def withheld_rows(study_file):
+    """The planned rows of a study that it withholds, as {column: value}. Raises ConfigError for none."""
+    open_rows, every = (planned_rows(parse(Study, [study_file, f"--train_withheld={flag}"]))
+                        for flag in ("false", "true"))
+    seen = [identity(row) for row in open_rows]
+    rows = [row for row in map(identity, every) if row not in seen]
+    if not rows:
+        raise ConfigError(f"{study_file}: withholds no rows")
+    return rows
+
+
+def identity(row):
+    """{column: value} of what tells sealed rows apart. A dense row has no number of experts."""
+    return {key: row[key] for key in COLUMNS if row.get(key) is not None and (row[key] or key not in EXPERTS)}
+
+
+def interval(laws, book, row, random):
+    """Quantiles (.025, .5, .975) of the loss by the only law of `book`, or None where it knows no such row.
+
+    The uncertainty of parameters, misfit, the error of form beyond the data and a run's noise are in them.
+    """
+    law, family = book["laws"][0], row["family"]
+    method = method_label(row) if family == "upcycled" else "copy"
+    if law["routes"].get(family) is None or family == "upcycled" and method not in law["routes"]["upcycled"]:
+        return None
+    variables = {name: float(row[name]) for name in FAMILIES[family]}
+    if family != "dense":
+        variables |= {name: float(row[name]) for name in EXPERTS}
+    losses = sample(book, law, family, variables, method)
+    entry = laws.get(law["name"]) or laws[family]
+    noise = math.hypot(*(entry.get("noise", {}).get(family) or {"row": 0.0}).values())
+    losses = losses * np.exp(noise * random.standard_normal(losses.shape))
+    return [round(float(q), 5) for q in np.quantile(losses, (0.025, 0.5, 0.975))]
+
+
+def seal(options):
+    """Write what each law of the laws file predicts for each withheld row."""
+    rows, (content, book) = withheld_rows(options.what), read_laws(options.laws)
+    names = [name for name in RIVALS if name in content["laws"]]
+    books = {name: make_book(options.laws, content, name) for name in names} or {"": book}
+    random, sealed = np.random.default_rng(0), []
+    for row in rows:
+        found = {name: interval(content["laws"], book, row, random) for name, book in books.items()}
+        sealed.append(row | {"predicted": {name: value for name, value in found.items() if value}})
+    result = {"git": code_version(), "study": options.what, "laws_git": content.get("git"),
+              "fitted_rows": {law: entry.get("n") for law, entry in content["laws"].items()}, "rows": sealed}
+    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
+    write_text_atomically(options.out, json.dumps(result, indent=1) + "\n")
+    print(f"{options.out}: {len(sealed)} rows are predicted by {len(books)} laws; commit it before they run")
+
+
+def judge(options):
+    """Print, by law and family, the errors of the sealed predictions and how often their intervals held."""
+    content, (rows, _) = read_json(options.out), read_rows([options.what])
+    measured = {frozenset(identity(row).items()): row["loss"] for row in rows}
+    scores, missing = {}, 0
+    for row in content["rows"]:
+        loss = measured.get(frozenset(identity(row).items()))
+        missing += loss is None
+        for name, (low, middle, high) in row["predicted"].items() if loss else ():
+            error = math.log(middle / loss)
+            scores.setdefault((row["family"], name), []).append((error, low <= loss <= high))
+    table = []
+    for (family, name), found in scores.items():
+        errors, held = np.array(found).T
+        rms = float(np.sqrt(np.mean(errors ** 2)))
+        table.append((family, rms, f"| {family} | {law_name(name) or 'dense and MoE'} | {len(found)} | "
+                                   f"{100 * rms:.2f} | {100 * errors.mean():+.2f} | {held.sum():.0f} |"))
+    print(f"{len(content['rows']) - missing} of {len(content['rows'])} sealed rows were run. "
+          f"The code {content['git']} predicted them.", "",
+          "| family | law | rows | rms error % | mean error % | in the 95 % interval |",
+          "|---|---|---|---|---|---|", *(line for *_, line in sorted(table)), sep="\n")
+
+
+def main(options):
+    (judge if options.what.endswith((".jsonl", ".csv")) else seal)(options)
+
+
+if __name__ == "__main__":
+    run(main, Options)

@@ -1,0 +1,59 @@
+"""Sealed predictions: of the withheld rows and no others, by each law, and judged by hand."""
+import json
+import math
+
+import pytest
+
+from configurator import ConfigError, parse
+from laws import predict
+from seal import Options, main
+from sweep import planned_rows
+from test_sweep import ROOT, mini, study  # noqa: F401  (mini is a fixture)
+from test_train import data  # noqa: F401  (data is a fixture)
+
+LAWS = ROOT / "laws" / "pysource_quick.json"
+
+
+def seal(*arguments):
+    main(parse(Options, list(map(str, arguments))))
+
+
+def test_each_law_predicts_the_withheld_rows_and_is_judged_by_what_was_run(mini, tmp_path, capsys):  # noqa: F811
+    with pytest.raises(ConfigError, match="withholds no rows"):
+        seal(mini, f"--laws={LAWS}")
+    mini.write_text(mini.read_text() + "num_local_experts = 8\nwithheld = [{'D2': 5120}, {'D': 5120}]\n")
+    sealed, out = tmp_path / "results" / "sealed.json", tmp_path / "rows.jsonl"
+    seal(mini, f"--laws={LAWS}", f"--out={sealed}")
+    content, laws = json.loads(sealed.read_text()), json.loads(LAWS.read_text())["laws"]
+    held = [row for row in planned_rows(study(mini, "--train_withheld"))
+            if 5120 in (row.get("D2"), row.get("D"))]
+    assert [(r["family"], r["N"], r.get("D1")) for r in content["rows"]] == [
+        (r["family"], r["N"], r.get("D1")) for r in held] and len(held) == 2 * (1 + 1 + 3)
+    for row in content["rows"]:
+        rivals = {law for law in laws if law.startswith("upcycled")}
+        assert set(row["predicted"]) == rivals
+        for law, (low, middle, high) in row["predicted"].items():
+            entry = laws[law] if row["family"] == "upcycled" else laws[law]["beside"].get(row["family"])
+            if entry and (row["family"] == "upcycled" or "A" in entry["params"]):
+                counts = {key: row[key] for key in ("N", "D", "D1", "D2") if key in row}
+                name = law if row["family"] == "upcycled" else row["family"]
+                assert low < middle < high
+                assert low < predict(name, entry["params"], **counts) < high
+    # Rows whose losses are the predictions of one law times a known factor are judged to have that error.
+    law, factor = "upcycled.handicap", 1.02
+    rows = [row | {"loss": row["predicted"][law][1] * factor} for row in held_with(content["rows"], held)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    capsys.readouterr()
+    seal(out, f"--out={sealed}")
+    said = capsys.readouterr().out
+    error = 100 * math.log(factor)
+    assert f"{len(rows) - 1} of {len(rows)} sealed rows were run" in said
+    line = next(line for line in said.splitlines() if line.startswith("| upcycled | handicap |"))
+    inside = sum(row["predicted"][law][0] <= row["loss"] <= row["predicted"][law][2]
+                 for row in rows if row["family"] == "upcycled")
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == [
+        "6", f"{error:.2f}", f"{-error:+.2f}", str(inside)]
+
+
+def held_with(sealed, planned):
+    return [row | {"predicted": told["predicted"]} for told, row in zip(sealed, planned)]
