@@ -124,6 +124,12 @@ def writing(path, needed=None):
         raise ConfigError(f"{path}: cannot be written: {reason}") from None
 
 
+def write_all(file, data):
+    """Write bytes to an unbuffered file. Raises OSError."""
+    while data:  # the kernel may take less than all
+        data = data[file.write(data):]
+
+
 def write_text_atomically(path, text):
     """Write `text` to the file `path`. A kill at any moment leaves the old file or the new one, complete.
     Raises ConfigError."""

@@ -24,8 +24,8 @@ LIMITS = {
 MOST_EXPERTS = 2**16  # of all layers together
 
 COUNT, WORD = (int, 0, 10**18), (str | None, None, None)
-STATE = {"step": COUNT, "tokens": COUNT, "sequence": COUNT, "data_seed": (int, 0, 2**63 - 1),
-         "max_seq_len": COUNT, "passing": (bool, None, None), "history": (list[list], None, None),
+STATE = {"step": COUNT, "tokens": COUNT, "skipped": COUNT, "sequence": COUNT, "max_seq_len": COUNT,
+         "data_seed": (int, 0, 2**63 - 1), "passing": (bool, None, None), "history": (list[list], None, None),
          "lineage": (dict, None, None),
          "dataset": WORD, "data_sha256": WORD, "tokenizer": WORD, "trunk": WORD}
 LINEAGE = {"family": (Literal["dense", "moe", "upcycled"], None, None), "N": (int, 1, 10**18),

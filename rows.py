@@ -4,7 +4,7 @@ import json
 import math
 import os
 
-from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, writing
+from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, write_all, writing
 
 MOST_LINES = 200_000  # of a file of rows
 
@@ -233,8 +233,7 @@ def append_row(path, row):
             if line.strip() in lines:
                 return
             try:
-                while line:
-                    line = line[f.write(line):]
+                write_all(f, line)
                 os.fsync(f.fileno())
             except OSError:
                 f.truncate(end)

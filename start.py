@@ -105,7 +105,8 @@ def starting_state(c, m, meta, source, before, resumed_from):
     sequence, data_seed = (before["sequence"], before["data_seed"]) if goes_on else (0, c.seed)
     return {"step": step, "tokens": tokens, "sequence": sequence, "data_seed": data_seed,
             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"],
-            "max_seq_len": c.max_seq_len, "lineage": lineage, "history": before.get("history", [])}
+            "max_seq_len": c.max_seq_len, "lineage": lineage, "history": before.get("history", []),
+            "skipped": before.get("skipped", 0) if resumed_from else 0}
 
 
 def resolve_schedule(c, state, source, resumed_from):

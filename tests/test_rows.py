@@ -137,7 +137,7 @@ def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path
 
 
 def test_odd_values_of_optional_columns_stop_nothing(tmp_path):
-    odd = {"hidden_size": "wide", "initializer_range": 10**99, "granularity": 10**99, "seed": [1],
+    odd = {"hidden_size": "wide", "initializer_range": float("inf"), "granularity": 10**99, "seed": [1],
            "trunk": {"a": 1},
            "N_total": "many", "learning_rate": float("nan")}
     rows, dropped = read_rows([write(tmp_path / "rows.jsonl", [GOOD, GOOD | odd])])
