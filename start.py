@@ -198,15 +198,15 @@ class Stopped(KeyboardInterrupt):
 def caught_signals():
     """Yields an object with `caught`, a list that grows by each signal of STOP, and `at_once`.
 
-    While at_once is true, the first signal raises Stopped wherever the process stands. A signal a second
-    later than the first one ends the process. (Batch systems send several at a time.) What the process was
-    told to ignore, as by nohup, it ignores.
+    While at_once is true, the first signal raises Stopped wherever the process stands. A signal two seconds
+    after the first one ends the process. (Batch systems send several at a time.) What the process was told to
+    ignore, as by nohup, it ignores.
     """
     signals, began = types.SimpleNamespace(caught=[], at_once=True), []
 
     def handle(number, frame):
         began.append(time.monotonic())
-        if began[-1] > began[0] + 1:
+        if began[-1] > began[0] + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         signals.caught.append(number)
