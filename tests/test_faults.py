@@ -449,7 +449,7 @@ def test_an_error_that_all_ranks_meet_is_said_once(tiny, tmp_path):  # noqa: F81
         result = run_ranks(dataclasses.replace(c, resume=True), tmp_path, extra)
         assert result.returncode != 0
         assert result.stderr.count("train.py: ") == 1, result.stderr
-        assert "Traceback (most recent call last):\n  File \"" not in result.stderr.split("torch.distr")[0]
+        assert 'train.py", line' not in result.stderr  # torchrun prints a traceback of its own
     assert "rank " in result.stderr
 
 
