@@ -10,7 +10,6 @@ goes on from its last checkpoint (save_every_seconds).
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -20,14 +19,15 @@ from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
+from configurator import (REQUIRED, ConfigError, convert, from_dict, lasting_streams, lock, progress,
+                          read_config, run, setting, writing)
+
 import checkpoint
-from configurator import (REQUIRED, ConfigError, convert, from_dict, progress, read_config, read_json,
-                          run, setting)
 from data.stream import load_tokens
 from model import flops_per_token, parameter_counts
-from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, run_key, unusual_knobs
-from start import planned_row, resolve_architecture
-from train import Stopped, Train, caught_signals, pays_to_compile, train
+from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, read_row, run_key, unusual_knobs
+from start import STOP, Stopped, caught_signals, planned_row, resolve_architecture
+from train import Train, pays_to_compile, train
 from upcycle import Options as UpcycleOptions, knobs, upcycle
 
 
@@ -105,6 +105,8 @@ def study_jobs(study):
         raise ConfigError(f"{study.config}: families: {family!r} is none of {', '.join(FAMILIES)}")
     for key in (key for values in (study.train, *study.sizes) for key in values if key in SET_BY_STUDY):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
+    for key in {"source", "destination", "merge_with"} & {key for method in study.methods for key in method}:
+        raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of methods")
     jobs, seen = [], set()
     for size in study.sizes:
         seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
@@ -278,6 +280,7 @@ def describe(jobs):
 # ---------------------------------------------------------------------------------------------------------
 # Running it
 
+@lasting_streams()
 def worker(connection, number):
     """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
     import torch
@@ -303,7 +306,7 @@ def worker(connection, number):
             if row:
                 check_row(job, row, job.settings.out_dir)
             tell("done")
-        except (Stopped, KeyboardInterrupt):
+        except KeyboardInterrupt:  # Stopped, when it has saved
             tell("stopped")
             return
         except ConfigError as error:
@@ -324,7 +327,7 @@ def check_unchanged(job):
     """Raises ConfigError where the job's directory holds a run of other settings, begun or finished."""
     path, config = (os.path.join(job.settings.out_dir, name) for name in ("row.json", "config.py"))
     if not job.is_trunk and os.path.exists(path):
-        check_row(job, read_json(path), path)
+        check_row(job, read_row(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
         begun, m, data_sha256 = resolved(begun)
@@ -353,59 +356,62 @@ def chain_flops(jobs):
 
 def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
-    os.makedirs(study.out_dir, exist_ok=True)
-    with open(os.path.join(study.out_dir, ".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{study.out_dir}: another sweep is running there") from None
+    with writing(study.out_dir):
+        os.makedirs(study.out_dir, exist_ok=True)
+        lock_file = open(os.path.join(study.out_dir, ".lock"), "w")
+    with lock_file:
+        lock(lock_file, f"{study.out_dir}: another sweep is running there")
         for job in jobs:
             check_unchanged(job)
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
             # A kill just before it was finished can have lost its row.
-            append_row(c.rows, read_json(os.path.join(c.out_dir, "row.json")))
+            append_row(c.rows, read_row(os.path.join(c.out_dir, "row.json")))
         order = chain_flops(jobs)
         todo = sorted((j for j in jobs if not j.done), key=lambda j: -order[id(j)])
         if not todo:
             return []
         total, done = sum(j.tokens for j in jobs), sum(map(tokens_done, jobs))
-        with caught_signals() as caught, progress(total, "study", "tok", initial=done) as bar:
-            failed = run_jobs(todo, min(study.workers, len(todo)), caught, bar)
-        if caught:
-            raise Stopped(caught[0])
+        with caught_signals() as signals, progress(total, "study", "tok", initial=done) as bar:
+            signals.at_once = False  # the workers save first
+            failed = run_jobs(todo, min(study.workers, len(todo)), signals.caught, bar)
+        if signals.caught:
+            raise Stopped(signals.caught[0])
         return failed
 
 
-def start_workers(count):
-    """{connection: process} of `count` workers."""
+def start_workers(numbers):
+    """{connection: process} of workers with these numbers. Of all signals they take SIGTERM alone."""
     context, workers = multiprocessing.get_context("spawn"), {}
-    for number in range(count):
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP) - {signal.SIGTERM})  # which a child inherits
+    for number in numbers:
         connection, far_end = context.Pipe()
-        process = context.Process(target=worker, args=(far_end, number), daemon=True)
+        process = context.Process(target=worker, args=(far_end, number), daemon=True, name=str(number))
         process.start()
         far_end.close()
         workers[connection] = process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     return workers
 
 
 def run_jobs(todo, count, caught, bar):
     """Run jobs on `count` workers until all are run or `caught` holds a signal. Returns what failed."""
-    workers, busy, failed = start_workers(count), {}, []
+    workers, busy, failed = start_workers(range(count)), {}, []
     try:
         while (todo or busy) and not caught:
             for connection in workers.keys() - busy.keys():
                 if job := next((j for j in todo if j.needs is None or os.path.isdir(j.needs)), None):
                     todo.remove(job)
                     busy[connection] = job
-                    connection.send(job)
+                    with contextlib.suppress(OSError):  # its process has died, as recv will tell
+                        connection.send(job)
             if not busy:
                 return failed + [f"{j.settings.out_dir}: not run, {j.needs} was not made" for j in todo]
             for connection in wait(list(busy), timeout=0.5):
                 try:
                     kind, value = connection.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     failed.append(f"{busy.pop(connection).settings.out_dir}: its process died")
-                    del workers[connection]
+                    workers |= start_workers([int(workers.pop(connection).name)])
                     continue
                 if kind == "tokens":
                     bar.update(value)

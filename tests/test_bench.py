@@ -7,8 +7,8 @@ import torch
 
 import bench_train
 from bench import planted, watched
-from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch, report_races,
-                         stages, summary)
+from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch,
+                         report_races, stages, summary)
 from configurator import ConfigError
 from laws import predict
 from model import flops_per_token, parameter_counts
@@ -54,8 +54,8 @@ def test_a_race_measures_each_contestant_and_the_stages_sum_to_the_step():
 
 def test_ratios_are_those_of_the_rows(tmp_path, capsys):
     def row(name, speed, family="dense"):
-        return {"threads": 1, "family": family, "dtype": "float32", "mode": "eager", "hidden": 64, "name": name,
-                "tokens_per_s": speed, "share_of_products": speed / 400, "flops_per_s": speed * 10}
+        return {"threads": 1, "family": family, "dtype": "float32", "mode": "eager", "hidden": 64,
+                "name": name, "tokens_per_s": speed, "share_of_products": speed / 400, "flops_per_s": speed * 10}
     rows = [row("ours", 110), row("Llama", 50), row("GPT-2-like", 100), row("products alone", 400),
             row("ours", 55, "moe"), row("Mixtral eager", 11, "moe")]
     found = summary(rows)
