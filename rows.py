@@ -34,7 +34,8 @@ CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
 
 NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
 RUN = ("N", "D", "D1", "D2", "seed", *EXPERTS, *NAMES, *KNOBS, *SETTINGS)
-ORIGIN = ("config", "git", "torch")  # where and with what a run was made: no part of which run it is
+# Where and with what a run was made, and its loss in another unit: no part of which run it is.
+ORIGIN = ("config", "git", "torch", "bits_per_byte")
 
 
 class RowError(ConfigError, ValueError):
@@ -121,6 +122,24 @@ def method_label(row):
     for key, value in unusual_knobs(row).items():
         words.append(WORDS[key].format(f"{value:g}" if isinstance(value, (int, float)) else value))
     return " ".join(words)
+
+
+def loss_text(row):
+    """A row's loss in words, as "1.4800 nats a token (2.1352 bits a byte)"."""
+    bits = row.get("bits_per_byte")
+    return f"{row['loss']:.4f} nats a token" + (f" ({bits:.4f} bits a byte)" if bits else "")
+
+
+def lowest_losses(rows):
+    """The row with the lowest loss of each family, a line each."""
+    lines = ""
+    for family, counts in FAMILIES.items():
+        members = [row for row in rows if row["family"] == family]
+        if members:
+            best = min(members, key=lambda row: row["loss"])
+            tokens = ", ".join(f"{key} = {best[key]:,}" for key in counts)
+            lines += f"{family:9}lowest loss {loss_text(best)} at {tokens}\n"
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -104,9 +104,9 @@ def starting_state(c, m, meta, source, before, resumed_from):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; --init_from alone needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
-    if source and c.rows and (not before or lineage.get("D1", 0) is None):
+    if source and c.rows and (not before and c.D1 is None or lineage.get("D1", 0) is None):
         raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row "
-                          "would be wrong: give --D1 to upcycle.py, or --rows=none")
+                          "would be wrong: give --D1, to upcycle.py for its mixture, or --rows=none")
     goes_on = before.get("data_sha256") == meta["data_sha256"] and (resumed_from or not c.repeat_data)
     if goes_on and before["max_seq_len"] != c.max_seq_len:
         raise ConfigError(f"{source}: was trained with max_seq_len = {before['max_seq_len']}; with "
@@ -117,7 +117,8 @@ def starting_state(c, m, meta, source, before, resumed_from):
     sequence, data_seed = (before["sequence"], before["data_seed"]) if goes_on else (0, c.seed)
     return {"step": step, "tokens": tokens, "sequence": sequence, "data_seed": data_seed,
             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"],
-            "max_seq_len": c.max_seq_len, "lineage": lineage, "history": before.get("history", []),
+            "max_seq_len": c.max_seq_len, "lineage": lineage,
+            "history": before.get("history", [[source, c.D1]] if source and not before and c.D1 else []),
             "skipped": before.get("skipped", 0) if resumed_from else 0}
 
 

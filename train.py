@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from data.stream import batches, check_ids, load_tokens, locate, sequences
+from data.stream import batches, bits_per_byte, check_ids, load_tokens, locate, sequences
+from loggers import open_log, open_loggers
 from model import (ModelConfig, Transformer, balance_loss, compiled, effective_experts, flops_per_token)
-from rows import append_row, differences, read_row
+from rows import append_row, differences, loss_text, read_row
 from start import Stopped, caught_signals, claim, on_cuda, passes, resolve
 
 
@@ -37,6 +38,7 @@ class Train:
     config: str | None = setting(None, "config file: assignments of the settings below", positional=True)
     out_dir: str = setting("out/run", "directory of the run's log and checkpoints")
     rows: str | None = setting("out/rows.jsonl", "file to which the finished run appends its row; none: none")
+    D1: int | None = setting(None, "tokens that a model of another tool in init_from has seen", least=1)
     trunk: str | None = setting(None, "name of the trunk; none: that of the run branched from, or out_dir")
     dataset: str = setting("data/pysource", "directory that data/prepare.py wrote, or its name in data/")
     seed: int = setting(0, "of the weights and of the order of the data", least=0)
@@ -79,6 +81,7 @@ class Train:
                                              "2408.15664); 0: no bias", least=0)
 
     eval_tokens: int = setting(262_144, "validation tokens, always the same ones", least=1)
+    loggers: list[Literal["tensorboard", "wandb"]] = setting([], "further places for the log's lines")
     eval_every_steps: int = setting(0, "steps between validations; 0: only at the end", least=0)
     save_at_tokens: list[int] = setting([], "tokens at which to keep a checkpoint, to the next step", least=1)
     skip_nonfinite: int = setting(0, "steps without a finite loss and gradient that are skipped before the "
@@ -101,6 +104,7 @@ class Run:
     max_steps: int
     row: dict  # all of the row but what only the end of the run tells
     finished: dict | None  # the row of out_dir, where the run was made before
+    meta: dict  # meta.json of the data set
     tokens: np.ndarray
     val_tokens: np.ndarray
     micro: int  # sequences in one pass of this rank
@@ -180,8 +184,8 @@ def plan_run(c, device, stack):
     if c.eval_tokens < c.max_seq_len:
         raise ConfigError(f"eval_tokens = {c.eval_tokens} is less than one sequence of {c.max_seq_len}")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
-    return Run(c, m, state, source, max_steps, row, finished, tokens, val_tokens, *passes(c, world), device,
-               autocast)
+    return Run(c, m, state, source, max_steps, row, finished, meta, tokens, val_tokens, *passes(c, world),
+               device, autocast)
 
 
 def build(run):
@@ -323,23 +327,6 @@ def validate_run(run, stop=()):
 # ---------------------------------------------------------------------------------------------------------
 # What is written
 
-def open_log(path, step):
-    """log.jsonl, opened to append to. Its lines of steps after `step` are cut: those steps are run again."""
-    if os.path.exists(path):
-        kept = []
-        with open(path, errors="replace") as f:
-            for line in f:
-                try:
-                    if not line.endswith("\n") or json.loads(line)["step"] > step:
-                        break
-                except (ValueError, TypeError, KeyError):  # cut by a crash of the machine
-                    break
-                kept.append(line)
-        write_text_atomically(path, "".join(kept))
-    with writing(path):
-        return open(path, "ab", buffering=0)
-
-
 def log_line(run, measured, lr, seconds):
     """The log's line of the step just made, which took `seconds`: a dict."""
     speed = run.c.tokens_per_step / seconds
@@ -408,7 +395,7 @@ def finished(run, report):
         raise ConfigError(f"{path}: {key} is {there!r} in this finished run, {asked!r} is asked for; "
                           "choose another out_dir")
     if ranks()[0] == 0 and report is None:
-        print(f"{path}: finished already, loss {row['loss']:.4f}; another out_dir starts anew")
+        print(f"{path}: finished already, {loss_text(row)}; another out_dir starts anew")
     return row
 
 
@@ -428,6 +415,7 @@ def loop(run, signals, report):
             last = state["step"] if run.source != c.init_from else -1
             log_path = os.path.join(c.out_dir, "log.jsonl")
             log = stack.enter_context(open_log(log_path, last))
+            send = stack.enter_context(open_loggers(c, last))
             report = report or stack.enter_context(announce(run)).update
         run.model.train()
         clock = saved_at = time.perf_counter()
@@ -447,11 +435,14 @@ def loop(run, signals, report):
                 clock = time.perf_counter()  # tokens_per_s is that of training
                 if math.isnan(line["val_loss"]):  # left off, or weights that saving refuses
                     measured["stop"] = line.pop("val_loss")
+                else:
+                    line["val_bits_per_byte"] = bits_per_byte(line["val_loss"], run.meta)
             save_now = state["step"] in kept or measured["save"] or measured["stop"]
             if rank == 0:
                 text = json.dumps(line).encode() + b"\n"
                 with writing(log_path, len(text)):
                     write_all(log, text)
+                send(line)
                 if save_now:
                     save(run, state["step"] in kept)
                 report(c.tokens_per_step)
@@ -469,12 +460,13 @@ def finish(run, report):
     loss, se = validate_run(run)
     if not math.isfinite(loss):
         raise ConfigError(f"{run.c.out_dir}: the validation loss is {loss:g}, so the run has no row")
-    row = run.row | {"loss": loss, "loss_se": se, "git": code_version(), "torch": torch.__version__}
+    row = run.row | {"loss": loss, "loss_se": se, "bits_per_byte": bits_per_byte(loss, run.meta),
+                     "git": code_version(), "torch": torch.__version__}
     if ranks()[0] == 0:
         append_row(run.c.rows, row)
         write_text_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
         if report is None:
-            print(f"{row['family']}: validation loss {loss:.4f} ± {se:.4f} (standard error) nats a token "
+            print(f"{row['family']}: validation loss {loss_text(row)}, standard error {se:.4f}, "
                   f"after {checkpoint.tokens_seen(run.state):,} tokens; row in {run.c.rows}")
     return row
 

@@ -1,4 +1,5 @@
 """Tokens -> batches: the token files that data/prepare.py wrote, and the order in which they are read."""
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def load_tokens(directory, split):
         meta = read_json(path)
         for key, kind in META.items():
             convert(key, meta[key], kind)
+        if meta.get("bytes"):
+            convert("bytes", meta["bytes"][split], int)
         dtype, count = np.dtype(meta["dtype"]), convert("tokens", meta["tokens"][split], int)
         path = folder / f"{split}.npy"
         check_file(path)
@@ -44,6 +47,13 @@ def load_tokens(directory, split):
         raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} "
                           f"({count},); delete it and {fix}")
     return tokens, meta
+
+
+def bits_per_byte(loss, meta):
+    """A validation loss in nats a token as bits a byte of the validation text, with which models of different
+    tokenizers compare. meta: of load_tokens. None where it has no bytes."""
+    count = (meta.get("bytes") or {}).get("val")
+    return loss / math.log(2) * meta["tokens"]["val"] / count if count else None
 
 
 def check_ids(directory, meta, *parts):
