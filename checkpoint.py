@@ -9,12 +9,11 @@ In memory q k v, gate and up, and the experts are stacked. On disk most architec
 in formats.py says what each calls its keys and tensors. hf_views cuts a parameter into them, both ways. A
 directory is written under a temporary name, synced and renamed: under its final name it is complete.
 """
-import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -22,13 +21,15 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from configurator import ConfigError, read_json
+from configurator import ConfigError, check_file, read_json, writing
+from files import (LIMITS, MOST_EXPERTS, atomic_directory, check_state, checked_value, one_line,
+                   remove_directory)
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+MOST_HEADER = 2**25  # bytes of a safetensors header that is read
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -73,12 +74,14 @@ def from_hf_config(d, where="config.json"):
             if rope.get("rope_type", "default") != "default":
                 fields["rope_scaling"] = rope
         refuse_other_attention(d, entry)
+        for field in fields.keys() & LIMITS.keys():
+            fields[field] = checked_value(f"{where}: {entry['keys'][field]}", fields[field], LIMITS[field])
         c = ModelConfig(**fields)
         if c.num_local_experts:  # 15 digits undo the rounding of the division by k
             c.router_aux_loss_coef = float(f"{c.router_aux_loss_coef * c.num_experts_per_tok:.15g}")
         return c
     except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {one_line(error)}") from None
 
 
 def refuse_other_attention(d, entry):
@@ -128,6 +131,9 @@ def hf_views(name, t, c, model_type=None):
 def stored_views(model, c, model_type=None):
     """{parameter or buffer: its hf_views} of all that a file of ModelConfig c holds of `model`. It holds no
     tied head, and no router bias unless c has one. Raises ConfigError as hf_views does."""
+    if c.num_hidden_layers * c.num_local_experts > MOST_EXPERTS:
+        raise ConfigError(f"num_local_experts = {c.num_local_experts} in each of {c.num_hidden_layers} "
+                          f"layers are more than {MOST_EXPERTS:,} together")
     left_out = ("lm_head.weight",) * c.tie_word_embeddings + ("mlp.bias",) * (not c.router_bias)
     return {name: hf_views(name, t, c, model_type) for name, t in model.state_dict().items()
             if not name.endswith(left_out)}
@@ -168,8 +174,8 @@ class Span(NamedTuple):
 
 def open_tensors(directory):
     """{tensor name: Span} of a directory; no weights are read yet. Raises ConfigError for a missing,
-    truncated or lying file, for an index that points outside the directory or at a tensor that is not in its
-    file, and for pickled weights, which are never loaded."""
+    truncated or lying file, for a header beyond MOST_HEADER, for an index that points outside the directory
+    or at a tensor that is not in its file, and for pickled weights, which are never loaded."""
     index = os.path.join(directory, "model.safetensors.index.json")
     files, weight_map = ["model.safetensors"], {}
     if not os.path.exists(os.path.join(directory, files[0])):
@@ -184,13 +190,16 @@ def open_tensors(directory):
         path = os.path.join(directory, file)
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise ConfigError(f"{index}: points at '{file}', not a safetensors file of its own folder")
+        check_file(path)
         try:
-            opened = safe_open(path, "pt")  # it compares the header with the file
             with open(path, "rb") as f:
                 length = int.from_bytes(f.read(8), "little")
+                if length > MOST_HEADER:
+                    raise OSError(f"its header of {length:,} bytes is longer than {MOST_HEADER:,}")
+                opened = safe_open(path, "pt")  # it compares the header with the file
                 header = json.loads(f.read(length))
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: not a complete safetensors file: {error}") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a complete safetensors file: {one_line(error)}") from None
         for name in opened.keys():
             if not weight_map or weight_map.get(name) == file:  # two files may have tensors of one name
                 shape, dtype, (start, end) = (header[name][key] for key in ("shape", "dtype", "data_offsets"))
@@ -222,60 +231,54 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
     """The Transformer in a checkpoint directory, on the CPU. With router_bias its routers get a selection
     bias where they have none. Raises ConfigError naming file and tensor when they do not fit."""
     c, path = read_config(directory), os.path.join(directory, "config.json")
+    tensors, model_type = open_tensors(directory), read_json(path)["model_type"]
+    check_size(c, tensors, path)
     try:
-        model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    model_type = read_json(path)["model_type"]
-    views = dict(itertools.chain(*stored_views(model, c, model_type).values()))
-    tensors, idle = open_tensors(directory), idle_tensors(c, model_type)
-    check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views.items()} | idle)
+        for device in ("meta", "cpu"):  # the weights must fit before the model takes memory
+            with torch.device(device):
+                model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias))
+            views = dict(itertools.chain(*stored_views(model.to(dtype), c, model_type).values()))
+            idle = idle_tensors(c, model_type)
+            shapes = {name: tuple(view.shape) for name, view in views.items()}
+            check_tensors(directory, tensors, shapes | idle)
+    except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {one_line(error)}") from None
     for name in idle:
         if tensors[name].read().any():
             raise ConfigError(f"{directory}: {name} is not zero: a shared expert cannot be expressed here")
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(tensors[name].read())
+            if not view.isfinite().all():
+                raise ConfigError(f"{directory}: {name} is not finite")
     return model
+
+
+def check_size(c, tensors, where):
+    """Raises ConfigError where a ModelConfig is too large for the tensors of its checkpoint."""
+    if c.num_hidden_layers > len(tensors):
+        raise ConfigError(f"{where}: {c.num_hidden_layers} layers, but there are {len(tensors)} tensors")
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads
+    table = 4 * c.max_position_embeddings * heads * c.head_dim
+    weights = sum(span.nbytes for span in tensors.values())
+    if table > max(weights, 2**29):
+        raise ConfigError(f"{where}: max_position_embeddings = {c.max_position_embeddings} wants a table of "
+                          f"{table / 1e9:.1f} GB beside {weights / 1e9:.1f} GB of weights; lower it")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Writing and reading back
 
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-@contextlib.contextmanager
-def atomic_directory(path, needed=0):
-    """Yields a temporary sibling of `path` to fill, which is synced and renamed to `path` at the end.
-    Whatever goes wrong and whenever the process dies, `path` is absent or complete. Raises ConfigError when
-    `path` exists, when the disk has no room for `needed` bytes, or when it cannot be written."""
-    path = os.path.normpath(path)
-    if os.path.exists(path):
-        raise ConfigError(f"{path}: already exists; remove it or choose another name")
-    parent = os.path.dirname(path) or "."
-    temporary = os.path.join(parent, f".{os.path.basename(path)}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed writer of this directory
-    full = "the disk is full"
-    try:
-        os.makedirs(temporary)
-        free = shutil.disk_usage(parent).free
-        full += f": {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free before the writing"
-        if free < needed:
-            raise OSError("No space left on device")
-        yield temporary
-        for name in os.listdir(temporary):
-            sync(os.path.join(temporary, name))
-        sync(temporary)
-        os.rename(temporary, path)
-        sync(parent)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not written: {full if 'No space' in str(error) else error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a failed write; a finished one has its final name
+def tidy(out_dir):
+    """Remove what killed writers left in a run's directory, and the checkpoints that a newer one replaces.
+    Raises ConfigError."""
+    with writing(out_dir):
+        for name in os.listdir(out_dir):
+            if re.fullmatch(r"\.checkpoint-\d+\.tmp", name):
+                shutil.rmtree(os.path.join(out_dir, name))
+        for _, directory in checkpoints(out_dir)[:-1]:
+            if read_state(directory).get("passing"):
+                remove_directory(directory)
 
 
 def write_json(directory, name, value):
@@ -286,24 +289,40 @@ def write_json(directory, name, value):
 def copy_tokenizer(source, directory):
     """Copy a folder's TOKENIZER_FILES, as far as it has them, to a checkpoint directory."""
     for name in TOKENIZER_FILES:
-        if os.path.exists(os.path.join(source, name)):
-            shutil.copy(os.path.join(source, name), directory)
+        path = os.path.join(source, name)
+        if os.path.exists(path):
+            check_file(path)
+            shutil.copy(path, directory)
+
+
+class Stored(NamedTuple):
+    """A tensor under Hugging Face's name, as write_shard takes it."""
+    name: str
+    tensor: torch.Tensor
+
+    shape = property(lambda self: self.tensor.shape)
+    dtype = property(lambda self: self.tensor.dtype)
+    bytes = property(lambda self: self.tensor.nbytes)
 
 
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
-    """Write `model` (unwrapped), the dict `state` and AdamW's moments as a directory. Raises ConfigError."""
+    """Write `model` (unwrapped), the dict `state` and AdamW's moments as a directory. Raises ConfigError,
+    also where a weight or moment is not finite."""
     biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
     c = dataclasses.replace(model.config, router_bias=biased)  # no router bias: Mixtral's, Qwen's
-    views = itertools.chain(*stored_views(model, c).values())
-    tensors = {name: view.detach().cpu().clone() for name, view in views}
     dtype = model.norm.weight.dtype
-    tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in idle_tensors(c).items()}
-    needed = sum(t.nbytes for t in tensors.values()) * (1 if optimizer is None else 3)
+    pieces = [Stored(*view) for view in itertools.chain(*stored_views(model, c).values())]
+    pieces += [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
+    stored = moments(model, optimizer) if optimizer else {"exp_avg": {}, "exp_avg_sq": {}}
+    for name, t in itertools.chain(pieces, stored["exp_avg"].items(), stored["exp_avg_sq"].items()):
+        if not t.isfinite().all():
+            raise ConfigError(f"{directory}: not written: {name} is not finite")
+    needed = sum(p.bytes for p in pieces) * (1 if optimizer is None else 3)
     with atomic_directory(directory, needed) as temporary:
         write_json(temporary, "config.json", to_hf_config(c, dtype))
-        save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
+        write_shard(os.path.join(temporary, "model.safetensors"), pieces, lambda p: p.tensor.detach().cpu())
         if optimizer is not None:
-            write_moments(temporary, moments(model, optimizer))
+            write_moments(temporary, stored)
         write_json(temporary, "trainer_state.json", state)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, temporary)
@@ -321,25 +340,30 @@ def moments(model, optimizer):
 
 
 def write_moments(directory, stored):
-    """Write what `moments` gives as optimizer.pt."""
+    """Write what `moments` gives as optimizer.pt. Raises OSError."""
     with open(os.path.join(directory, "optimizer.pt"), "wb") as f:  # given a path, torch hides a full disk
-        torch.save(stored, f)
+        try:
+            torch.save(stored, f)
+        except RuntimeError as error:  # torch hides what went wrong in between
+            raise OSError(errno.EIO, one_line(error)) from None
 
 
 def read_moments(directory, shapes):
     """A checkpoint's optimizer.pt, memory-mapped, as `moments` gives it. Raises ConfigError unless it has the
     tensors of shapes {Hugging Face's name: shape}."""
     path = os.path.join(directory, "optimizer.pt")
+    check_file(path)
     try:
         stored = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         for key in ("exp_avg", "exp_avg_sq"):
             if {name: tuple(t.shape) for name, t in stored[key].items()} != shapes:
                 raise ValueError(f"its {key} is another model's")
-        return stored | {"step": int(stored["step"])}
-    except (OSError, KeyError, ValueError, AttributeError, RuntimeError, TypeError, EOFError,
-            pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: does not hold AdamW's moments of this model: {reason}") from None
+            for name, t in stored[key].items():
+                if t.dtype not in DTYPES.values() or t.layout != torch.strided or not t.isfinite().all():
+                    raise ValueError(f"its {key} of {name} is not of finite real numbers")
+        return stored | {"step": checked_value("step", stored["step"], (int, 0, 2**53))}
+    except Exception as error:  # a damaged file can raise any kind from the unpickler
+        raise ConfigError(f"{path}: does not hold AdamW's moments of this model: {one_line(error)}") from None
 
 
 def load_moments(directory, model, optimizer):
@@ -378,7 +402,7 @@ def write_weights(directory, pieces, shard_size, make_tensor, bar):
     write_json(directory, "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
 
 
-def write_shard(path, pieces, make_tensor, bar):
+def write_shard(path, pieces, make_tensor, bar=None):
     """A safetensors file: the header, then each tensor. Memory holds one tensor at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -398,18 +422,22 @@ def write_shard(path, pieces, make_tensor, bar):
                 t = t.read() if isinstance(t, Span) else t
                 f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
             del t  # before the next one is made
-            bar.update(p.bytes)
+            if bar is not None:
+                bar.update(p.bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Training state
 
 def read_state(directory):
-    """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's."""
+    """trainer_state.json, or {} for a model from elsewhere, which has none or another tool's. Raises
+    ConfigError for a value of another type than ours."""
     path = os.path.join(directory, "trainer_state.json")
     state = read_json(path) if os.path.exists(path) else {}
-    ours = isinstance(state.get("tokens"), int) and isinstance(state.get("lineage"), dict)
-    return state if ours else {}
+    if "tokens" not in state or "lineage" not in state:
+        return {}
+    check_state(path, state)
+    return state
 
 
 def tokens_seen(*states):

@@ -5,16 +5,24 @@ A script starts with `run(main, Options)`. Each field of the dataclass Options i
     source: str = setting(REQUIRED, "text file to read", positional=True)
     seed: int = setting(0, "random seed")
 
-The setting `config`, where there is one, names a file that assigns literals, and arithmetic on literals and
+The setting `config`, where there is one, names a file that assigns literals, and arithmetic on numbers and
 on names assigned above. A name that starts with _ is no setting but serves the lines below it.
+
+Every script also reads, writes and locks files by the functions below.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
+import functools
 import json
 import math
 import operator
 import os
+import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -39,12 +47,131 @@ def setting(default, meaning, positional=False, least=None, most=None):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Reading and writing files. A file may come from a stranger, so each reader states how much it takes.
+
+MAX_BYTES = 2**25  # of a JSON or text file that is read at once
+MAX_LEVELS = 100   # of nesting: Python's recursion limit depends on the caller and on loaded libraries
+MAX_DIGITS = 100   # of a whole number
+
+
+def check_file(path, most=math.inf):
+    """Raises ConfigError unless `path` is a regular file of `most` bytes at most. To open a pipe can hang."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: cannot be read: it is no regular file")
+    if status.st_size > most:
+        raise ConfigError(f"{path}: has {status.st_size:,} bytes, at most {most:,} are read")
+
+
+def read_text(path, most=MAX_BYTES, errors="strict", newline=None):
+    """The text of a UTF-8 file of `most` bytes at most. Raises ConfigError naming the file."""
+    check_file(path, most)
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors, newline=newline) as f:
+            return f.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid UTF-8: {error}") from None
+
+
+def parse_json(text):
+    """The value of a JSON text. Raises ValueError for what is nested too deep or has too long numbers too."""
+    def whole(digits):
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"a number has {len(digits)} digits, at most {MAX_DIGITS} are read")
+        return int(digits)
+    try:
+        value = json.loads(text, parse_int=whole)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level, depth = [value], 0
+    while level := [item for part in level if isinstance(part, (list, dict))
+                    for item in (part.values() if isinstance(part, dict) else part)]:
+        depth += 1
+        if depth > MAX_LEVELS:
+            raise ValueError(f"nested too deep: more than {MAX_LEVELS} levels")
+    return value
+
+
+def read_json(path):
+    """A JSON file's object. Raises ConfigError naming the file."""
+    try:
+        value = parse_json(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def writing(path, needed=None):
+    """In it, an OSError becomes a ConfigError of one line. needed: the bytes that are to be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            existing = os.path.dirname(os.path.abspath(path))
+            while not os.path.isdir(existing):
+                existing = os.path.dirname(existing)
+            wanted = "" if needed is None else f"{needed:,} bytes needed, "
+            reason = f"the disk is full: {wanted}{shutil.disk_usage(existing).free:,} free"
+        raise ConfigError(f"{path}: cannot be written: {reason}") from None
+
+
+def write_all(file, data):
+    """Write bytes to an unbuffered file. Raises OSError."""
+    while data:  # the kernel may take less than all
+        data = data[file.write(data):]
+
+
+def write_text_atomically(path, text):
+    """Write `text` to the file `path`. A kill at any moment leaves the old file or the new one, complete.
+    Raises ConfigError."""
+    temporary = f"{path}.tmp"
+    with writing(path, len(text)):
+        try:
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+def lock(file, held, wait=False):
+    """Lock an open file until it is closed. Raises ConfigError(held) where another process has it locked,
+    unless it is to `wait`. Without locks on the file system the user has to see to it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise ConfigError(held) from None
+    except OSError as error:
+        note(f"this file system has no locks ({error.strerror}): nothing keeps a second process away")
+
+
+@functools.cache
+def note(text):
+    """Print a note to the user, once."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Values: literals and arithmetic, evaluated over the syntax tree
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
              ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
-MAX_LEVELS = 100  # of an expression: Python's recursion limit depends on the caller and on loaded libraries
+MAX_BITS = 1000     # of a whole number; floats end there too
+MAX_CONFIG = 100_000  # bytes of a config file, and characters and numbers in its values together
 TOO_DEEP = (MemoryError, RecursionError)  # Python raises these for source that it cannot parse
 
 
@@ -55,7 +182,7 @@ def evaluate(node, names, level=0):
     if level > MAX_LEVELS:
         raise ConfigError(f"nested too deep: more than {MAX_LEVELS} levels")
     if isinstance(node, ast.Constant):
-        return node.value
+        return within_size(node, node.value)
     if isinstance(node, (ast.List, ast.Tuple)):
         return [value(item) for item in node.elts]
     if isinstance(node, ast.Name) and node.id in names:
@@ -65,22 +192,42 @@ def evaluate(node, names, level=0):
             return {value(k): value(v) for k, v in zip(node.keys, node.values)}
         if isinstance(node, (ast.UnaryOp, ast.BinOp)) and type(node.op) in OPERATORS:
             operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-            if isinstance(node.op, ast.Pow) and abs(operands[1]) > 64:  # 9**9**9 would hang
-                raise ConfigError(f"exponent too large in '{ast.unparse(node)}'")
-            return OPERATORS[type(node.op)](*operands)
+            if not all(isinstance(operand, (int, float)) for operand in operands):
+                raise TypeError("arithmetic is on numbers")
+            base = operands[0]
+            if isinstance(node.op, ast.Pow) and isinstance(base, int):  # 9**9**9 would hang
+                within_size(node, base, base.bit_length() * operands[1])
+            return within_size(node, OPERATORS[type(node.op)](*operands))
     except (TypeError, ArithmeticError, ValueError) as error:
-        raise ConfigError(f"cannot compute '{ast.unparse(node)}': {error}") from None
-    raise ConfigError(f"'{ast.unparse(node)}' is not a literal or arithmetic on literals")
+        raise ConfigError(f"cannot compute '{ast.unparse(node):.100}': {error}") from None
+    raise ConfigError(f"'{ast.unparse(node):.100}' is not a literal or arithmetic on literals")
+
+
+def within_size(node, value, bits=0):
+    """`value`, of a syntax tree. Raises ConfigError where it, or a number of so many bits, is too large."""
+    if bits > MAX_BITS or isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ConfigError(f"the number is too large in '{ast.unparse(node):.100}'")
+    if isinstance(value, complex):
+        raise TypeError("the result is no real number")
+    return value
+
+
+def size(value, most):
+    """Characters and numbers in a value, counted until there are more than `most`."""
+    count, todo = 0, [value]
+    while todo and count <= most:
+        value = todo.pop()
+        count += len(value) if isinstance(value, (str, bytes)) else 1
+        todo += value if isinstance(value, list) else ()
+        todo += (*value, *value.values()) if isinstance(value, dict) else ()
+    return count
 
 
 def read_config(path):
     """The {key: value} that a config file assigns. Raises ConfigError naming the file and the line."""
+    text, left = read_text(path, MAX_CONFIG), MAX_CONFIG
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
         tree = ast.parse(text, filename=path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read config file: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{path}: line {getattr(error, 'lineno', '?')}: not valid: {error}") from None
     except TOO_DEEP:
@@ -96,9 +243,12 @@ def read_config(path):
                     values[key] = evaluate(node.value, values)
                 except (ConfigError, *TOO_DEEP) as error:
                     raise ConfigError(f"{where}: {str(error) or 'nested too deep'}") from None
+                left -= size(values[key], left)
+                if left < 0:
+                    raise ConfigError(f"{where}: the values of the file are too large together")
             case _:
                 line = text.split("\n")[node.lineno - 1].strip()
-                raise ConfigError(f"{where}: only 'key = value' lines are allowed, not '{line}'")
+                raise ConfigError(f"{where}: only 'key = value' lines are allowed, not '{line:.100}'")
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
@@ -114,7 +264,7 @@ def convert(name, value, kind):
         for option in typing.get_args(kind):
             if value == option and isinstance(value, bool) == isinstance(option, bool):
                 return option
-        raise ConfigError(f"{name}: {value!r} is none of {', '.join(map(repr, typing.get_args(kind)))}")
+        raise ConfigError(f"{name}: {value!r:.100} is none of {', '.join(map(repr, typing.get_args(kind)))}")
     elif typing.get_origin(kind) is list:
         if isinstance(value, list):
             return [convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
@@ -122,13 +272,15 @@ def convert(name, value, kind):
         if kind is bool and isinstance(value, bool):
             return value
     elif kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        return convert(name, int(value), int)
     elif kind is float and isinstance(value, (int, float)):
-        if math.isfinite(value):
+        if abs(value) <= sys.float_info.max:  # neither nan nor infinity
             return float(value)
+    elif kind is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{name}: {value!r:.100} is too large a number")
     elif isinstance(kind, type) and isinstance(value, kind):
         return value
-    raise ConfigError(f"{name}: {value!r} is not of type {type_name(kind)}")
+    raise ConfigError(f"{name}: {value!r:.100} is not of type {type_name(kind)}")
 
 
 def type_name(kind):
@@ -247,20 +399,66 @@ def help_text(cls, script):
 def run(main, cls):
     """Call `main` with the settings of the command line. A ConfigError is one line on stderr and status 2."""
     script, *argv = sys.argv
-    try:
-        if "--help" in argv or "-h" in argv:
-            print(help_text(cls, script))
-        else:
-            main(parse(cls, argv))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has gone, as in `--help | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun starts many processes, and one of them speaks
-            print(f"{os.path.basename(script)}: {error}", file=sys.stderr)
-        raise SystemExit(2)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    with lasting_streams():
+        try:
+            if "--help" in argv or "-h" in argv:
+                print(help_text(cls, script))
+            else:
+                main(parse(cls, argv))
+        except ConfigError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine have one command line
+                print(f"{os.path.basename(script)}: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        except KeyboardInterrupt:
+            raise SystemExit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Standard streams
+
+def quiet_interrupt(kind, error, trace):
+    """Ctrl-C while a script is being imported prints no traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_interrupt
+
+
+class Stream:
+    """A standard stream. When its reader goes away, the rest of the text is lost and nothing fails."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method, *arguments):
+        try:
+            return method(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
+                raise ConfigError(f"{self.stream.name}: cannot be written: {error.strerror}") from None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_streams():
+    """In it, stdout and stderr are Streams. They are flushed at the end."""
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
 
 
 def code_version():
@@ -287,30 +485,6 @@ def progress(total, label, unit, **options):
     if not sys.stderr.isatty():
         look = {"file": PlainLines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
     return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **look, **options)
-
-
-def read_json(path):
-    """A JSON file's object. Raises ConfigError naming the file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds no JSON object")
-    return value
-
-
-def write_text_atomically(path, text):
-    """Write `text` to the file `path`. A kill at any moment leaves the old file or the new one, complete."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def write_config(config, path):

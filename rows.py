@@ -1,11 +1,12 @@
 """A row is one finished run, a line of a JSONL file: its columns, which run it is, reading and appending."""
 import csv
-import fcntl
 import json
 import math
 import os
 
-from configurator import ConfigError
+from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, write_all, writing
+
+MOST_LINES = 200_000  # of a file of rows
 
 # The columns that a row of each family must have, beside the loss.
 FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}
@@ -33,7 +34,8 @@ CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
 
 NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
 RUN = ("N", "D", "D1", "D2", "seed", *EXPERTS, *NAMES, *KNOBS, *SETTINGS)
-ORIGIN = ("config", "git", "torch")  # where and with what a run was made: no part of which run it is
+# Where and with what a run was made, and its loss in another unit: no part of which run it is.
+ORIGIN = ("config", "git", "torch", "bits_per_byte")
 
 
 class RowError(ConfigError, ValueError):
@@ -122,6 +124,24 @@ def method_label(row):
     return " ".join(words)
 
 
+def loss_text(row):
+    """A row's loss in words, as "1.4800 nats a token (2.1352 bits a byte)"."""
+    bits = row.get("bits_per_byte")
+    return f"{row['loss']:.4f} nats a token" + (f" ({bits:.4f} bits a byte)" if bits else "")
+
+
+def lowest_losses(rows):
+    """The row with the lowest loss of each family, a line each."""
+    lines = ""
+    for family, counts in FAMILIES.items():
+        members = [row for row in rows if row["family"] == family]
+        if members:
+            best = min(members, key=lambda row: row["loss"])
+            tokens = ", ".join(f"{key} = {best[key]:,}" for key in counts)
+            lines += f"{family:9}lowest loss {loss_text(best)} at {tokens}\n"
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Reading and appending
 
@@ -168,10 +188,11 @@ def raw_rows(path):
     """Yields (line number, what a file of rows holds there or the ValueError of reading it)."""
     table = path.endswith(".csv")
     try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="" if table else None) as f:
-            text = f.read()
-    except OSError as error:
-        raise RowError(f"{path}: {error.strerror}") from None
+        text = read_text(path, errors="replace", newline="" if table else None)
+    except ConfigError as error:
+        raise RowError(str(error)) from None
+    if text.count("\n") > MOST_LINES:
+        raise RowError(f"{path}: has more than {MOST_LINES:,} lines")
     if table:
         reader = csv.DictReader(text.splitlines(keepends=True))
         try:
@@ -183,8 +204,8 @@ def raw_rows(path):
     for i, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield i, json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield i, parse_json(line)
+            except ValueError as error:
                 yield i, ValueError(f"not valid JSON ({error})")
 
 
@@ -213,12 +234,40 @@ def read_rows(paths, skip_bad=False):
 
 
 def append_row(path, row):
-    """Append `row` to a JSONL file, once, on a line of its own even after a line that was cut short."""
-    line = json.dumps(row) + "\n"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "a+") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # other runs append to it too
-        f.seek(0)
-        text = f.read()
-        if line not in text.splitlines(keepends=True):
-            f.write("\n" * (text != "" and not text.endswith("\n")) + line)
+    """Append `row` to a JSONL file, once and whole. A last line that was cut short there is removed first.
+    Raises ConfigError."""
+    line = (json.dumps(row) + "\n").encode()
+    with writing(path, len(line)):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if os.path.exists(path):
+            check_file(path)
+        with open(path, "ab+", buffering=0) as f:
+            lock(f, path, wait=True)  # other runs append to it too
+            f.seek(0)
+            *lines, last = f.read().split(b"\n")
+            end = f.tell()
+            try:
+                parse_json(last)
+                lines.append(last)
+                line = b"\n" + line
+            except ValueError:  # empty, or a row of a run that was killed or whose disk was full
+                end -= len(last)
+                f.truncate(end)
+            if line.strip() in lines:
+                return
+            try:
+                write_all(f, line)
+                os.fsync(f.fileno())
+            except OSError:
+                f.truncate(end)
+                raise
+
+
+def read_row(path):
+    """The row in a run's row.json. Raises ConfigError."""
+    try:
+        return clean(row := read_json(path)) and row
+    except RowError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -5,10 +5,11 @@
 import os
 from dataclasses import dataclass
 
+from configurator import REQUIRED, ConfigError, run, setting
+
 import torch
 
 import checkpoint
-from configurator import REQUIRED, ConfigError, run, setting
 from data.prepare import load_tokenizer
 
 

@@ -1,14 +1,21 @@
-"""What a run starts from: settings with nothing left open, the training state, and the row it will have."""
+"""What a run starts from: settings with nothing left open, the training state, and the row it will have.
+
+Also what stops it: signals, and another process in its directory.
+"""
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import signal
+import time
+import types
 
 import torch
 
 import checkpoint
-from configurator import ConfigError
+from configurator import ConfigError, lock, writing
 from model import ModelConfig, flops_per_token, parameter_counts
 from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
 
@@ -97,9 +104,9 @@ def starting_state(c, m, meta, source, before, resumed_from):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; --init_from alone needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
-    if source and c.rows and (not before or lineage.get("D1", 0) is None):
+    if source and c.rows and (not before and c.D1 is None or lineage.get("D1", 0) is None):
         raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row "
-                          "would be wrong: give --D1 to upcycle.py, or --rows=none")
+                          "would be wrong: give --D1, to upcycle.py for its mixture, or --rows=none")
     goes_on = before.get("data_sha256") == meta["data_sha256"] and (resumed_from or not c.repeat_data)
     if goes_on and before["max_seq_len"] != c.max_seq_len:
         raise ConfigError(f"{source}: was trained with max_seq_len = {before['max_seq_len']}; with "
@@ -110,7 +117,9 @@ def starting_state(c, m, meta, source, before, resumed_from):
     sequence, data_seed = (before["sequence"], before["data_seed"]) if goes_on else (0, c.seed)
     return {"step": step, "tokens": tokens, "sequence": sequence, "data_seed": data_seed,
             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"],
-            "max_seq_len": c.max_seq_len, "lineage": lineage, "history": before.get("history", [])}
+            "max_seq_len": c.max_seq_len, "lineage": lineage,
+            "history": before.get("history", [[source, c.D1]] if source and not before and c.D1 else []),
+            "skipped": before.get("skipped", 0) if resumed_from else 0}
 
 
 def resolve_schedule(c, state, source, resumed_from):
@@ -186,3 +195,60 @@ def add_to_history(history, row, lineage, source, resumed):
         return hashlib.sha256(json.dumps([made_by, before, upcycling, source]).encode()).hexdigest()[:16]
     if not (resumed and history and history[-1][0] == run_id(history[:-1])):
         history.append([run_id(history), 0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals, and the claim on a directory
+
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SLURM sends the last one
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal of STOP has stopped the work; what was made is saved. args[0]: the signal."""
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """Yields an object with `caught`, a list that grows by each signal of STOP, and `at_once`.
+
+    While at_once is true, the first signal raises Stopped wherever the process stands. A signal two seconds
+    after the first one ends the process. (Batch systems send several at a time.) What the process was told to
+    ignore, as by nohup, it ignores.
+    """
+    signals, began = types.SimpleNamespace(caught=[], at_once=True), []
+
+    def handle(number, frame):
+        began.append(time.monotonic())
+        if began[-1] > began[0] + 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signals.caught.append(number)
+        if signals.at_once and len(began) == 1:
+            raise Stopped(number)
+    before = {number: signal.signal(number, handle) for number in STOP
+              if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def claim(c, stack):
+    """Make and lock out_dir while `stack` lasts, and remove what a killed run left unfinished there.
+
+    Raises ConfigError where that or the rows cannot be written, or where another process has the lock.
+    """
+    path = os.path.join(c.out_dir, ".lock")
+    with writing(c.out_dir):
+        os.makedirs(c.out_dir, exist_ok=True)
+        file = stack.enter_context(open(path, "w"))
+    lock(file, f"{c.out_dir}: another process is training there")
+    checkpoint.tidy(c.out_dir)
+    if c.rows:
+        folder = os.path.dirname(c.rows) or "."
+        with writing(c.rows):
+            os.makedirs(folder, exist_ok=True)
+        exists = os.path.exists(c.rows)
+        if exists and not os.path.isfile(c.rows) or not os.access(c.rows if exists else folder, os.W_OK):
+            raise ConfigError(f"{c.rows}: rows cannot be written there")

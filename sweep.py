@@ -1,6 +1,7 @@
 """Run a study: a grid over N x D1 x D2 of upcycled runs, with the dense and from-scratch MoE runs beside it.
 
     python sweep.py config/study_quick.py [--dry_run]
+    python sweep.py config/pilot.py --dense=DIR --dataset=DATA --budget=TOKENS    # of one checkpoint
 
 A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays.
 Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; what is done is skipped.
@@ -10,7 +11,6 @@ goes on from its last checkpoint (save_every_seconds).
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -20,15 +20,17 @@ from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
+from configurator import (REQUIRED, ConfigError, convert, from_dict, lasting_streams, lock, progress,
+                          read_config, run, setting, writing)
+
 import checkpoint
-from configurator import (REQUIRED, ConfigError, convert, from_dict, progress, read_config, read_json,
-                          run, setting)
+import pilot
 from data.stream import load_tokens
-from model import flops_per_token, parameter_counts
-from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, run_key, unusual_knobs
-from start import planned_row, resolve_architecture
-from train import Stopped, Train, caught_signals, pays_to_compile, train
-from upcycle import Options as UpcycleOptions, knobs, upcycle
+from model import ModelConfig, flops_per_token, parameter_counts
+from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, lowest_losses, read_row, run_key
+from start import STOP, Stopped, caught_signals, planned_row, resolve_architecture
+from train import Train, pays_to_compile, train
+from upcycle import Options as UpcycleOptions, knobs, method_name, upcycle
 
 
 @dataclass
@@ -55,11 +57,16 @@ class Study:
     withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
                                    "{column: value, or list of values} each")
     train_withheld: bool = setting(False, "train the withheld rows too")
+    dataset: str | None = setting(None, "data of all runs; none: as `train` says")
+    dense: str | None = setting(None, "pilot: the checkpoint in place of sizes and dense trunks. "
+                              "D1 is for one of another tool; D_dense are tokens after it")
+    budget: int | None = setting(None, "pilot: tokens of MoE training that it is to decide on; D2, D_moe and "
+                                 "D_dense that are empty become shares of it", least=1)
     dry_run: bool = setting(False, "print the plan, train nothing")
 
 
 # What a study sets itself in its runs.
-SET_BY_STUDY = {"config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data",
+SET_BY_STUDY = {"config", "out_dir", "rows", "D1", "trunk", "seed", "init_from", "branch", "resume", "repeat_data",
                 "num_local_experts", "num_experts_per_tok", "max_tokens", "schedule", "decay_start",
                 "decay_steps", "save_at_tokens"}
 
@@ -73,6 +80,7 @@ class Job:
     flops: int  # of those tokens
     row: dict  # the row of the run, or that a trunk would have: see train.planned_row
     upcycling: UpcycleOptions | None = None  # what makes the checkpoint that the run starts from
+    base: ModelConfig | None = None  # of a pilot's checkpoint, for what settings of train.py cannot say
 
     @property
     def is_trunk(self):
@@ -94,7 +102,9 @@ def checkpoint_path(run_dir, tokens, c):
 
 def study_jobs(study):
     """[Job] in an order in which each one's needs come before it. Raises ConfigError."""
-    for key in ("sizes", "D1", "D2", "seeds"):
+    if study.dataset:
+        study = dataclasses.replace(study, train=study.train | {"dataset": study.dataset})
+    for key in ("seeds",) if study.dense else ("sizes", "D1", "D2", "seeds"):
         if not getattr(study, key):
             raise ConfigError(f"{study.config}: {key} is empty")
     if not 0 < study.decay_fraction < 1:
@@ -105,6 +115,19 @@ def study_jobs(study):
         raise ConfigError(f"{study.config}: families: {family!r} is none of {', '.join(FAMILIES)}")
     for key in (key for values in (study.train, *study.sizes) for key in values if key in SET_BY_STUDY):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
+    for key in {"source", "destination", "merge_with"} & {key for method in study.methods for key in method}:
+        raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of methods")
+    jobs = jobs_of_pilot(study) if study.dense else jobs_of_sizes(study)
+    keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"{study.config}: two of methods are equal")
+    jobs = due_jobs(study, jobs)
+    compile_where_it_pays(jobs)
+    return jobs
+
+
+def jobs_of_sizes(study):
+    """[Job] of all sizes and seeds of a study. Raises ConfigError."""
     jobs, seen = [], set()
     for size in study.sizes:
         seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
@@ -122,11 +145,6 @@ def study_jobs(study):
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
             seen.add((n, seed))
             jobs += jobs_of_size(study, dense, n, study.D1 if seed in seeds["seeds"] else [])
-    keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
-    if len(set(keys)) < len(keys):
-        raise ConfigError(f"{study.config}: two of methods are equal")
-    jobs = due_jobs(study, jobs)
-    compile_where_it_pays(jobs)
     return jobs
 
 
@@ -171,41 +189,60 @@ def jobs_of_size(study, dense, n, upcycled_at):
 
     upcycled_at: the levels of D1 from which this seed is upcycled.
     """
-    experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
-    moe = dataclasses.replace(dense, **experts)
+    moe = dataclasses.replace(dense, **pilot.experts_of(study))
     dense_trunk = f"dense-N{n}-s{dense.seed}"
     jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
                               study.D_dense or study.D1, keep=upcycled_at)
     jobs += trunk_and_branches(study, moe, f"moe-N{n}-s{dense.seed}", {"family": "moe", "N": n},
                                study.D_moe or sorted({*study.D1, *study.D2}))
     for d1 in rounded_levels(study, dense, upcycled_at) if upcycled_at else ():
-        for method in study.methods:
-            source = checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
-            given = {"source": source, "destination": "start", "check": False, "seed": dense.seed}
-            options = from_dict(UpcycleOptions, given | experts | method, f"{study.config}: methods: ")
-            name = f"upcycled-N{n}-s{dense.seed}-D1_{d1}-{method_name(study, options)}"
-            options.destination = os.path.join(study.out_dir, name, "start")
-            upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
-                                           num_experts_per_tok=options.num_experts_per_tok,
-                                           intermediate_size=dense.intermediate_size // options.granularity)
-            lineage = {"family": "upcycled", "N": n, "D1": d1, "method": options.method,
-                       "dense_trunk": dense_trunk, **knobs(options)}
-            jobs += trunk_and_branches(study, upcycled, name, lineage, study.D2, upcycling=options)
+        source = checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
+        jobs += upcycled_jobs(study, dense, source, {"N": n, "D1": d1, "dense_trunk": dense_trunk})
     return jobs
 
 
-def method_name(study, options):
-    """What rows.method_label says in words, for the name of a directory, as drop-drop_ratio_0.5."""
-    told = unusual_knobs(knobs(options))
-    for key in EXPERTS:
-        if getattr(options, key) != getattr(study, key):
-            told[key] = getattr(options, key)
-    return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
+def upcycled_jobs(study, dense, source, lineage, base=None):
+    """[Job] of the checkpoint `source`, of settings `dense`, upcycled by each method of the study."""
+    jobs = []
+    for method in study.methods:
+        given = {"source": source, "destination": "start", "check": False, "seed": dense.seed,
+                 "D1": lineage["D1"], **pilot.experts_of(study)}
+        options = from_dict(UpcycleOptions, given | method, f"{study.config}: methods: ")
+        name = f"upcycled-N{lineage['N']}-s{dense.seed}-D1_{lineage['D1']}-{method_name(options, study)}"
+        options.destination = os.path.join(study.out_dir, name, "start")
+        upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
+                                       num_experts_per_tok=options.num_experts_per_tok,
+                                       intermediate_size=dense.intermediate_size // options.granularity)
+        jobs += trunk_and_branches(study, upcycled, name, lineage | {
+            "family": "upcycled", "method": options.method, **knobs(options)}, study.D2, (), options, base)
+    return jobs
 
 
-def resolved(c):
-    """(settings with the architecture resolved, its ModelConfig, the data's sha256). Raises ConfigError."""
+def jobs_of_pilot(study):
+    """[Job] of one checkpoint: continued, its architecture as a MoE from scratch, and upcycled. Each of the
+    three has a learning-rate schedule of its own, with a warm-up. Raises ConfigError."""
+    jobs, study = [], pilot.with_levels(study)
+    for seed in study.seeds:
+        dense, m, dense_trunk = pilot.open_dense(study, seed)
+        n, d1 = parameter_counts(m)["N"], dense.D1
+        jobs += trunk_and_branches(study, dense, f"dense-N{n}-s{seed}", {"family": "dense", "N": n},
+                                   study.D_dense, base=m)
+        dense, name = dataclasses.replace(dense, D1=None, init_from=None), f"moe-N{n}-s{seed}"
+        fresh = UpcycleOptions(study.dense, os.path.join(study.out_dir, name, "start"), seed=seed,
+                               **pilot.experts_of(study))
+        jobs += trunk_and_branches(study, dataclasses.replace(dense, **pilot.experts_of(study)), name,
+                                   {"family": "moe", "N": n}, study.D_moe, (), fresh, m)
+        lineage = {"N": n, "D1": d1, "dense_trunk": dense_trunk}
+        jobs += upcycled_jobs(study, dense, study.dense, lineage, m)
+    return jobs
+
+
+def resolved(c, base=None):
+    """(settings with the architecture resolved, its ModelConfig, the data's sha256). base: a ModelConfig that
+    says what the settings cannot say. Raises ConfigError."""
     meta = load_tokens(c.dataset, "train")[1]
+    if base:
+        return c, pilot.model_config(c, base), meta["data_sha256"]
     return *resolve_architecture(c, None, meta), meta.get("data_sha256")
 
 
@@ -218,13 +255,14 @@ def rounded_levels(study, c, tokens):
     return rounded
 
 
-def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None):
+def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None, base=None):
     """[Job] of the trunk `name` and of its branches, one for each of the token counts `levels`.
 
-    The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes.
+    The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes,
+    or from c.init_from, after c.D1 tokens. base: see Job.
     """
-    step = c.tokens_per_step
-    c, m, data_sha256 = resolved(c)
+    step, seen = c.tokens_per_step, c.D1 or 0
+    c, m, data_sha256 = resolved(c, base)
     per_token = flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
@@ -236,8 +274,8 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None)
         trunk.init_from, trunk.branch = upcycling.destination, upcycling.optimizer == "copy"
 
     def job(settings, needs, begin, end, made=None):
-        row = planned_row(settings, m, lineage, end, data_sha256)
-        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made)
+        row = planned_row(settings, m, lineage, seen + end, data_sha256, seen)
+        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, base)
     jobs = [job(trunk, upcycling and upcycling.source, 0, stops[-1], upcycling)]
     for end, start in points:
         first = checkpoint_path(trunk.out_dir, start, c)
@@ -268,8 +306,8 @@ def describe(jobs):
         trunks = sum(job.is_trunk for job in chosen)
         tokens, flops = sum(job.tokens for job in chosen), sum(job.flops for job in chosen)
         lines.append(f"{family:10}{trunks:8}{len(chosen) - trunks:6}{tokens:12.4g}{flops:10.3g}")
-    rows = [job.row for job in jobs if not job.is_trunk]
-    alone = sum(row.get(key, 0) for row in rows for key in ("D", "D1", "D2"))
+    branches = [job for job in jobs if not job.is_trunk]  # the D1 of a pilot is trained already
+    alone = sum(job.settings.max_tokens + (0 if job.base else job.row.get("D1", 0)) for job in branches)
     lines.append(f"shared trunks save {1 - tokens / alone:.0%} of the tokens of training each row alone; "
                  f"{sum(job.done for job in jobs)} of {len(jobs)} runs are finished")
     return "\n".join(lines)
@@ -278,6 +316,7 @@ def describe(jobs):
 # ---------------------------------------------------------------------------------------------------------
 # Running it
 
+@lasting_streams()
 def worker(connection, number):
     """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
     import torch
@@ -298,12 +337,12 @@ def worker(connection, number):
             return
         try:
             if job.upcycling and not os.path.isdir(job.upcycling.destination):
-                upcycle(job.upcycling)
+                (upcycle if job.row["family"] == "upcycled" else pilot.write_fresh)(job.upcycling)
             row = train(job.settings, report=lambda tokens: tell("tokens", tokens))
             if row:
                 check_row(job, row, job.settings.out_dir)
             tell("done")
-        except (Stopped, KeyboardInterrupt):
+        except KeyboardInterrupt:  # Stopped, when it has saved
             tell("stopped")
             return
         except ConfigError as error:
@@ -324,12 +363,13 @@ def check_unchanged(job):
     """Raises ConfigError where the job's directory holds a run of other settings, begun or finished."""
     path, config = (os.path.join(job.settings.out_dir, name) for name in ("row.json", "config.py"))
     if not job.is_trunk and os.path.exists(path):
-        check_row(job, read_json(path), path)
+        check_row(job, read_row(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
-        begun, m, data_sha256 = resolved(begun)
+        begun, m, data_sha256 = resolved(begun, job.base)
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
-        check_row(job, planned_row(begun, m, job.row, tokens, data_sha256), config)
+        before = job.row["tokens_before_schedule"]
+        check_row(job, planned_row(begun, m, job.row, tokens, data_sha256, before), config)
 
 
 def tokens_done(job):
@@ -353,59 +393,62 @@ def chain_flops(jobs):
 
 def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
-    os.makedirs(study.out_dir, exist_ok=True)
-    with open(os.path.join(study.out_dir, ".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{study.out_dir}: another sweep is running there") from None
+    with writing(study.out_dir):
+        os.makedirs(study.out_dir, exist_ok=True)
+        lock_file = open(os.path.join(study.out_dir, ".lock"), "w")
+    with lock_file:
+        lock(lock_file, f"{study.out_dir}: another sweep is running there")
         for job in jobs:
             check_unchanged(job)
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
             # A kill just before it was finished can have lost its row.
-            append_row(c.rows, read_json(os.path.join(c.out_dir, "row.json")))
+            append_row(c.rows, read_row(os.path.join(c.out_dir, "row.json")))
         order = chain_flops(jobs)
         todo = sorted((j for j in jobs if not j.done), key=lambda j: -order[id(j)])
         if not todo:
             return []
         total, done = sum(j.tokens for j in jobs), sum(map(tokens_done, jobs))
-        with caught_signals() as caught, progress(total, "study", "tok", initial=done) as bar:
-            failed = run_jobs(todo, min(study.workers, len(todo)), caught, bar)
-        if caught:
-            raise Stopped(caught[0])
+        with caught_signals() as signals, progress(total, "study", "tok", initial=done) as bar:
+            signals.at_once = False  # the workers save first
+            failed = run_jobs(todo, min(study.workers, len(todo)), signals.caught, bar)
+        if signals.caught:
+            raise Stopped(signals.caught[0])
         return failed
 
 
-def start_workers(count):
-    """{connection: process} of `count` workers."""
+def start_workers(numbers):
+    """{connection: process} of workers with these numbers. Of all signals they take SIGTERM alone."""
     context, workers = multiprocessing.get_context("spawn"), {}
-    for number in range(count):
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP) - {signal.SIGTERM})  # which a child inherits
+    for number in numbers:
         connection, far_end = context.Pipe()
-        process = context.Process(target=worker, args=(far_end, number), daemon=True)
+        process = context.Process(target=worker, args=(far_end, number), daemon=True, name=str(number))
         process.start()
         far_end.close()
         workers[connection] = process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     return workers
 
 
 def run_jobs(todo, count, caught, bar):
     """Run jobs on `count` workers until all are run or `caught` holds a signal. Returns what failed."""
-    workers, busy, failed = start_workers(count), {}, []
+    workers, busy, failed = start_workers(range(count)), {}, []
     try:
         while (todo or busy) and not caught:
             for connection in workers.keys() - busy.keys():
                 if job := next((j for j in todo if j.needs is None or os.path.isdir(j.needs)), None):
                     todo.remove(job)
                     busy[connection] = job
-                    connection.send(job)
+                    with contextlib.suppress(OSError):  # its process has died, as recv will tell
+                        connection.send(job)
             if not busy:
                 return failed + [f"{j.settings.out_dir}: not run, {j.needs} was not made" for j in todo]
             for connection in wait(list(busy), timeout=0.5):
                 try:
                     kind, value = connection.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     failed.append(f"{busy.pop(connection).settings.out_dir}: its process died")
-                    del workers[connection]
+                    workers |= start_workers([int(workers.pop(connection).name)])
                     continue
                 if kind == "tokens":
                     bar.update(value)
@@ -434,6 +477,8 @@ def end_workers(workers, busy, terminate):
 def main(study):
     jobs = study_jobs(study)
     print(describe(jobs))
+    if study.dense:
+        print(pilot.cost(study, jobs))
     if study.dry_run:
         return
     try:
@@ -443,7 +488,8 @@ def main(study):
         raise SystemExit(128 + stopped.args[0])
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed:\n  " + "\n  ".join(failed))
-    print(f"{sum(not job.is_trunk for job in jobs)} rows in {os.path.join(study.out_dir, 'rows.jsonl')}")
+    rows = [read_row(os.path.join(job.settings.out_dir, "row.json")) for job in jobs if not job.is_trunk]
+    print(lowest_losses(rows) + f"{len(rows)} rows in {os.path.join(study.out_dir, 'rows.jsonl')}")
 
 
 if __name__ == "__main__":

@@ -7,27 +7,29 @@ A run writes to out_dir: config.py (resolved settings), log.jsonl (a line a step
 and, when it is done, row.json: its point for fit_laws.py, which it also appends to the file `rows`.
 """
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
+
+from configurator import (ConfigError, code_version, progress, run, setting, write_config,
+                          write_all, write_text_atomically, writing)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import checkpoint
-from configurator import (ConfigError, code_version, progress, read_json, run, setting, write_config,
-                          write_text_atomically)
-from data.stream import batches, load_tokens, locate, sequences
+from data.stream import batches, bits_per_byte, check_ids, load_tokens, locate, sequences
+from loggers import open_log, open_loggers
 from model import (ModelConfig, Transformer, balance_loss, compiled, effective_experts, flops_per_token)
-from rows import append_row, differences
-from start import on_cuda, passes, resolve
+from rows import append_row, differences, loss_text, read_row
+from start import Stopped, caught_signals, claim, on_cuda, passes, resolve
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Train:
     config: str | None = setting(None, "config file: assignments of the settings below", positional=True)
     out_dir: str = setting("out/run", "directory of the run's log and checkpoints")
     rows: str | None = setting("out/rows.jsonl", "file to which the finished run appends its row; none: none")
+    D1: int | None = setting(None, "tokens that a model of another tool in init_from has seen", least=1)
     trunk: str | None = setting(None, "name of the trunk; none: that of the run branched from, or out_dir")
     dataset: str = setting("data/pysource", "directory that data/prepare.py wrote, or its name in data/")
     seed: int = setting(0, "of the weights and of the order of the data", least=0)
@@ -78,18 +81,17 @@ class Train:
                                              "2408.15664); 0: no bias", least=0)
 
     eval_tokens: int = setting(262_144, "validation tokens, always the same ones", least=1)
+    loggers: list[Literal["tensorboard", "wandb"]] = setting([], "further places for the log's lines")
     eval_every_steps: int = setting(0, "steps between validations; 0: only at the end", least=0)
     save_at_tokens: list[int] = setting([], "tokens at which to keep a checkpoint, to the next step", least=1)
+    skip_nonfinite: int = setting(0, "steps without a finite loss and gradient that are skipped before the "
+                                  "run stops", least=0)
     save_every_seconds: int = setting(600, "seconds between checkpoints to resume from; 0: none", least=0)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of matrix products, weights stay float32; auto: bfloat16 on GPUs, float32 on CPUs")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     compile: bool | Literal["auto"] = setting("auto", "compile the model; auto: where the run is long enough "
                                               "to earn the time that it takes")
-
-
-class Stopped(Exception):
-    """A run was stopped by SIGTERM or Ctrl-C, after the step under way was saved. args[0]: the signal."""
 
 
 @dataclass
@@ -101,6 +103,8 @@ class Run:
     source: str | None  # the checkpoint directory that the weights come from
     max_steps: int
     row: dict  # all of the row but what only the end of the run tells
+    finished: dict | None  # the row of out_dir, where the run was made before
+    meta: dict  # meta.json of the data set
     tokens: np.ndarray
     val_tokens: np.ndarray
     micro: int  # sequences in one pass of this rank
@@ -159,18 +163,29 @@ def wrap(model, to_compile, device):
     return forward, forward.no_sync
 
 
-def plan_run(c, device):
-    """The Run of settings `c`, without its model. Raises ConfigError where settings and files do not fit."""
+def plan_run(c, device, stack):
+    """The Run of settings `c`, without its model. Rank 0 claims out_dir while `stack` lasts, looks at the
+    files there and tells the others. Raises ConfigError where settings and files do not fit."""
     tokens, meta = load_tokens(c.dataset, "train")
     val_tokens, _ = load_tokens(c.dataset, "val")
-    world = ranks()[1]
-    c, m, state, source, max_steps, row = resolve(c, meta, world)
+    (rank, world), plan = ranks(), [None]
+    if rank == 0:
+        claim(c, stack)
+        check_ids(c.dataset, meta, tokens, val_tokens)
+        if not c.resume and checkpoint.checkpoints(c.out_dir):
+            raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it")
+        path = os.path.join(c.out_dir, "row.json")
+        plan = [(*resolve(c, meta, world), read_row(path) if c.resume and os.path.exists(path) else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(plan)
+    c, m, state, source, max_steps, row, finished = plan[0]
     if min(len(tokens), len(val_tokens)) <= c.max_seq_len:
         raise ConfigError(f"{c.dataset}: too few tokens for one sequence of max_seq_len = {c.max_seq_len}")
     if c.eval_tokens < c.max_seq_len:
         raise ConfigError(f"eval_tokens = {c.eval_tokens} is less than one sequence of {c.max_seq_len}")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
-    return Run(c, m, state, source, max_steps, row, tokens, val_tokens, *passes(c, world), device, autocast)
+    return Run(c, m, state, source, max_steps, row, finished, meta, tokens, val_tokens, *passes(c, world),
+               device, autocast)
 
 
 def build(run):
@@ -189,49 +204,35 @@ def build(run):
 
 @contextlib.contextmanager
 def process_group(kind):
-    """Yields the device for the setting device=`kind`; under torchrun, within a process group."""
+    """Yields the device for the setting device=`kind`; under torchrun, within a process group.
+
+    There the first rank that fails prints its error, with its number, and ends with status 2, and the ranks
+    that fail with it are silent.
+    """
     cuda = on_cuda(kind)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    start = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if start:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     try:
         yield device
+    except (ConfigError, RuntimeError) as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost and not isinstance(error, ConfigError):
+            raise
+        with contextlib.suppress(RuntimeError):  # torchrun's store may be gone too
+            if store.add("errors", 1) > 1:
+                raise SystemExit(2)
+        text = "another rank has gone; --resume goes on from the last checkpoint" if lost else error
+        print(f"train.py: rank {rank}: {text}", file=sys.stderr)
+        raise SystemExit(2)
     finally:
-        if start:
+        with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Yields a list that grows by each SIGTERM and SIGINT, which do nothing else meanwhile."""
-    caught = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def claim(c, stack):
-    """Make and lock out_dir while `stack` lasts; see that rows can be written. Returns what is wrong."""
-    try:
-        os.makedirs(c.out_dir, exist_ok=True)
-        lock = stack.enter_context(open(os.path.join(c.out_dir, ".lock"), "w"))
-        if c.rows:
-            folder = os.path.dirname(c.rows) or "."
-            os.makedirs(folder, exist_ok=True)
-            if os.path.isdir(c.rows) or not os.access(c.rows if os.path.exists(c.rows) else folder, os.W_OK):
-                return f"{c.rows}: rows cannot be written there"
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"{c.out_dir}: another process is training there"
-    except OSError as error:
-        return f"{error.filename}: cannot be written: {error.strerror}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -265,12 +266,10 @@ def train_step(run, ids, targets, lr, stop, save_now):
         dist.all_reduce(shared)
     values = torch.cat((norm.reshape(1), shared)).tolist()
     measured = dict(zip(("grad_norm", "loss", "balance_loss", "z_loss", "stop", "save"), values), counts=None)
-    if not (math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])):
-        last = checkpoint.checkpoints(c.out_dir)
-        raise ConfigError(
-            f"{c.out_dir}: loss {measured['loss']:g}, gradient norm {measured['grad_norm']:g} at "
-            f"step {run.state['step']}, token {run.state['tokens']}; stopped before the update. Last good "
-            f"checkpoint: {last[-1][1] if last else 'none'}; try a learning_rate below {c.learning_rate:g}")
+    measured["skipped"] = not (math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"]))
+    if measured["skipped"]:
+        skip(run, measured)
+        return measured
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
@@ -283,13 +282,33 @@ def train_step(run, ids, targets, lr, stop, save_now):
     return measured
 
 
+def skip(run, measured):
+    """Drop the gradient of a step that is not finite. Raises ConfigError beyond skip_nonfinite such steps."""
+    c, state, last = run.c, run.state, checkpoint.checkpoints(run.c.out_dir)
+    wrong = [name for name, p in run.model.named_parameters()
+             if p.grad is not None and not p.grad.isfinite().all()]
+    state["skipped"] += 1
+    if state["skipped"] > c.skip_nonfinite:
+        raise ConfigError(
+            f"{c.out_dir}: loss {measured['loss']:g}, gradient norm {measured['grad_norm']:g} at step "
+            f"{state['step']}, token {state['tokens']}; the gradient is not finite up to "
+            f"{wrong[-1] if wrong else 'no parameter'}; stopped before the update. Last good checkpoint: "
+            f"{last[-1][1] if last else 'none'}; try a learning_rate below {c.learning_rate:g}")
+    run.optimizer.zero_grad()
+
+
 @torch.no_grad()
-def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext()):
-    """(mean cross-entropy in nats a token, its standard error over sequences) of eval_tokens of `tokens`."""
+def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext(),
+             stop=()):
+    """(mean cross-entropy in nats a token, its standard error over sequences) of eval_tokens of `tokens`;
+    (nan, nan) where a rank found something in the list `stop` and left off."""
     rank, world = ranks()
     n = min(eval_tokens, len(tokens) - 1) // seq_len
     losses, share = torch.zeros(n, dtype=torch.float64, device=device), range(rank, n, world)
     for start in range(0, len(share), batch_size):
+        if stop:
+            losses.fill_(math.nan)
+            break
         places = share[start:start + batch_size]
         ids, targets = sequences(tokens, places, seq_len, device)
         with autocast:
@@ -300,29 +319,13 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
     return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else float("nan")
 
 
-def validate_run(run):
+def validate_run(run, stop=()):
     return validate(run.model, run.val_tokens, run.c.eval_tokens, run.c.max_seq_len, run.micro, run.device,
-                    run.autocast)
+                    run.autocast, stop)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What is written
-
-def open_log(path, step):
-    """log.jsonl, opened to append to. Its lines of steps after `step` are cut: those steps are run again."""
-    if os.path.exists(path):
-        kept = []
-        with open(path) as f:
-            for line in f:
-                try:
-                    if not line.endswith("\n") or json.loads(line)["step"] > step:
-                        break
-                except (ValueError, TypeError, KeyError):  # cut by a crash of the machine
-                    break
-                kept.append(line)
-        write_text_atomically(path, "".join(kept))
-    return open(path, "a", buffering=1)
-
 
 def log_line(run, measured, lr, seconds):
     """The log's line of the step just made, which took `seconds`: a dict."""
@@ -330,6 +333,8 @@ def log_line(run, measured, lr, seconds):
     line = {"step": run.state["step"], "tokens": run.state["tokens"], "loss": measured["loss"], "lr": lr,
             "grad_norm": measured["grad_norm"], "tokens_per_s": round(speed),
             "flops_per_s": round(speed * flops_per_token(run.model_config, run.c.max_seq_len))}
+    if measured["skipped"]:
+        line["skipped"] = run.state["skipped"]
     if (counts := measured["counts"]) is not None:
         load = counts / counts.sum(-1, keepdim=True)
         line |= {"balance_loss": measured["balance_loss"], "z_loss": measured["z_loss"],
@@ -342,12 +347,12 @@ def save(run, kept):
     """Write the checkpoint of the step just made. The next one replaces it unless it is `kept`."""
     step, out_dir = run.state["step"], run.c.out_dir
     path = os.path.join(out_dir, f"checkpoint-{step}")
+    if not os.path.exists(os.path.join(out_dir, ".lock")):
+        raise ConfigError(f"{out_dir}: was removed while it was written to")
     if not os.path.exists(path):
         state = run.state if kept else run.state | {"passing": True}
         checkpoint.save(path, run.model, state, run.optimizer, locate(run.c.dataset))
-    for old, directory in checkpoint.checkpoints(out_dir):
-        if old < step and checkpoint.read_state(directory).get("passing"):
-            shutil.rmtree(directory)
+    checkpoint.tidy(out_dir)
 
 
 def announce(run):
@@ -372,18 +377,11 @@ def train(c, report=None):
     """Run the settings `c` to their end. Returns its row, with the flops of D or D2, or None where c.rows is.
 
     report(tokens): called after each step, in place of the progress bar. Raises ConfigError for settings or
-    files that do not fit and for a loss that is not finite, Stopped after SIGTERM or Ctrl-C.
+    files that do not fit and for a loss that is not finite, Stopped after a signal of STOP.
     """
     with process_group(c.device) as device, caught_signals() as signals, contextlib.ExitStack() as stack:
-        problem = [claim(c, stack) if ranks()[0] == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(problem)
-        if problem[0]:
-            raise ConfigError(problem[0])
-        if not c.resume and checkpoint.checkpoints(c.out_dir):
-            raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it")
-        run = plan_run(c, device)
-        if c.resume and os.path.exists(os.path.join(c.out_dir, "row.json")):
+        run = plan_run(c, device, stack)
+        if run.finished:
             return finished(run, report)
         build(run)
         loop(run, signals, report)
@@ -392,18 +390,18 @@ def train(c, report=None):
 
 def finished(run, report):
     """The row of a run that was finished before. Raises ConfigError where it is the row of other settings."""
-    path = os.path.join(run.c.out_dir, "row.json")
-    row = read_json(path)
+    path, row = os.path.join(run.c.out_dir, "row.json"), run.finished
     for key, there, asked in differences(row, run.row):
         raise ConfigError(f"{path}: {key} is {there!r} in this finished run, {asked!r} is asked for; "
                           "choose another out_dir")
     if ranks()[0] == 0 and report is None:
-        print(f"{path}: finished already, loss {row['loss']:.4f}; another out_dir starts anew")
+        print(f"{path}: finished already, {loss_text(row)}; another out_dir starts anew")
     return row
 
 
 def loop(run, signals, report):
-    """Train from run.state to run.max_steps, log and save. Raises Stopped once `signals` holds a signal."""
+    """Train from run.state to run.max_steps, log and save. Raises Stopped after a signal: at once before the
+    first step is done, when nothing is lost, and else when the step is saved."""
     c, state, rank = run.c, run.state, ranks()[0]
     kept = {state["step"] - (state["tokens"] - level) // c.tokens_per_step for level in c.save_at_tokens}
     kept.add(run.max_steps)
@@ -415,14 +413,17 @@ def loop(run, signals, report):
         if rank == 0:
             write_config(c, os.path.join(c.out_dir, "config.py"))
             last = state["step"] if run.source != c.init_from else -1
-            log = stack.enter_context(open_log(os.path.join(c.out_dir, "log.jsonl"), last))
+            log_path = os.path.join(c.out_dir, "log.jsonl")
+            log = stack.enter_context(open_log(log_path, last))
+            send = stack.enter_context(open_loggers(c, last))
             report = report or stack.enter_context(announce(run)).update
         run.model.train()
         clock = saved_at = time.perf_counter()
         while state["step"] < run.max_steps:
             lr = learning_rate(state["step"], c, run.max_steps)
             due = rank == 0 and 0 < c.save_every_seconds < time.perf_counter() - saved_at
-            measured = train_step(run, *next(stream), lr, bool(signals), due)
+            measured = train_step(run, *next(stream), lr, bool(signals.caught), due)
+            signals.at_once = False
             state["step"] += 1
             state["tokens"] += c.tokens_per_step
             state["sequence"] += stride
@@ -430,29 +431,42 @@ def loop(run, signals, report):
             line = log_line(run, measured, lr, time.perf_counter() - clock)
             clock = time.perf_counter()
             if c.eval_every_steps and state["step"] % c.eval_every_steps == 0:
-                line["val_loss"] = validate_run(run)[0]
+                line["val_loss"] = validate_run(run, signals.caught)[0]
                 clock = time.perf_counter()  # tokens_per_s is that of training
+                if math.isnan(line["val_loss"]):  # left off, or weights that saving refuses
+                    measured["stop"] = line.pop("val_loss")
+                else:
+                    line["val_bits_per_byte"] = bits_per_byte(line["val_loss"], run.meta)
             save_now = state["step"] in kept or measured["save"] or measured["stop"]
             if rank == 0:
-                log.write(json.dumps(line) + "\n")
+                text = json.dumps(line).encode() + b"\n"
+                with writing(log_path, len(text)):
+                    write_all(log, text)
+                send(line)
                 if save_now:
                     save(run, state["step"] in kept)
                 report(c.tokens_per_step)
             if save_now:
                 clock = saved_at = time.perf_counter()
-            if measured["stop"] and state["step"] < run.max_steps:
-                raise Stopped(signals[0] if signals else signal.SIGTERM)
+            if measured["stop"]:
+                raise Stopped(signals.caught[0] if signals.caught else signal.SIGTERM)
+    signals.at_once = True
+    if signals.caught:
+        raise Stopped(signals.caught[0])
 
 
 def finish(run, report):
     """Validate the finished run; append its row to c.rows, write it to row.json and return it."""
     loss, se = validate_run(run)
-    row = run.row | {"loss": loss, "loss_se": se, "git": code_version(), "torch": torch.__version__}
+    if not math.isfinite(loss):
+        raise ConfigError(f"{run.c.out_dir}: the validation loss is {loss:g}, so the run has no row")
+    row = run.row | {"loss": loss, "loss_se": se, "bits_per_byte": bits_per_byte(loss, run.meta),
+                     "git": code_version(), "torch": torch.__version__}
     if ranks()[0] == 0:
         append_row(run.c.rows, row)
         write_text_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
         if report is None:
-            print(f"{row['family']}: validation loss {loss:.4f} ± {se:.4f} (standard error) nats a token "
+            print(f"{row['family']}: validation loss {loss_text(row)}, standard error {se:.4f}, "
                   f"after {checkpoint.tokens_seen(run.state):,} tokens; row in {run.c.rows}")
     return row
 
@@ -462,7 +476,7 @@ def main(c):
         train(c)
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{c.out_dir}: stopped by {signal.Signals(stopped.args[0]).name}, saved; --resume goes on")
+            print(f"{c.out_dir}: stopped by {signal.Signals(stopped.args[0]).name}; --resume goes on")
         raise SystemExit(128 + stopped.args[0])
 
 

@@ -17,9 +17,11 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import re
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -31,10 +33,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-from configurator import REQUIRED, ConfigError, progress, run, setting, write_text_atomically  # noqa: E402
+from configurator import (REQUIRED, ConfigError, check_file, lock, parse_json, progress, read_json,  # noqa: E402
+                          run, setting, write_text_atomically, writing)
 from data.stream import DATA, load_tokens  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
+MOST_TEXT = 2**26        # bytes of one text, and of a line of .jsonl
+MOST_TOKENIZER = 2**26   # bytes of a tokenizer.json
+MOST_IDS = 2**22         # entries of a vocabulary
 
 
 @dataclass
@@ -94,21 +100,24 @@ def end_of_text(tokenizer, folder):
     """The id that ends a text: files in `folder` state it, or else it is one of the usual names. Or None."""
     stated = {}
     for name in ("config.json", "meta.json", "tokenizer_config.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, or no dict in it
-            stated |= json.loads((folder / name).read_text())
+        with contextlib.suppress(ConfigError):  # no such file, or no dict in it
+            stated |= read_json(folder / name)
     token, ids = stated.get("eos_token"), stated.get("eos_token_id")
     candidates = [token.get("content") if isinstance(token, dict) else token,  # {"content": "</s>", ...}
                   *(ids if isinstance(ids, list) else [ids]), END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"]
     ids = [tokenizer.token_to_id(c) if isinstance(c, str) else c for c in candidates]
-    return next((i for i in ids if isinstance(i, int)), None)
+    return next((i for i in ids if type(i) is int and 0 <= i < MOST_IDS), None)
 
 
 def of_file(path):
     """The Tokenizer of a tokenizer.json. Raises ConfigError."""
     tokenizers = need("tokenizers")
+    check_file(path, MOST_TOKENIZER)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
         raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -116,9 +125,13 @@ def of_file(path):
     eos_token_id = end_of_text(tokenizer, path.parent)
     if eos_token_id is None:
         raise ConfigError(f"{path}: no end-of-text; name it as eos_token in tokenizer_config.json beside it")
+    vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if not eos_token_id < vocab_size <= MOST_IDS:
+        raise ConfigError(f"{path}: its vocabulary ends at {vocab_size:,}; it has to hold end-of-text, "
+                          f"{eos_token_id}, and to end at {MOST_IDS:,}")
     return Tokenizer(lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
                      lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                     max(tokenizer.get_vocab().values()) + 1, eos_token_id, tokenizer.save)
+                     vocab_size, eos_token_id, tokenizer.save)
 
 
 def load_tokenizer(name_or_path):
@@ -195,27 +208,43 @@ def read_datasets(field, *args, **kwargs):
         yield text_of(row, field)
 
 
+def pieces(file, path, piece_bytes):
+    """Yields the bytes of an open file in pieces of whole lines, each so long or longer; the whole file if
+    piece_bytes is 0. Raises ConfigError for a piece beyond MOST_TEXT, which a tiny archive can hold."""
+    while True:
+        lines, n = [], 0
+        while n < (piece_bytes or math.inf) and (line := file.readline(MOST_TEXT + 1 - n)):
+            lines.append(line)
+            n += len(line)
+            if n > MOST_TEXT:
+                raise ConfigError(f"{path}: holds a text of more than {MOST_TEXT:,} bytes; cut it by lines")
+        if not lines:
+            return
+        yield b"".join(lines)
+
+
 def read_file(path, field, piece_bytes):
     """The texts of a file. Bytes that are not UTF-8 become surrogates. A binary file is an empty text.
 
     A text file is one text if `piece_bytes` is 0, and else texts of lines, each so long or longer.
     """
+    check_file(path)
     if path.suffix in (".parquet", ".arrow"):
         yield from read_datasets(field, path.suffix[1:], data_files=str(path), split="train")
         return
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(pieces(file, path, 1), 1):
                 try:
                     if line.strip():
-                        yield text_of(json.loads(line.decode("utf-8", "surrogateescape")), field)
-                except (ValueError, RecursionError) as error:
+                        yield text_of(parse_json(line.decode("utf-8", "surrogateescape")), field)
+                except ValueError as error:
                     raise ConfigError(f"{path}: line {number}: {one_line(error)}") from None
         elif b"\0" in (file.peek(2**13)[:2**13] or b"\0"):  # an empty file counts as a binary one
             yield ""
         else:
-            while lines := file.readlines(piece_bytes):
-                yield b"".join(lines).decode("utf-8", "surrogateescape")
+            for piece in pieces(file, path, piece_bytes):
+                yield piece.decode("utf-8", "surrogateescape")
 
 
 def read_source(options):
@@ -344,15 +373,20 @@ def prepare(options):
         if meta.get("settings") == settings:
             return meta, False
 
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="partial-", dir=out) as folder:
-        meta = {"name": out.resolve().name} | build(options, Path(folder)) | {"settings": settings}
-        write_text_atomically(f"{folder}/meta.json", json.dumps(meta, indent=1) + "\n")
+    folder, needed = out / ".partial", 3 * sum(size for _, size, _ in stamps)  # a copy, and tokens of 2 bytes
+    with writing(out, needed or options.max_bytes), contextlib.ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(stack.enter_context(open(out / ".lock", "w")), f"{out}: another process prepares data there")
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        meta = {"name": out.resolve().name} | build(options, folder) | {"settings": settings}
+        write_text_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
         # meta.json goes first and comes last, since a folder with it counts as complete.
         for name in ("meta.json", "tokenizer.json"):
             (out / name).unlink(missing_ok=True)
         for name in sorted(os.listdir(folder), key=lambda name: name == "meta.json"):
-            os.replace(f"{folder}/{name}", out / name)
+            os.replace(folder / name, out / name)
     return meta, True
 
 

@@ -1,13 +1,17 @@
 """Tokens -> batches: the token files that data/prepare.py wrote, and the order in which they are read."""
-import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from configurator import ConfigError
+from configurator import ConfigError, check_file, convert, read_json
 
 DATA = Path(__file__).resolve().parent
+
+
+META = {"vocab_size": int, "eos_token_id": int | None, "dtype": str, "tokenizer": str, "data_sha256": str,
+        "tokens": dict}  # keys of meta.json
 
 
 def locate(directory):
@@ -25,19 +29,39 @@ def load_tokens(directory, split):
     fix = f"make it with: python data/prepare.py {Path(directory).name}"
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text())
-        dtype, count = np.dtype(meta["dtype"]), meta["tokens"][split]
+        meta = read_json(path)
+        for key, kind in META.items():
+            convert(key, meta[key], kind)
+        if meta.get("bytes"):
+            convert("bytes", meta["bytes"][split], int)
+        dtype, count = np.dtype(meta["dtype"]), convert("tokens", meta["tokens"][split], int)
         path = folder / f"{split}.npy"
+        check_file(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; {fix}") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except Exception as error:  # a damaged header can raise any kind
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; {fix}") from None
         problem = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path}: cut short or damaged ({problem}); delete it and {fix}") from None
+        raise ConfigError(f"{path}: cut short or damaged ({problem:.200}); delete it and {fix}") from None
     if tokens.dtype != dtype or dtype.kind != "u" or tokens.shape != (count,):
         raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} "
                           f"({count},); delete it and {fix}")
     return tokens, meta
+
+
+def bits_per_byte(loss, meta):
+    """A validation loss in nats a token as bits a byte of the validation text, with which models of different
+    tokenizers compare. meta: of load_tokens. None where it has no bytes."""
+    count = (meta.get("bytes") or {}).get("val")
+    return loss / math.log(2) * meta["tokens"]["val"] / count if count else None
+
+
+def check_ids(directory, meta, *parts):
+    """Raises ConfigError where a token id of the memory-mapped `parts` is beyond the vocabulary."""
+    largest = max((int(part.max()) for part in parts if len(part)), default=0)
+    if largest >= meta["vocab_size"]:
+        raise ConfigError(f"{directory}: holds token {largest}, but vocab_size is {meta['vocab_size']} in "
+                          "meta.json; prepare it again")
 
 
 def shuffled(index, n, seed):

@@ -122,11 +122,14 @@ def test_positional_words():
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
-@given(st.builds(Settings, config=st.none(), max_tokens=st.integers(),
+INTEGERS = st.integers(-2**63 + 1, 2**63 - 1)
+
+
+@given(st.builds(Settings, config=st.none(), max_tokens=INTEGERS,
                  learning_rate=st.floats(allow_nan=False, allow_infinity=False), compile=st.booleans(),
                  dtype=st.sampled_from(["float32", "bfloat16"]), num_experts=st.sampled_from([2, 4, 8]),
-                 decay_start=st.none() | st.integers(), sizes=st.lists(st.integers()),
-                 names=st.lists(TEXT), widths=st.dictionaries(TEXT, st.lists(st.integers())), out_dir=TEXT))
+                 decay_start=st.none() | INTEGERS, sizes=st.lists(INTEGERS),
+                 names=st.lists(TEXT), widths=st.dictionaries(TEXT, st.lists(INTEGERS)), out_dir=TEXT))
 def test_written_config_reads_back(tmp_path_factory, settings):
     path = tmp_path_factory.getbasetemp() / "written.py"
     write_config(settings, path)
@@ -218,7 +221,7 @@ def test_any_config_file_is_read_or_refused(tmp_path_factory, text):
     (["stray.py", "word"], ["'word'", "--key=value"]),
     (["-x", "y"], ["'y'", "--key=value"]),
     (["/no/such.py"], ["/no/such.py", "No such file"]),
-    (["/"], ["/:", "cannot read"]),
+    (["/"], ["/:", "no regular file"]),
 ])
 def test_bad_command_lines(argv, words):
     fails(lambda: parse(Settings, argv), *words)
@@ -253,7 +256,7 @@ def test_missing_words():
     ("if True:\n    max_tokens = 1\n", ["line 1", "key = value"]),
     ("max_tokens = 1\n1 + 1\n", ["line 2", "key = value"]),
     ("max_tokens = 1 / 0\n", ["line 1", "1 / 0", "division by zero"]),
-    ("max_tokens = 9**9**9\n", ["line 1", "exponent too large"]),
+    ("max_tokens = 9**9**9\n", ["line 1", "number is too large in '9 ** 9 ** 9'"]),
     ("max_tokens = 1 + 'a'\n", ["line 1", "1 + 'a'"]),
     ("max_tokens = {[1]: 2}\n", ["line 1"]),
     ("max_tokens = {**{}}\n", ["line 1"]),

@@ -1,13 +1,13 @@
 """rows.py: which run a row is, labels of methods, and reading rows good and bad."""
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
 
+from configurator import ConfigError
 from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, differences,
-                  method_label, mixed_conditions, read_rows, run_key, same_but)
+                  method_label, mixed_conditions, read_row, read_rows, run_key, same_but)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
@@ -130,7 +130,7 @@ def test_labels_tell_all_knobs_apart(row, label):
     ('{"family": "upcycled", "N": 1e6, "D1": 0, "D2": 1, "loss": 3}', "D1: 0.0"),
     ('{"family": "dense", "N": 1e6, "D": 1e17, "loss": 3}', "D: 1e+17 is not within"),
     ("[1, 2]", "not a JSON object"), ("{", "not valid JSON"),
-    ('{"family": "dense", "N": 1' + "0" * 400 + ', "D": 1e9, "loss": 3}', "not a number")])
+    ('{"family": "dense", "N": 1' + "0" * 400 + ', "D": 1e9, "loss": 3}', "has 401 digits")])
 def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path, line, complaint):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
@@ -144,7 +144,7 @@ def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path
 
 
 def test_odd_values_of_optional_columns_stop_nothing(tmp_path):
-    odd = {"hidden_size": "wide", "initializer_range": 10**400, "granularity": 10**400, "seed": [1],
+    odd = {"hidden_size": "wide", "initializer_range": float("inf"), "granularity": 10**99, "seed": [1],
            "trunk": {"a": 1},
            "N_total": "many", "learning_rate": float("nan")}
     rows, dropped = read_rows([write(tmp_path / "rows.jsonl", [GOOD, GOOD | odd])])
@@ -170,15 +170,35 @@ def test_columns_of_other_families_are_left_out(tmp_path):
     assert [method_label(row) for row in rows[1:]] == ["drop 0.5", "drop 0.25"] and rows[0]["note"] == "a, b"
 
 
-def test_a_row_is_appended_once_and_after_a_torn_line_too(tmp_path):
+@pytest.mark.parametrize("torn, kept", [("", 0), ('{"family": "den', 0), (json.dumps(GOOD)[:-1], 0), ("\0\0", 0),
+                                        ("é"[:1], 0), (json.dumps(GOOD | {"loss": 4}), 1)])
+def test_a_row_is_appended_once_and_a_torn_line_is_healed(tmp_path, torn, kept):
+    """A line that was cut short is the row of a run that appends it again. A whole one only lacks its end."""
     path = tmp_path / "rows.jsonl"
-    append_row(str(path), GOOD)
-    append_row(str(path), GOOD)
+    for _ in range(2):
+        append_row(str(path), GOOD)
     assert path.read_text() == json.dumps(GOOD) + "\n"
     with open(path, "a") as f:
-        f.write('{"family": "den')  # the disk was full
-    append_row(str(path), FULL)
-    with pytest.raises(RowError, match=re.escape(f"{path}:2: not valid JSON")):
-        read_rows([str(path)])
-    rows, dropped = read_rows([str(path)], skip_bad=True)
-    assert [row["loss"] for row in rows] == [3.0, 2.5] and len(dropped) == 1
+        f.write(torn)
+    for row in (FULL, FULL, GOOD):
+        append_row(str(path), row)
+    lines = [GOOD, *[GOOD | {"loss": 4}] * kept, FULL]
+    assert path.read_text() == "".join(json.dumps(row) + "\n" for row in lines)
+
+
+def test_a_row_on_a_full_disk_is_one_line_and_leaves_the_file_whole(tmp_path, limited_files):
+    path = str(tmp_path / "rows.jsonl")
+    append_row(path, GOOD)
+    with limited_files(len(json.dumps(GOOD)) + 10), pytest.raises(ConfigError, match="cannot be written"):
+        append_row(path, FULL)
+    assert open(path).read() == json.dumps(GOOD) + "\n"
+    append_row(path, FULL)
+    assert len(read_rows([path])[0]) == 2
+
+
+@pytest.mark.parametrize("content", [{}, {"family": "dense"}, GOOD | {"loss": float("nan")}, GOOD | {"N": "x"}])
+def test_a_row_of_a_finished_run_is_checked(tmp_path, content):
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="row.json: "):
+        read_row(str(path))

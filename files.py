@@ -1,0 +1,110 @@
+"""Directories that are complete or not there, and limits to the sizes in a stranger's checkpoint."""
+import contextlib
+import errno
+import os
+import shutil
+from typing import Literal
+
+from configurator import ConfigError, convert, lock, writing
+
+# ---------------------------------------------------------------------------------------------------------
+# Limits
+
+# What config.json may say of a field: its type, the least and the most. A table of positions, of tensors or
+# of experts beyond these takes more memory or time than any model there is.
+LIMITS = {
+    "vocab_size": (int, 1, 2**22), "hidden_size": (int, 1, 2**17), "intermediate_size": (int, 1, 2**20),
+    "num_hidden_layers": (int, 1, 2**12), "num_attention_heads": (int, 1, 2**12),
+    "num_key_value_heads": (int, 1, 2**12), "head_dim": (int, 1, 2**13),
+    "max_position_embeddings": (int, 1, 2**24), "rms_norm_eps": (float, 0, 1), "rope_theta": (float, 1, 1e12),
+    "rope_scaling": (dict, None, None), "tie_word_embeddings": (bool, None, None),
+    "initializer_range": (float, 0, 1e3), "eos_token_id": (int | list[int], None, None),
+    "num_local_experts": (int, 0, 2**16), "num_experts_per_tok": (int, 1, 2**16),
+    "router_aux_loss_coef": (float, 0, 1e6)}
+MOST_EXPERTS = 2**16  # of all layers together
+
+COUNT, WORD = (int, 0, 10**18), (str | None, None, None)
+STATE = {"step": COUNT, "tokens": COUNT, "skipped": COUNT, "sequence": COUNT, "max_seq_len": COUNT,
+         "data_seed": (int, 0, 2**63 - 1), "passing": (bool, None, None), "history": (list[list], None, None),
+         "lineage": (dict, None, None),
+         "dataset": WORD, "data_sha256": WORD, "tokenizer": WORD, "trunk": WORD}
+LINEAGE = {"family": (Literal["dense", "moe", "upcycled"], None, None), "N": (int, 1, 10**18),
+           "D1": (int | None, 0, 10**18), "tokens_before": COUNT, "method": WORD, "dense_trunk": WORD}
+
+
+def checked_value(where, value, limits):
+    """`value` as limits (type, least, most) want it. Raises ConfigError where it is not so."""
+    kind, least, most = limits
+    value = convert(where, value, kind)
+    if None not in (least, value) and not least <= value <= most:
+        raise ConfigError(f"{where}: {value!r} is not in {least} .. {most}")
+    return value
+
+
+def check_state(path, state):
+    """Raises ConfigError where the content of a trainer_state.json is not of the types in STATE."""
+    for values, limits in ((state, STATE), (state["lineage"], LINEAGE)):
+        for key in values.keys() & limits.keys():
+            checked_value(f"{path}: {key}", values[key], limits[key])
+    for entry in state.get("history", ()):
+        if list(map(type, entry)) != [str, int] or not 0 <= entry[1] <= 10**18:
+            raise ConfigError(f"{path}: history: {entry!r:.100} is not [run, tokens]")
+
+
+def one_line(error):
+    """The first line of an error of a library."""
+    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Directories
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_directory(directory):
+    """Delete a directory. What a kill in between leaves of it has a temporary name."""
+    parent, name = os.path.split(os.path.normpath(directory))
+    temporary = os.path.join(parent, f".{name}.tmp")
+    os.rename(directory, temporary)
+    shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def atomic_directory(path, needed=0):
+    """Yields a temporary sibling of `path` to fill, which is synced and renamed to `path` at the end.
+    Whatever goes wrong and whenever the process dies, `path` is absent or complete. Raises ConfigError when
+    `path` exists, when another process is writing it, when the disk has no room for `needed` bytes, or when
+    it cannot be written."""
+    path = os.path.normpath(path)
+    if os.path.exists(path):
+        raise ConfigError(f"{path}: already exists; remove it or choose another name")
+    parent = os.path.dirname(path) or "."
+    temporary, held = os.path.join(parent, f".{os.path.basename(path)}.tmp"), f"{path}: is being written"
+    with writing(path, needed), contextlib.ExitStack() as stack:
+        os.makedirs(temporary, exist_ok=True)
+        fd = os.open(temporary, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        lock(fd, held)
+        if os.path.exists(path) or not (os.path.exists(temporary)
+                                        and os.path.samestat(os.stat(temporary), os.fstat(fd))):
+            raise ConfigError(held)  # the other process has just finished
+        try:
+            for name in os.listdir(temporary):  # left by a killed writer of this directory
+                os.remove(os.path.join(temporary, name))
+            if shutil.disk_usage(parent).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield temporary
+            for name in os.listdir(temporary):
+                sync(os.path.join(temporary, name))
+            sync(temporary)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync(parent)

@@ -1,0 +1,93 @@
+"""A pilot: short runs that say whether one dense checkpoint is to be upcycled. sweep.py runs them."""
+import os
+from dataclasses import replace
+
+import checkpoint
+from configurator import ConfigError, from_dict, read_json
+from data.stream import load_tokens, locate
+from model import Transformer, flops_per_token, rope_frequencies
+from rows import EXPERTS
+from start import MODEL_KEYS, resolve_architecture
+from train import Train
+
+# Branches as shares of the budget. A curve from scratch up to a quarter of it predicts the budget to 2-4 %.
+SHARES = {"D2": (1 / 16, 1 / 8), "D_moe": (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4), "D_dense": (1 / 16, 1 / 8)}
+
+
+def with_levels(study):
+    """The sweep.Study with its empty D2, D_moe and D_dense as SHARES of the budget. Raises ConfigError."""
+    if study.budget is None:
+        raise ConfigError("--budget is missing: the tokens of MoE training that the pilot is to decide on")
+    return replace(study, **{key: [round(share * study.budget) for share in shares]
+                             for key, shares in SHARES.items() if not getattr(study, key)})
+
+
+def open_dense(study, seed):
+    """(Train settings with which study.dense is continued, its ModelConfig, the name of its trunk or None).
+    Raises ConfigError for a mixture, for data of another tokenizer, and where D1 is not known."""
+    path, state = study.dense, checkpoint.read_state(study.dense)
+    seen = checkpoint.tokens_seen(state) if state else 0
+    given = study.train | {"seed": seed, "rows": None, "init_from": path}
+    c = from_dict(Train, given, f"{study.config}: ")
+    meta = load_tokens(c.dataset, "train")[1]
+    c, m = resolve_architecture(c, path, meta)
+    if m.num_local_experts:
+        raise ConfigError(f"{path}: is a mixture of experts already; give a dense checkpoint with --dense")
+    check_tokenizer(path, state, c.dataset, meta)
+    if len(study.D1) > 1 or seen and study.D1 not in ([], [seen]):
+        known = f"{path}: has seen {seen:,} tokens; leave D1 out" if seen else "a pilot has one D1"
+        raise ConfigError(f"D1 = {study.D1}: {known}")
+    if not seen and not study.D1:
+        raise ConfigError(f"{path}: no trainer_state.json says what tokens it has seen; give --D1=TOKENS")
+    try:
+        rope_frequencies(m)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return replace(c, D1=seen or study.D1[0]), m, state.get("trunk")
+
+
+def check_tokenizer(path, state, dataset, meta):
+    """Raises ConfigError where the data are known to be of another tokenizer than the checkpoint at `path`."""
+    files = [os.path.join(folder, "tokenizer.json") for folder in (path, locate(dataset))]
+    if os.path.exists(files[0]):
+        same = os.path.exists(files[1]) and vocabulary(files[0]) == vocabulary(files[1])
+    else:
+        same = state.get("tokenizer") in (None, meta["tokenizer"])
+    if not same:
+        name = files[0] if os.path.exists(files[0]) else state["tokenizer"]
+        raise ConfigError(f"{dataset}: its tokens are not those of {path}; prepare the data with "
+                          f"--tokenizer={name}")
+
+
+def vocabulary(path):
+    """The vocabulary in a tokenizer.json, of whichever form. Raises ConfigError."""
+    model = read_json(path).get("model")
+    return model.get("vocab") if isinstance(model, dict) else None
+
+
+def model_config(c, base):
+    """`base`, a ModelConfig, with all that Train settings `c` say of it. Raises ConfigError."""
+    try:
+        return replace(base, **{key: getattr(c, key) for key in MODEL_KEYS})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def experts_of(o):
+    """{setting: value} of the numbers of experts in a sweep.Study or upcycle.Options."""
+    return {key: getattr(o, key) for key in EXPERTS}
+
+
+def write_fresh(o):
+    """Write o.destination, of upcycle.Options: a mixture of the architecture of o.source with fresh weights.
+    It has no training state, so that its training starts with the first token. Raises ConfigError."""
+    m = replace(checkpoint.read_config(o.source), **experts_of(o))
+    checkpoint.save(o.destination, Transformer(m).init_weights(o.seed), {}, tokenizer_from=o.source)
+
+
+def cost(study, jobs):
+    """The FLOPs of `jobs`, and their share of those of the study's budget, in words."""
+    m = replace(jobs[0].base, **experts_of(study))
+    flops, per_token = sum(job.flops for job in jobs), flops_per_token(m, jobs[0].settings.max_seq_len)
+    return (f"the pilot costs {flops:.3g} FLOPs, {flops / per_token / study.budget:.1%} of training the MoE "
+            f"on {study.budget:,} tokens; each trunk starts with a warm-up")

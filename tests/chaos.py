@@ -1,0 +1,601 @@
+"""Faults on purpose: kills, failing disks, lost ranks, signals, second writers, files of strangers.
+
+    python tests/chaos.py MODE [TRIALS] [SEED]        MODE: short (all in 40 s), or one of MODES
+
+A trial breaks something, goes on as a user would, and compares with what an undisturbed run gives. Each mode
+prints its trials and how many lost something, printed a traceback, hung, or left a temporary file. Processes
+are forks of this one, which has torch loaded. A library in C, loaded before all others, counts the system
+calls that change a directory; at the one it is told it kills the process or lets the call fail.
+"""
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+static char root[4096];
+static long at, seen;
+static int fault;
+void fault_arm(const char *directory, long number, int error) {
+    strncpy(root, directory, 4095);
+    at = number; fault = error; seen = 0; }
+long fault_seen(void) { return seen; }
+/* 0: go on. 1: fail. A disk that is full stays full; other errors come once. `grows`: takes room on the disk. */
+static int hit(const char *path, int grows) {
+    if (!root[0] || strncmp(path, root, strlen(root))) return 0;
+    seen++;
+    if (!at || seen < at || (seen > at && fault != ENOSPC) || (fault == ENOSPC && !grows)) return 0;
+    errno = fault;
+    return 1; }
+static int hit_fd(int fd, const char *name, int grows) {
+    char link[64], path[4096];
+    if (name && name[0] == '/') return hit(name, grows);
+    snprintf(link, 64, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, 4095);
+    if (n < 0) return 0;
+    path[n] = 0;
+    return hit(path, grows); }
+static void die(void) { kill(getpid(), SIGKILL); pause(); }
+#define CALL(type, name, grows, found, parameters, arguments) \
+type name parameters { \
+    static type (*real) parameters; \
+    if (!real) real = dlsym(RTLD_NEXT, #name); \
+    if (found) { if (!fault) die(); return -1; } \
+    return real arguments; }
+/* half of the bytes are written first, as by a disk that fills up and by a kill in between */
+ssize_t write(int fd, const void *bytes, size_t n) {
+    static ssize_t (*real)(int, const void *, size_t);
+    if (!real) real = dlsym(RTLD_NEXT, "write");
+    if (fd < 3 || !hit_fd(fd, 0, 1)) return real(fd, bytes, n);
+    if (fault && (fault != ENOSPC || seen > at || n < 2)) return -1;
+    ssize_t done = real(fd, bytes, n / 2);
+    if (!fault) die();
+    return done; }
+CALL(int, fsync, 1, hit_fd(fd, 0, 0), (int fd), (fd))
+CALL(int, mkdir, 1, hit(path, 1), (const char *path, mode_t mode), (path, mode))
+CALL(int, rename, 1, hit(old, 1), (const char *old, const char *new), (old, new))
+CALL(int, rmdir, 0, hit(path, 0), (const char *path), (path))
+CALL(int, unlink, 0, hit(path, 0), (const char *path), (path))
+CALL(int, unlinkat, 0, hit_fd(fd, path, 0), (int fd, const char *path, int flags), (fd, path, flags))
+CALL(int, ftruncate64, 0, hit_fd(fd, 0, 0), (int fd, off_t n), (fd, n))
+CALL(ssize_t, sendfile64, 1, hit_fd(to, 0, 1), (int to, int from, off_t *at, size_t n), (to, from, at, n))
+int open64(const char *path, int flags, ...) {
+    static int (*real)(const char *, int, ...);
+    if (!real) real = dlsym(RTLD_NEXT, "open64");
+    va_list list; va_start(list, flags); mode_t mode = va_arg(list, int); va_end(list);
+    if ((flags & (O_WRONLY | O_RDWR)) && hit(path, 1)) { if (!fault) die(); return -1; }
+    return real(path, flags, mode); }
+"""
+STEP, STEPS = 128, 20
+
+
+def loaded_shim():
+    """The fault library, loaded into this process before all others: the script starts itself anew for it."""
+    if "CHAOS_SHIM" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="chaos-")
+        source, path = os.path.join(folder, "shim.c"), os.path.join(folder, "shim.so")
+        Path(source).write_text(SHIM)
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", source, "-o", path, "-ldl"], check=True)
+        os.environ |= {"CHAOS_SHIM": folder, "LD_PRELOAD": path, "OMP_NUM_THREADS": "1"}
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.environ.pop("LD_PRELOAD")
+    return ctypes.CDLL(os.path.join(os.environ["CHAOS_SHIM"], "shim.so"))
+
+
+@dataclasses.dataclass
+class Count:
+    """What a mode found."""
+    trials: int = 0
+    lost: int = 0
+    tracebacks: int = 0
+    hangs: int = 0
+    leftovers: int = 0
+
+    def say(self, kind, text):
+        setattr(self, kind, getattr(self, kind) + 1)
+        if self.lost + self.tracebacks + self.hangs + self.leftovers <= 8:
+            print(f"  {kind}: {text[-1500:]}", flush=True)
+
+
+class Process:
+    """A fork of this process in which `action` runs, with its output in files."""
+
+    def __init__(self, action, at=0, error=0, root="", **environment):
+        self.out, self.err = (tempfile.TemporaryFile() for _ in range(2))
+        self.began, self.pid = time.monotonic(), os.fork()
+        if not self.pid:
+            status = 1
+            try:
+                for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+                os.environ |= environment
+                os.dup2(self.out.fileno(), 1), os.dup2(self.err.fileno(), 2)
+                shim.fault_arm(str(root).encode(), at, error)
+                action()
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            except KeyboardInterrupt:  # a signal before the script has begun
+                status = 130
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status or 0)
+
+    def end(self, count, timeout=60):
+        """(exit status, what it wrote to stderr). A process that does not end is counted and killed."""
+        while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > self.began + timeout:
+                count.say("hangs", f"{timeout} s")
+                os.kill(self.pid, signal.SIGKILL)
+                timeout = 1e9
+            time.sleep(0.002)
+        self.err.seek(0)
+        text = self.err.read().decode(errors="replace")
+        if "Traceback" in text:
+            count.say("tracebacks", text)
+        return os.waitstatus_to_exitcode(found[1]), text
+
+
+def script(main, cls, *argv):
+    """An action: what a script does with this command line."""
+    def action():
+        sys.argv = ["script.py", *argv]
+        configurator.run(main, cls)
+    return action
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs of train.py
+
+class World:
+    """A data set, sources to start from, and what undisturbed runs of all kinds give."""
+
+    def __init__(self, folder):
+        self.folder, self.made = Path(folder), 0
+        text = self.folder / "text"
+        text.mkdir()
+        parts = "\n\n".join(path.read_text() for path in sorted(ROOT.glob("*.py"))).split("\n\n")
+        for i, part in enumerate(parts):
+            (text / f"{i}.txt").write_text(part)
+        self.check(Process(script(prepare.main, prepare.Options, str(text), f"--out_dir={self.folder / 'data'}",
+                                  "--val_fraction=0.1")))
+        base = train.Train(dataset=str(self.folder / "data"), hidden_size=16, intermediate_size=32,
+                           num_hidden_layers=2, num_attention_heads=2, max_seq_len=16, tokens_per_step=STEP,
+                           max_tokens=STEPS * STEP, warmup_steps=3, decay_steps=6, decay_start=14,
+                           eval_tokens=1024, save_every_seconds=0, eval_every_steps=7, trunk="t",
+                           save_at_tokens=[6 * STEP, 12 * STEP])
+        dense = dataclasses.replace(base, decay_steps=0, decay_start=0, rows=None,
+                                    out_dir=str(self.folder / "dense"))
+        self.check(self.training(dense))
+        self.dense = f"{dense.out_dir}/checkpoint-6"
+        start = str(self.folder / "start")
+        self.check(Process(lambda: upcycle.upcycle(upcycle.Options(
+            source=self.dense, destination=start, num_local_experts=4, check=False))))
+        self.kinds = {"dense": base,
+                      "moe": dataclasses.replace(base, num_local_experts=4, router_bias_update_rate=0.01),
+                      "branch": dataclasses.replace(base, init_from=self.dense, branch=True),
+                      "upcycled": dataclasses.replace(base, init_from=start, num_local_experts=4)}
+        self.reference, self.events = {}, {}
+        for kind in self.kinds:
+            c = self.fresh(kind)
+            seen = self.folder / "seen"
+            self.check(self.training(c, then=lambda: seen.write_text(str(shim.fault_seen()))))
+            self.reference[kind], self.events[kind] = self.result(c), int(seen.read_text())
+
+    def check(self, process):
+        status, text = process.end(Count())
+        assert status == 0, text
+
+    def fresh(self, kind):
+        self.made += 1
+        folder = self.folder / f"trial{self.made}"
+        return dataclasses.replace(self.kinds[kind], out_dir=str(folder / "run"),
+                                   rows=str(folder / "rows.jsonl"))
+
+    def training(self, c, at=0, error=0, then=lambda: None, **environment):
+        """A process that trains the settings `c`, by the command."""
+        folder = Path(c.out_dir).parent
+        folder.mkdir(exist_ok=True)
+        configurator.write_config(c, folder / "c.py")
+        action = script(train.main, train.Train, str(folder / "c.py"))
+        return Process(lambda: (action(), then()), at, error, folder, **environment)
+
+    def result(self, c):
+        """What a run leaves: the bytes of its checkpoints, its row, its steps."""
+        files = {p.relative_to(c.out_dir).as_posix(): p.read_bytes()
+                 for p in Path(c.out_dir).glob("check*/*.*")}
+        rows = [json.loads(line) for line in open(c.rows)]
+        steps = [json.loads(line)["step"] for line in open(os.path.join(c.out_dir, "log.jsonl"))]
+        return files, [{k: v for k, v in row.items() if k != "config"} for row in rows], steps
+
+    def recovered(self, kind, c, count, what):
+        """Go on with a disturbed run and compare it with the undisturbed one. Then its directory goes."""
+        status, text = self.training(dataclasses.replace(c, resume=True)).end(count)
+        try:
+            if status or self.result(c) != self.reference[kind]:
+                count.say("lost", f"{kind}, {what}: status {status} {text}")
+        except (OSError, ValueError) as error:
+            count.say("lost", f"{kind}, {what}: {error!r} {text}")
+        left = [str(p) for p in Path(c.out_dir).parent.rglob("*") if p.name.endswith(".tmp")]
+        if left:
+            count.say("leftovers", f"{kind}, {what}: {left}")
+        count.trials += 1
+        shutil.rmtree(Path(c.out_dir).parent, ignore_errors=True)
+
+
+def one_temporary(c, count, what):
+    """Count a directory with more than one unfinished temporary."""
+    left = [p.name for p in Path(c.out_dir).glob(".checkpoint*")]
+    if len(left) > 1:
+        count.say("leftovers", f"{what}: {left} at a time")
+
+
+def kill(world, trials, rng, count):
+    """SIGKILL at each change of the directory in turn, and at random moments; often twice before the end."""
+    for i in range(trials):
+        kind = list(world.kinds)[i % 4]
+        c, what = world.fresh(kind), ""
+        if i % 3 == 2:  # leaves a checkpoint that is only for the resume
+            process = world.training(c)
+            time.sleep(rng.uniform(0, 0.3))
+            os.kill(process.pid, signal.SIGTERM)
+            process.end(count)
+        for again in range(1 + (i % 5 == 4)):
+            at = rng.randint(1, 40) if again else (i // 4) % world.events[kind] + 1
+            at = 0 if rng.random() < 0.3 else at  # 0: at a random moment
+            process = world.training(dataclasses.replace(c, resume=True), at=at)
+            if not at:
+                time.sleep(rng.uniform(0, 0.4))
+                os.kill(process.pid, signal.SIGKILL)
+            process.end(count)
+            what += f" killed at {at or 'random'}"
+            one_temporary(c, count, what)
+        world.recovered(kind, c, count, what)
+
+
+def io(world, trials, rng, count):
+    """ENOSPC from one change of the directory on, or EIO at one: a line that says so, and nothing is lost."""
+    for i in range(trials):
+        kind, error = list(world.kinds)[i % 4], (errno.ENOSPC, errno.EIO)[i // 4 % 2]
+        c, at = world.fresh(kind), (i // 8) % world.events[kind] + 1
+        status, text = world.training(c, at, error).end(count)
+        lines = [line for line in text.splitlines() if line.startswith("script.py: ")]
+        if status not in (0, 2) or status == 2 and (len(lines) != 1 or error == errno.ENOSPC
+                                                    and "the disk is full: " not in lines[0]):
+            count.say("lost", f"{kind}, {errno.errorcode[error]} at {at}: status {status}: {text}")
+        if status == 0 and error == errno.ENOSPC:
+            count.say("lost", f"{kind}: a full disk at {at} went unnoticed")
+        world.recovered(kind, c, count, f"{errno.errorcode[error]} at {at}")
+
+
+def signals(world, trials, rng, count):
+    """Each signal at random moments, set-up and the last validation included; some come twice or thrice."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    for i in range(trials):
+        kind = rng.choice(list(world.kinds))
+        c, number, what = world.fresh(kind), numbers[i % 4], ""
+        process = world.training(c)
+        for _ in range(rng.randint(1, 3)):
+            time.sleep(rng.uniform(0, 0.25))
+            os.kill(process.pid, number)
+            what += f" {number.name}"
+        status, text = process.end(count, timeout=10)
+        if status not in (0, 128 + number, -number):
+            count.say("lost", f"{what}: status {status}: {text}")
+        world.recovered(kind, c, count, what)
+
+
+def ranks(world, trials, rng, count):
+    """Two processes train; one of them is killed, or both, or both get SIGTERM. One process then goes on."""
+    for i in range(trials):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        c, how = world.fresh(("dense", "moe")[i % 2]), ("rank 0", "rank 1", "both", "SIGTERM")[i // 2 % 4]
+        c = dataclasses.replace(c, max_tokens=400 * STEP, save_at_tokens=[k * 10 * STEP for k in range(1, 40)],
+                                rows=None)
+        pair = [world.training(c, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                               MASTER_PORT=port) for r in range(2)]
+        while not os.path.exists(f"{c.out_dir}/checkpoint-10") and time.monotonic() < pair[0].began + 60:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        for process in {"rank 0": pair[:1], "rank 1": pair[1:]}.get(how, pair):
+            os.kill(process.pid, signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
+        ends = [process.end(count) for process in pair]
+        said = "".join(text for _, text in ends).count("another rank has gone")
+        stopped = {status for status, _ in ends} <= {0, 143}
+        if how == "SIGTERM" and not stopped or how.startswith("rank") and said != 1:
+            count.say("lost", f"{how}: {ends}")
+        saved = checkpoint.checkpoints(c.out_dir)
+        c = dataclasses.replace(c, max_tokens=(saved[-1][0] + 2) * STEP, resume=True, decay_start=None)
+        status, text = world.training(c).end(count)
+        if status or checkpoint.checkpoints(c.out_dir)[-1][0] != saved[-1][0] + 2:
+            count.say("lost", f"{how}: resumed with status {status}: {text}")
+        if left := list(Path(c.out_dir).glob(".*.tmp")):
+            count.say("leftovers", f"{how}: {left}")
+        count.trials += 1
+        shutil.rmtree(Path(c.out_dir).parent)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Upcycling, rows, studies
+
+def digest(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()
+            if p.name not in ("upcycle.json", "trainer_state.json")}
+
+
+def upcycling(world, trials, rng, count):
+    """upcycle.py is killed at each change of the directory, or three of them write to one destination."""
+    folder = world.folder / "upcycling"
+    folder.mkdir(exist_ok=True)
+
+    def process(at=0):
+        return Process(script(upcycle.main, upcycle.Options, world.dense, str(folder / "moe"),
+                              "--num_local_experts=4", "--check=false"), at, 0, folder)
+    for i in range(trials):
+        together = [process() for _ in range(3)] if i % 3 == 2 else [process(i % 40 + 1)]
+        ends = [p.end(count) for p in together]
+        if len(together) == 3 and sorted(status for status, _ in ends) != [0, 2, 2]:
+            count.say("lost", f"three at once: {ends}")
+        if not (folder / "moe").exists():
+            process().end(count)
+        if not (folder / "moe").exists() or digest(folder / "moe") != digest(world.folder / "start"):
+            count.say("lost", f"{ends}")
+        if len(os.listdir(folder)) > 1:
+            count.say("leftovers", str(os.listdir(folder)))
+        count.trials += 1
+        shutil.rmtree(folder / "moe", ignore_errors=True)
+
+
+def rows(world, trials, rng, count):
+    """Six processes append rows to one file, three of them killed in a write. The killed ones come again."""
+    from rows import append_row
+    path = world.folder / "rows_of_many.jsonl"
+
+    def process(name, at=0):
+        return Process(lambda: [append_row(str(path), {"family": "dense", "N": name, "D": i, "loss": 2.5})
+                                for i in range(1, 6)], at, 0, path)
+    for i in range(trials):
+        for process_ in [process(1 + n, (i + n) % 15 + 1 if n < 3 else 0) for n in range(6)]:
+            process_.end(count)
+        for process_ in [process(1 + n) for n in range(3)]:
+            process_.end(count)
+        found = sorted(line for line in path.read_text().splitlines())
+        wanted = sorted(json.dumps({"family": "dense", "N": n, "D": d, "loss": 2.5})
+                        for n in range(1, 7) for d in range(1, 6))
+        if found != wanted:
+            count.say("lost", f"{len(found)} rows: {set(wanted) ^ set(found)}")
+        count.trials += 1
+        path.unlink()
+
+
+STUDY = """
+_step = 128
+sizes = [{"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}]
+D1 = [10 * _step, 40 * _step]
+D2 = [10 * _step, 20 * _step]
+num_local_experts = 4
+workers = 2
+train = {"dataset": "DATA", "tokens_per_step": _step, "max_seq_len": 16, "warmup_steps": 3,
+         "eval_tokens": 1024}
+"""
+
+
+def studies(world, trials, rng, count):
+    """A study whose sweep, or one of whose workers, is killed or stopped. The same command goes on."""
+    config = world.folder / "study.py"
+    config.write_text(STUDY.replace("DATA", str(world.folder / "data")))
+
+    def run(out, *numbers):
+        process = subprocess.Popen([sys.executable, "sweep.py", str(config), f"--out_dir={out}"], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for number in numbers:
+            time.sleep(rng.uniform(0, 9))
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+            victims = [int(pid) for pid in children.stdout.split()]
+            victim = rng.choice(victims[-2:]) if victims and rng.random() < 0.4 else process.pid
+            try:
+                os.kill(victim, number)
+            except ProcessLookupError:
+                pass
+        text = process.communicate(timeout=180)[0]
+        if "Traceback" in text:
+            count.say("tracebacks", text)
+        return process.returncode, text
+
+    def result(out):
+        found = [json.loads(line) for line in open(out / "rows.jsonl")]
+        return sorted(json.dumps({k: v for k, v in row.items() if k != "config"}) for row in found)
+    assert run(world.folder / "study")[0] == 0
+    for i in range(trials):
+        out = world.folder / f"study{i}"
+        for number in rng.choices([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], k=2):
+            run(out, number)
+        status, text = run(out)
+        if status or result(out) != result(world.folder / "study"):
+            count.say("lost", f"status {status}: {text}")
+        if left := [str(p) for p in out.rglob("*.tmp")]:
+            count.say("leftovers", str(left))
+        count.trials += 1
+        shutil.rmtree(out)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of strangers
+
+ODD = [None, True, -1, 0, 1e308, float("nan"), 10**9, 10**18, 10**30, "", "x", "é" * 99, [], [1], {},
+       {"a": 1}, [[]], [[[]]]]
+INSERTED = [b"[" * 1000, b"9" * 500, b"\0", b"\xff\xfe", b"-", b'"', b"{", b"\n", b"e99"]
+
+
+def mutated(data, rng):
+    """Other bytes than `data`: cut, changed or doubled, or with another value somewhere in its JSON."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and rng.random() < 0.7:
+        place = value
+        while True:
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            inner = place[key]
+            if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.3:
+                break
+            place = inner
+        if rng.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = rng.choice(ODD)
+        return json.dumps(value).encode()
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        i = rng.randrange(len(data) + 1)
+        if rng.random() < 0.3:
+            i = min(i, 400)  # headers
+        how = rng.randrange(6)
+        if how == 0:
+            del data[i:]
+        elif how == 1:
+            del data[i:i + rng.randint(1, 50)]
+        elif how == 2:
+            data[i:i] = rng.choice(INSERTED)
+        elif how == 3:
+            data[i:i] = data[max(0, i - 100):i] * rng.choice([1, 2, 50])
+        elif i < len(data):
+            data[i] = rng.randrange(256)
+    return bytes(data)
+
+
+def targets(world):
+    """[(a good file, a function that reads it)]."""
+    from data.stream import check_ids, load_tokens
+    from mixture import read_laws
+    from rows import read_row, read_rows
+    import torch
+    made, data = world.folder / "strangers", world.folder / "data"
+    shutil.copytree(world.dense, made / "dense")
+    shutil.copytree(world.folder / "start", made / "moe")
+    shutil.copytree(data, made / "data")
+    for name in ("rows_without_settings.jsonl", "olmo_ladder_c4.csv"):
+        lines = (ROOT / "tests" / "data" / name).read_text().splitlines(keepends=True)
+        (made / name).write_text("".join(lines[:20]))
+    shutil.copy(ROOT / "laws" / "liew2025.json", made / "laws.json")
+    shutil.copy(ROOT / "config" / "study_methods.py", made / "config.py")
+    shutil.copy(world.folder / "row.json", made / "row.json")
+    good = checkpoint.load_model(world.dense)
+
+    def tokens(path):
+        parts = [load_tokens(made / "data", part) for part in ("train", "val")]
+        check_ids("data", parts[0][1], *(part[0] for part in parts))
+
+    def study(path):
+        configurator.parse(sweep.Study, [str(path)])
+
+    def tokenizer(path):
+        prepare.load_tokenizer(str(path)).encode(["some text"])
+    found = [(made / "config.py", study), (made / "laws.json", lambda path: read_laws(str(path))),
+             (made / "row.json", lambda path: read_row(str(path))),
+             (made / "rows_without_settings.jsonl", lambda path: read_rows([str(path)], skip_bad=True)),
+             (made / "olmo_ladder_c4.csv", lambda path: read_rows([str(path)], skip_bad=True))]
+    found += [(made / "data" / name, tokens) for name in ("meta.json", "train.npy", "val.npy")]
+    for kind in ("dense", "moe"):
+        found += [(made / kind / name, lambda path: checkpoint.load_model(path.parent))
+                  for name in ("config.json", "model.safetensors")]
+        found.append((made / kind / "trainer_state.json", lambda path: checkpoint.read_state(path.parent)))
+    optimizer = torch.optim.AdamW(good.parameters())
+    found.append((made / "dense" / "optimizer.pt",
+                  lambda path: checkpoint.load_moments(path.parent, good, optimizer)))
+    try:
+        prepare.train_bpe(["some text of a few words"] * 3, 270).save(str(made / "tokenizer.json"))
+        found.append((made / "tokenizer.json", tokenizer))
+    except configurator.ConfigError:
+        pass  # the package tokenizers is not there
+    return found
+
+
+def files(world, trials, rng, count):
+    """Mutated files: each reader takes one or refuses it in one line, in 5 s, whatever it is."""
+    row = world.fresh("dense")
+    world.training(row).end(count)
+    shutil.copy(f"{row.out_dir}/row.json", world.folder / "row.json")
+    listed = targets(world)
+    for begin in range(0, trials, 200):
+        def action(begin=begin):
+            for i in range(begin, min(trials, begin + 200)):
+                path, read = listed[i % len(listed)]
+                good = path.read_bytes()
+                path.write_bytes(bad := mutated(good, random.Random(f"{rng.random()}/{i}")))
+                signal.alarm(5)
+                try:
+                    read(path)
+                except configurator.ConfigError as error:
+                    named = path.name in str(error) or path.parent.name in str(error)
+                    if "\n" in str(error) or not named:
+                        print(f"{path.name}: a bad message: {error}", file=sys.stderr)
+                except BaseException:
+                    print(f"{path.name}: {bad[:300]}", file=sys.stderr)
+                    traceback.print_exc()
+                signal.alarm(0)
+                path.write_bytes(good)
+        status, text = Process(action).end(count, timeout=600)
+        if status == -signal.SIGALRM:
+            count.say("hangs", text)
+        elif status or "a bad message" in text:
+            count.say("lost", f"status {status}: {text}")
+        count.trials = min(trials, begin + 200)
+
+
+MODES = {"kill": kill, "io": io, "signals": signals, "ranks": ranks, "sweep": studies, "upcycle": upcycling,
+         "rows": rows, "files": files}
+SHORT = {"kill": 12, "io": 8, "signals": 4, "ranks": 2, "upcycle": 6, "rows": 3, "files": 400}
+
+
+def main(mode="short", trials=100, seed=0):
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(folder)
+        for name, number in SHORT.items() if mode == "short" else [(mode, int(trials))]:
+            count, began = Count(), time.monotonic()
+            MODES[name](world, number, random.Random(int(seed)), count)
+            print(f"{name}: {count.trials} trials, {count.lost} lost, {count.tracebacks} tracebacks, "
+                  f"{count.hangs} hangs, {count.leftovers} leftovers, {time.monotonic() - began:.0f} s",
+                  flush=True)
+            failed += count.lost + count.tracebacks + count.hangs + count.leftovers
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    shim = loaded_shim()
+    sys.path.insert(0, str(ROOT))
+    import configurator
+    import checkpoint
+    import sweep
+    import train
+    import upcycle
+    from data import prepare
+    main(*sys.argv[1:])

@@ -1,0 +1,490 @@
+"""What may go wrong: signals, full disks, lost ranks, second writers, and files of strangers."""
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import configurator
+import files
+import start
+import sweep
+import train as train_module
+from configurator import ConfigError, read_config, read_json, write_config
+from data.prepare import Options as Prepare, load_tokenizer, prepare
+from data.stream import load_tokens
+from start import Stopped
+from test_train import STEP, data, log, moe, quiet, same_state, tiny, torchrun  # noqa: F401  (fixtures)
+from train import Train, train
+from upcycle import Options, upcycle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+
+
+def start_training(c, tmp_path, **options):
+    write_config(c, tmp_path / "c.py")
+    command = [sys.executable, "train.py", str(tmp_path / "c.py")]
+    return subprocess.Popen(command, cwd=ROOT, **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT,
+                                                  "text": True} | options)
+
+
+def wait_for(process, condition):
+    while process.poll() is None and not condition():
+        time.sleep(0.005)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Config files and JSON of strangers
+
+@pytest.mark.parametrize("text, words", [
+    ("_a = 10**50\n_b = _a**16\n_c = _b**16\nx = _c**16\n", ["line 2", "too large"]),
+    ("_a0 = [1, 1]\n" + "".join(f"_a{i + 1} = [_a{i}, _a{i}]\n" for i in range(26)), ["too large together"]),
+    ("_a = 'ab' * 10**9\n", ["line 1", "arithmetic is on numbers"]),
+    ("_a = '%1000000000d' % 1\n", ["line 1", "arithmetic is on numbers"]),
+    ("_a = [1] * 10**9\n", ["line 1", "arithmetic is on numbers"]),
+    ("_a = (-8)**0.5\n", ["line 1", "no real number"]),
+    ("_a = 1" + "0" * 400 + "\n", ["line 1", "too large"]),
+    ("x = 1\n" * 200_000, ["bytes, at most"])])
+def test_config_files_stay_small_whatever_they_compute(tmp_path, text, words):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_config(str(tmp_path / "c.py"))
+    one_line(error)
+    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[" * 10**6, "nested too deep"), ('{"a":' + "[" * 200 + "]" * 200 + "}", "more than 100 levels"),
+    ('{"a": 1' + "0" * 200 + "}", "201 digits"), ("[]", "no JSON object"), ("\xff", "not valid"),
+    ('{"a": "' + "x" * 2**25 + '"}', "bytes, at most")])
+def test_json_is_read_up_to_its_limits(tmp_path, text, words):
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=words) as error:
+        read_json(str(tmp_path / "a.json"))
+    one_line(error)
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path, tiny):  # noqa: F811
+    """To open a pipe that nobody writes to hangs."""
+    os.mkfifo(tmp_path / "pipe.json")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for read in (read_json, read_config, lambda path: prepare(Prepare(path, out_dir=str(tmp_path / "out")))):
+        for path in (str(tmp_path / "pipe.json"), "/dev/zero"):
+            with pytest.raises(ConfigError, match="no regular file"):
+                read(path)
+    train(dataclasses.replace(tiny, rows=None), report=quiet)
+    last = os.path.join(tiny.out_dir, "checkpoint-20")
+    for name in ("optimizer.pt", "model.safetensors", "trainer_state.json", "config.json"):
+        os.rename(os.path.join(last, name), tmp_path / name)
+        os.mkfifo(os.path.join(last, name))
+        with pytest.raises(ConfigError, match=f"{name}.*no regular file"):
+            train(dataclasses.replace(tiny, resume=True, max_tokens=21 * STEP), report=quiet)
+        os.replace(tmp_path / name, os.path.join(last, name))
+
+
+def test_a_seed_of_forty_digits_is_refused():
+    with pytest.raises(ConfigError, match="seed: 1000.* is too large a number"):
+        configurator.parse(Train, ["--seed=10**40"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints of strangers
+
+@pytest.mark.parametrize("key, value, words", [
+    ("num_hidden_layers", 10**7, "num_hidden_layers.*not in"), ("num_hidden_layers", 4000, "4000 layers,"),
+    ("hidden_size", 10**9, "hidden_size.*not in"), ("vocab_size", 10**12, "vocab_size.*not in"),
+    ("vocab_size", 2**22, "embed_tokens"), ("intermediate_size", 2**20, "mlp"),
+    ("head_dim", "8", "head_dim: '8' is not of type int"), ("head_dim", -8, "head_dim"),
+    ("head_dim", 8192, "wants|proj"), ("rms_norm_eps", "x", "rms_norm_eps.*float"),
+    ("rms_norm_eps", None, None), ("rope_theta", 0, "rope_theta"), ("rope_theta", [1], "rope_theta.*float"),
+    ("rope_scaling", [1], "rope_scaling.*dict"), ("rope_scaling", {"rope_type": "llama3"}, "KeyError"),
+    ("rope_scaling", {"rope_type": "linear", "factor": "x"}, "TypeError"),
+    ("rope_scaling", {"rope_type": "yarn"}, "yarn"), ("rope_parameters", [1], "config.json"),
+    ("num_key_value_heads", 1.5, "num_key_value_heads.*int"), ("num_key_value_heads", 0, "key_value_heads"),
+    ("tie_word_embeddings", "no", "tie_word_embeddings.*bool"), ("eos_token_id", {"a": 1}, "eos_token_id"),
+    ("max_position_embeddings", 2**24, "max_position_embeddings.*wants a table"),
+    ("model_type", ["llama"], "model_type"), ("hidden_act", [], "hidden_act")])
+def test_a_config_json_beyond_its_limits_is_refused_by_key(tiny, key, value, words):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
+    directory = Path(tiny.out_dir) / "checkpoint-1"
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {key: value}))
+    if words is None:
+        return checkpoint.load_model(directory)
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=words) as error:
+        checkpoint.load_model(directory)
+    one_line(error)
+    assert str(directory) in str(error.value) and time.process_time() - began < 5
+
+
+def test_experts_are_counted_before_they_are_made(tiny, tmp_path):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
+    source = os.path.join(tiny.out_dir, "checkpoint-1")
+    with pytest.raises(ConfigError, match="num_local_experts = 100000 in each of 2 layers"):
+        upcycle(Options(source=source, destination=str(tmp_path / "moe"), num_local_experts=10**5))
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("step", "many"), ("step", -1), ("tokens", 10**30), ("sequence", 2.5), ("data_seed", [1]),
+    ("history", [1]), ("history", [["a"]]), ("history", [["a", "b"]]), ("lineage", {"family": "x"}),
+    ("lineage", {"N": "1"}),
+    ("lineage", [1]), ("trunk", 7), ("passing", "yes"), ("max_seq_len", None), ("dataset", {})])
+def test_a_training_state_of_other_types_is_refused_by_key(tiny, key, value):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
+    path = Path(tiny.out_dir) / "checkpoint-1" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=f"trainer_state.json: {'' if key == 'lineage' else key}") as error:
+        checkpoint.read_state(path.parent)
+    one_line(error)
+
+
+def test_moments_that_are_no_finite_real_numbers_are_refused(tiny):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
+    path = os.path.join(tiny.out_dir, "checkpoint-1", "optimizer.pt")
+    good = torch.load(path, weights_only=True)
+    for odd in (lambda t: t.to(torch.int32), lambda t: t.to(torch.complex64), lambda t: t * float("nan"),
+                lambda t: t.to_sparse(), lambda t: [1]):
+        stored = good | {"exp_avg": {name: odd(t) for name, t in good["exp_avg"].items()}}
+        torch.save(stored, path)
+        with pytest.raises(ConfigError, match="optimizer.pt: does not hold"):
+            train(dataclasses.replace(tiny, resume=True, rows=None), report=quiet)
+    for step in ("x", -1, float("inf"), None, 10**30):
+        torch.save(good | {"step": step}, path)
+        with pytest.raises(ConfigError, match="optimizer.pt: does not hold"):
+            train(dataclasses.replace(tiny, resume=True, rows=None), report=quiet)
+
+
+def test_weights_that_are_not_finite_are_not_loaded(tiny):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
+    path = os.path.join(tiny.out_dir, "checkpoint-1", "model.safetensors")
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="model.norm.weight is not finite"):
+        checkpoint.load_model(os.path.dirname(path))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data and tokenizers of strangers
+
+def test_token_ids_beyond_the_vocabulary_are_found_at_the_start(tiny, tmp_path):  # noqa: F811
+    for part in ("train", "val"):
+        folder = tmp_path / part
+        folder.mkdir()
+        for name in ("train.npy", "val.npy", "meta.json"):
+            (folder / name).write_bytes((Path(tiny.dataset) / name).read_bytes())
+        tokens = np.load(folder / f"{part}.npy")
+        tokens[-1] = 257
+        np.save(folder / f"{part}.npy", tokens)
+        with pytest.raises(ConfigError, match="holds token 257, but vocab_size is 257"):
+            train(dataclasses.replace(tiny, dataset=str(folder)), report=quiet)
+        assert not os.path.exists(os.path.join(tiny.out_dir, "log.jsonl"))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "eos_token_id", "tokenizer", "data_sha256", "dtype", "tokens"])
+def test_a_meta_json_without_a_key_is_refused(tiny, tmp_path, key):  # noqa: F811
+    meta = read_json(os.path.join(tiny.dataset, "meta.json"))
+    for changed in ({k: v for k, v in meta.items() if k != key}, meta | {key: [1]}):
+        (tmp_path / "meta.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=f"meta.json: .*{key}"):
+            load_tokens(tmp_path, "train")
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"a": 4 * 10**9, "</s>": 0}, {"a": 0}])
+def test_a_tokenizer_without_a_usable_vocabulary_is_refused(tmp_path, vocabulary):
+    pytest.importorskip("tokenizers")
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    with pytest.raises(ConfigError, match="tokenizer.json") as error:
+        load_tokenizer(str(path))
+    one_line(error)
+
+
+def test_a_text_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    import gzip
+    monkeypatch.setattr("data.prepare.MOST_TEXT", 10**6)
+    for name in ("a.jsonl.gz", "a.txt.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b" " * 10**7))
+        with pytest.raises(ConfigError, match="text of more than 1,000,000 bytes"):
+            prepare(Prepare(str(tmp_path / name), out_dir=str(tmp_path / "out")))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Second writers, leftovers, removed directories, full disks
+
+def test_two_writers_of_one_directory_never_meet(tmp_path):
+    """The second one is refused while the first writes, and takes nothing from it."""
+    with files.atomic_directory(tmp_path / "c") as temporary:
+        (Path(temporary) / "a").write_text("first")
+        with pytest.raises(ConfigError, match="is being written"):
+            with files.atomic_directory(tmp_path / "c"):
+                pass
+    assert (tmp_path / "c" / "a").read_text() == "first" and os.listdir(tmp_path) == ["c"]
+
+
+def test_a_data_set_has_one_writer_and_its_leftovers_go(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    out = tmp_path.parent / f"{tmp_path.name}-out"
+    (out / ".partial").mkdir(parents=True)
+    (out / ".partial" / "train.npy").write_text("left by a kill")
+    with open(out / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process prepares data there"):
+            prepare(Prepare(str(tmp_path), out_dir=str(out)))
+    prepare(Prepare(str(tmp_path), out_dir=str(out)))
+    assert sorted(os.listdir(out)) == [".lock", "meta.json", "train.npy", "val.npy"]
+
+
+def test_a_lock_that_is_held_is_told_from_a_file_system_without_locks(tiny, monkeypatch, capsys):  # noqa: F811
+    def no_locks(file, how):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(configurator.fcntl, "flock", no_locks)
+    configurator.note.cache_clear()
+    train(tiny, report=quiet)
+    said = capsys.readouterr().err
+    assert said.count("this file system has no locks (Function not implemented)") == 1
+    assert len(open(tiny.rows).readlines()) == 1
+
+
+def test_the_next_start_removes_what_a_kill_left(tiny):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=4 * STEP, decay_steps=0), report=quiet)
+    for name in (".checkpoint-3.tmp", ".checkpoint-9.tmp"):
+        os.makedirs(os.path.join(tiny.out_dir, name, "deep"))
+    passing = os.path.join(tiny.out_dir, "checkpoint-2")
+    os.rename(os.path.join(tiny.out_dir, "checkpoint-4"), passing)
+    state = read_json(os.path.join(passing, "trainer_state.json"))
+    state |= {"passing": True, "step": 2, "tokens": 2 * STEP, "sequence": 16}
+    Path(passing, "trainer_state.json").write_text(json.dumps(state))
+    train(dataclasses.replace(tiny, rows=None, max_tokens=4 * STEP, decay_steps=0, resume=True), report=quiet)
+    assert sorted(n for n in os.listdir(tiny.out_dir) if "checkpoint" in n) == ["checkpoint-4"]
+
+
+def test_a_removed_directory_is_an_error(tiny):  # noqa: F811
+    import shutil
+    c = dataclasses.replace(tiny, save_at_tokens=[10 * STEP])
+    with pytest.raises(ConfigError, match="was removed while it was written to"):
+        train(c, report=lambda tokens: shutil.rmtree(c.out_dir, ignore_errors=True))
+    assert not os.path.exists(c.rows) and not os.path.exists(c.out_dir)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "config.py", "model.safetensors", "optimizer.pt",
+                                  "trainer_state.json", "row.json"])
+def test_a_full_disk_is_one_line_for_every_file(tiny, name, monkeypatch):  # noqa: F811
+    """Writes to one file fail with ENOSPC, as on /dev/full; the next start makes up for it."""
+    import builtins
+    true_open, full = builtins.open, Path("/dev/full")
+
+    def opened(path, *args, **kwargs):
+        mode = args[0] if args else kwargs.get("mode", "r")
+        hit = isinstance(path, (str, Path)) and os.path.basename(path).removesuffix(".tmp") == name
+        return true_open(full if hit and set(mode) & set("wa+") else path, *args, **kwargs)
+    c = dataclasses.replace(tiny, save_at_tokens=[10 * STEP])
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", opened)
+        with pytest.raises(ConfigError, match="the disk is full: [0-9,]+ bytes needed, .* free") as error:
+            train(c, report=quiet)
+    one_line(error)
+    row = train(dataclasses.replace(c, resume=True), report=quiet)
+    assert [json.loads(line) for line in open(c.rows)] == [row] and len(log(c)) == 20
+    assert not [n for n in os.listdir(c.out_dir) if n.endswith(".tmp")]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Steps that are not finite
+
+def test_weights_that_are_not_finite_are_never_named(tiny):  # noqa: F811
+    """The update itself overflows: loss and gradient before it were finite."""
+    c = dataclasses.replace(tiny, learning_rate=1e39, warmup_steps=0, max_tokens=STEP, decay_steps=0)
+    with pytest.raises(ConfigError, match="checkpoint-1: not written: .* is not finite"):
+        train(c, report=quiet)
+    assert not os.path.exists(c.rows) and checkpoint.checkpoints(c.out_dir) == []
+    assert os.listdir(c.out_dir).count(".checkpoint-1.tmp") == 0
+
+
+@pytest.mark.parametrize("allowed", [0, 2, 3])
+def test_so_many_steps_that_are_not_finite_are_skipped(tiny, monkeypatch, allowed):  # noqa: F811
+    """Three steps whose gradient is infinite: they change nothing, and the log counts them."""
+    true_clip, calls, weights = torch.nn.utils.clip_grad_norm_, [], []
+
+    def clip(parameters, most):
+        parameters = list(parameters)
+        calls.append(len(calls))
+        weights.append(parameters[0].detach().clone())
+        if len(calls) in (4, 5, 9):
+            parameters[0].grad[0, 0] = float("inf")
+        return true_clip(parameters, most)
+    monkeypatch.setattr(train_module.torch.nn.utils, "clip_grad_norm_", clip)
+    c = dataclasses.replace(tiny, skip_nonfinite=allowed)
+    if allowed < 3:
+        with pytest.raises(ConfigError, match="at step .*not finite up to embed_tokens.weight.*Last good"):
+            train(c, report=quiet)
+        assert len(calls) == (4 if allowed == 0 else 9)
+    else:
+        train(c, report=quiet)
+        assert [line.get("skipped") for line in log(c)] == [*[None] * 3, 1, 2, *[None] * 3, 3, *[None] * 11]
+        assert all(torch.equal(weights[i], weights[i + 1]) for i in (3, 4, 8))
+        assert not torch.equal(weights[5], weights[6])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals and streams
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_what_a_terminal_and_a_batch_system_send_saves_the_step(tiny, tmp_path, number):  # noqa: F811
+    c = dataclasses.replace(tiny, max_tokens=10**9)
+    process = start_training(c, tmp_path)
+    wait_for(process, lambda: os.path.exists(os.path.join(c.out_dir, "log.jsonl")) and len(log(c)) > 3)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "--resume goes on" in text
+    assert checkpoint.checkpoints(c.out_dir)[-1][0] == log(c)[-1]["step"]
+
+
+@pytest.mark.parametrize("where", ["the last validation", "a validation", "the first step"])
+def test_a_signal_interrupts_validation_and_compilation(tiny, monkeypatch, where):  # noqa: F811
+    """Each stage would go on for ever; what was trained before is saved."""
+    def endless(*args, stop=(), **kwargs):
+        while not stop:
+            time.sleep(0.001)
+            if not sent:
+                sent.append(os.kill(os.getpid(), signal.SIGUSR1))
+        return true_validate(*args, stop=stop, **kwargs)
+    sent, true_validate = [], train_module.validate
+    c = tiny
+    if where == "the first step":
+        monkeypatch.setattr(train_module, "train_step", endless)
+    else:
+        monkeypatch.setattr(train_module, "validate",
+                            lambda *args: endless(*args[:7], stop=args[7] if len(args) > 7 else ()))
+        c = dataclasses.replace(tiny, eval_every_steps=20 if "last" in where else 7)
+    if "last" in where:
+        c = dataclasses.replace(c, eval_every_steps=0)
+    with pytest.raises(Stopped) as stopped:
+        train(c, report=quiet)
+    assert stopped.value.args == (signal.SIGUSR1,)
+    steps = [step for step, _ in checkpoint.checkpoints(c.out_dir)]
+    assert steps == {"the last validation": [20], "a validation": [7], "the first step": []}[where]
+    monkeypatch.undo()
+    row = train(dataclasses.replace(c, resume=True), report=quiet)
+    assert [json.loads(line) for line in open(c.rows)] == [row] and len(log(c)) == 20
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    now, killed = [0.0], []
+    monkeypatch.setattr(start.time, "monotonic", lambda: now[0])
+    with start.caught_signals() as signals:
+        signals.at_once = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # a batch system and torchrun send one each
+        now[0] = 3.0
+        with monkeypatch.context() as patch:
+            true_kill = os.kill
+            patch.setattr(start.os, "kill", lambda *args: killed.append(args))
+            true_kill(os.getpid(), signal.SIGINT)
+        assert killed == [(os.getpid(), signal.SIGINT)] and signals.caught[:2] == [signal.SIGTERM] * 2
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with start.caught_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.caught == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", ["gone", "never there"])
+def test_a_closed_terminal_stops_no_training(tiny, tmp_path, closed):  # noqa: F811
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if closed == "never there":
+        options["preexec_fn"] = lambda: [os.close(1), os.close(2)]
+    process = start_training(dataclasses.replace(tiny, max_tokens=40 * STEP), tmp_path, **options)
+    process.stdout.close(), process.stderr.close()
+    assert process.wait(timeout=60) == 0 and len(log(tiny)) == 40
+
+
+def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
+    """SIGINT comes while torch is being imported, as torch's own finder sees it."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+                                       "import time\ntime.sleep(60)\n")
+    process = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in process.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ranks and workers
+
+def run_ranks(c, tmp_path, extra=()):
+    write_config(c, tmp_path / "c.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+               "--standalone", "train.py", str(tmp_path / "c.py"), *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_an_error_that_all_ranks_meet_is_said_once(tiny, tmp_path):  # noqa: F811
+    for c, extra in ((tiny, ["--no_such=1"]), (dataclasses.replace(tiny, num_attention_heads=3), []),
+                     (dataclasses.replace(tiny, learning_rate=1e30, warmup_steps=0), [])):
+        result = run_ranks(dataclasses.replace(c, resume=True), tmp_path, extra)
+        assert result.returncode != 0
+        assert result.stderr.count("train.py: ") == 1, result.stderr
+        assert 'train.py", line' not in result.stderr  # torchrun prints a traceback of its own
+    assert "rank " in result.stderr
+
+
+def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path):  # noqa: F811
+    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP])
+    write_config(c, tmp_path / "c.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+               "--standalone", "train.py", str(tmp_path / "c.py")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: os.path.exists(os.path.join(c.out_dir, "checkpoint-5")))
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(victim), signal.SIGKILL)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode != 0 and text.count("train.py: rank 0: another rank has gone") == 1, text
+    row = train(dataclasses.replace(c, resume=True, max_tokens=20 * STEP), report=quiet)
+    assert row["D"] == 20 * STEP
+
+
+def test_a_worker_that_dies_while_it_starts_costs_one_run(monkeypatch):
+    """The first worker ends before it takes its job; the second one makes the others."""
+    class Bar:
+        update = set_postfix_str = staticmethod(lambda *args, **kwargs: None)
+    monkeypatch.setattr(sweep, "worker", ends_or_answers)
+    jobs = [sweep.Job(dataclasses.replace(Train(), out_dir=name), None, 1, 1, {}) for name in "abc"]
+    failed = sweep.run_jobs(list(jobs), 1, [], Bar)
+    assert failed == ["a: its process died"]
+
+
+def ends_or_answers(connection, number):
+    try:
+        while True:
+            job = connection.recv()
+            if job.settings.out_dir == "a":
+                os._exit(1)
+            connection.send(("done", None))
+    except EOFError:
+        pass

@@ -1,0 +1,189 @@
+"""A pilot in miniature: on a checkpoint of ours, and on one that transformers made."""
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import pilot
+from configurator import ConfigError, parse
+from data.stream import load_tokens
+from model import Transformer
+from rows import read_rows, run_key
+from sweep import Study, check_unchanged, planned_rows, study_jobs
+from test_families import build
+from test_sweep import command
+from test_train import data, tiny  # noqa: F401  (fixtures)
+from train import train
+
+STEP = 128  # tokens
+BUDGET = 640 * STEP  # its shares 1/64 .. 1/4 are 10 .. 160 steps
+
+MINI = """
+D_moe = [10 * 128, 20 * 128, 40 * 128, 80 * 128]
+D2 = [10 * 128, 20 * 128]
+D_dense = [10 * 128, 20 * 128]
+num_local_experts = 4
+train = {"dataset": "none", "tokens_per_step": 128, "max_seq_len": 16, "warmup_steps": 3, "eval_tokens": 1024}
+"""
+
+
+@pytest.fixture
+def mini(tmp_path):
+    path = tmp_path / "mini.py"
+    path.write_text(MINI)
+    return path
+
+
+@pytest.fixture
+def ours(tiny):  # noqa: F811
+    """A dense checkpoint of train.py after 20 steps."""
+    train(dataclasses.replace(tiny, trunk="first", rows=None), report=lambda tokens: None)
+    return os.path.join(tiny.out_dir, "checkpoint-20")
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    """A Qwen3 of transformers whose heads are wider than hidden_size / heads."""
+    build(tmp_path / "qwen3", "qwen3", vocab_size=300, head_dim=16)
+    return str(tmp_path / "qwen3")
+
+
+def flags(mini, dense, data, *more):  # noqa: F811
+    return [str(mini), f"--out_dir={mini.parent / 'out'}", f"--dense={dense}", f"--dataset={data}",
+            f"--budget={BUDGET}", *more]
+
+
+def finished(mini, dense, data, *more):  # noqa: F811
+    """({family: its rows in the order of their tokens}, the output) of the command."""
+    words = [sys.executable, "sweep.py", *flags(mini, dense, data, *more), "--workers=1"]
+    result = subprocess.run(words, cwd=command.__globals__["ROOT"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows, _ = read_rows([str(mini.parent / "out" / "rows.jsonl")])
+    rows.sort(key=lambda row: row.get("D2", row.get("D")))
+    return {f: [row for row in rows if row["family"] == f] for f in ("dense", "moe", "upcycled")}, result.stdout
+
+
+def check_rows(found, D1):
+    assert [row["D"] for row in found["dense"]] == [D1 + 10 * STEP, D1 + 20 * STEP]
+    assert [row["D"] for row in found["moe"]] == [10 * STEP, 20 * STEP, 40 * STEP, 80 * STEP]
+    assert [(row["D1"], row["D2"]) for row in found["upcycled"]] == [(D1, 10 * STEP), (D1, 20 * STEP)]
+    rows = sum(found.values(), [])
+    assert len({row["N"] for row in rows}) == len({row["data_sha256"] for row in rows}) == 1
+    assert [row["tokens_before_schedule"] for row in rows] == [D1] * 2 + [0] * 6
+    assert {row["method"] for row in found["upcycled"]} == {"copy"}
+    assert all(row["num_local_experts"] == 4 for row in found["moe"] + found["upcycled"])
+    return rows
+
+
+def test_a_checkpoint_of_ours_is_continued_upcycled_and_matched_from_scratch(mini, ours, data):  # noqa: F811
+    found, said = finished(mini, ours, data)
+    rows = check_rows(found, D1=20 * STEP)
+    # By hand: D = 16, F = 32, L = 2, H = 2 of 8; 6 FLOPs for each weight of a product, 12·H·8·16 a layer.
+    vocab, attention, mlp, router = 257, 2 * 4 * 16 * 16, 2 * 3 * 16 * 32, 2 * 4 * 16
+    rest = 6 * (attention + vocab * 16) + 12 * 2 * 2 * 8 * 16
+    dense, moe = rest + 6 * mlp, rest + 6 * (2 * mlp + router)
+    for row in rows:
+        tokens = row.get("D2", row.get("D"))
+        assert row["flops"] == tokens * (dense if row["family"] == "dense" else moe)
+        assert row["N"] == attention + mlp + 5 * 16
+    assert {row["dense_trunk"] for row in found["upcycled"]} == {"first"}
+    # In steps: branches of 10, 20, 40, 80 decay over 2, 4, 8, 16; a trunk ends where the longest decay starts.
+    flops = 128 * (dense * (16 + 6) + moe * (64 + 30) + moe * (16 + 6))
+    assert f"costs {flops:.3g} FLOPs, {flops / (moe * BUDGET):.1%} of training the MoE on {BUDGET:,}" in said
+    # The three start alike in what is new and differ in their weights: continued, not anew.
+    assert found["dense"][0]["loss"] < found["moe"][0]["loss"] and found["upcycled"][0]["loss"] < found[
+        "moe"][0]["loss"]
+    meta = load_tokens(data, "val")[1]
+    for row in rows:
+        nats = row["loss"] * meta["tokens"]["val"]
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / meta["bytes"]["val"], rel=1e-12)
+    best = min(row["loss"] for row in found["moe"])
+    assert f"moe      lowest loss {best:.4f} nats a token (" in said
+    again = finished(mini, ours, data)
+    assert again[0] == found and "15 of 15 runs are finished" not in said
+
+
+def test_what_was_planned_is_what_is_made_for_another_family(mini, qwen3, data):  # noqa: F811
+    study = parse(Study, flags(mini, qwen3, data, "--D1=5000"))
+    planned = planned_rows(study)
+    rows = check_rows(finished(mini, qwen3, data, "--D1=5000")[0], D1=5000)
+    assert {run_key(row) for row in rows} == {run_key(row) for row in planned}
+    for job in study_jobs(study):
+        check_unchanged(job)
+    # By hand: hidden 32, F 64, 2 layers, 4 heads and 2 of keys and values of 16, two norms of 16 a layer.
+    attention, mlp = 2 * 32 * 16 * 2 * (4 + 2), 2 * 3 * 32 * 64
+    assert {row["N"] for row in rows} == {attention + mlp + 2 * (2 * 32 + 2 * 16) + 32}
+    moe = 6 * (attention + 2 * mlp + 2 * 4 * 32 + 300 * 32) + 12 * 2 * 4 * 16 * 16
+    for row in rows:
+        if row["family"] != "dense":
+            assert row["flops"] == moe * row.get("D2", row.get("D"))
+            last = checkpoint.checkpoints(os.path.dirname(row["config"]))[-1][1]
+            assert json.load(open(os.path.join(last, "config.json")))["model_type"] == "qwen3_moe"
+    # What starts from scratch has no weight of the checkpoint, but its shapes.
+    start = Path(study.out_dir) / next(row["trunk"] for row in rows if row["family"] == "moe") / "start"
+    fresh, dense = checkpoint.load_model(start), checkpoint.load_model(qwen3)
+    expected = Transformer(fresh.config).init_weights(0)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), expected.parameters()))
+    assert fresh.layers[0].self_attn.qkv_proj.weight.shape == dense.layers[0].self_attn.qkv_proj.weight.shape
+    changed = parse(Study, flags(mini, qwen3, data, "--D1=6000"))
+    with pytest.raises(ConfigError, match="D was 6280, the study now says 7280"):
+        check_unchanged(next(job for job in study_jobs(changed) if not job.is_trunk))
+
+
+def test_levels_are_shares_of_the_budget(mini, ours, data):  # noqa: F811
+    mini.write_text(MINI[MINI.index("num_local"):])
+    rows = planned_rows(parse(Study, flags(mini, ours, data)))
+    assert [row["D"] // STEP for row in rows if row["family"] == "moe"] == [10, 20, 40, 80, 160]
+    assert [row["D2"] // STEP for row in rows if row["family"] == "upcycled"] == [40, 80]
+    assert [row["D"] // STEP for row in rows if row["family"] == "dense"] == [20 + 40, 20 + 80]
+
+
+def test_what_no_pilot_can_start_from_is_refused_by_name(mini, ours, qwen3, data, tmp_path):  # noqa: F811
+    def fails(words, dense, *more, budget=True):
+        with pytest.raises(ConfigError, match=words) as error:
+            given = [f for f in flags(mini, dense, data, *more) if budget or "budget" not in f]
+            study_jobs(parse(Study, given))
+        assert "\n" not in str(error.value)
+    fails("give --D1=TOKENS", qwen3)
+    fails("has seen 2,560 tokens; leave D1 out", ours, "--D1=5000")
+    fails("a pilot has one D1", qwen3, "--D1=5000,6000")
+    fails("--budget is missing", ours, budget=False)
+    fails("no such checkpoint", str(tmp_path / "none"))
+    fails("levels .* exceed", ours, "--D2=128,1280")
+    fails("hidden_size is 16 there, 32 is asked for", ours, "--train={'hidden_size': 32}")
+    fails("init_from is set by the study", ours, "--train={'init_from': 'x'}")
+    fails("num_experts_per_tok 2", ours, "--num_local_experts=1")
+    # A mixture is no dense checkpoint.
+    jobs = study_jobs(parse(Study, flags(mini, ours, data)))
+    fresh = next(job.upcycling for job in jobs if job.row["family"] == "moe" and job.upcycling)
+    pilot.write_fresh(fresh)
+    fails("is a mixture of experts already", fresh.destination)
+    # The vocabulary of the data is larger than that of the model.
+    build(tmp_path / "small", "qwen3")
+    fails("vocab_size is 61, .* has 257", str(tmp_path / "small"), "--D1=5000")
+    # The checkpoint has a tokenizer, and the data are of another one.
+    state = Path(ours) / "trainer_state.json"
+    said = json.loads(state.read_text())
+    state.write_text(json.dumps(said | {"tokenizer": "gpt2"}))
+    fails("tokens are not those of .*--tokenizer=gpt2", ours)
+    (Path(qwen3) / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    fails("tokens are not those of .*--tokenizer=.*qwen3/tokenizer.json", qwen3, "--D1=5000")
+
+
+def test_one_tokenizer_in_two_files_is_the_same_by_its_vocabulary(tmp_path):
+    there, here = tmp_path / "model", tmp_path / "data"
+    for folder, text in ((there, '{"model": {"vocab": {"a": 0}}, "padding": {}}'),
+                         (here, '{"model": {"vocab": {"a": 0}}, "padding": null}')):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(text)
+    pilot.check_tokenizer(str(there), {}, str(here), {"tokenizer": "tokenizer.json"})
+    (here / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
+    with pytest.raises(ConfigError, match="not those of"):
+        pilot.check_tokenizer(str(there), {}, str(here), {"tokenizer": "tokenizer.json"})
