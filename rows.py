@@ -1,10 +1,11 @@
 """A row is one finished run, a line of a JSONL file: its columns, which run it is, reading and appending."""
 import csv
+import errno
 import json
 import math
 import os
 
-from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, write_all, writing
+from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, writing
 
 MOST_LINES = 200_000  # of a file of rows
 
@@ -233,7 +234,8 @@ def append_row(path, row):
             if line.strip() in lines:
                 return
             try:
-                write_all(f, line)
+                if f.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(f.fileno())
             except OSError:
                 f.truncate(end)

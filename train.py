@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import (ConfigError, code_version, progress, run, setting, write_config,
-                          write_all, write_text_atomically, writing)
+                          write_text_atomically, writing)
 
 import numpy as np
 import torch
@@ -445,7 +445,7 @@ def loop(run, signals, report):
             if rank == 0:
                 text = json.dumps(line).encode() + b"\n"
                 with writing(log_path, len(text)):
-                    write_all(log, text)
+                    log.write(text)
                 if save_now:
                     save(run, state["step"] in kept)
                 report(c.tokens_per_step)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import configurator
 import files
+import sample
 import start
 import sweep
 import train as train_module
@@ -56,8 +57,9 @@ def wait_for(process, condition):
     ("_a = 'ab' * 10**9\n", ["line 1", "arithmetic is on numbers"]),
     ("_a = '%1000000000d' % 1\n", ["line 1", "arithmetic is on numbers"]),
     ("_a = [1] * 10**9\n", ["line 1", "arithmetic is on numbers"]),
-    ("_a = (-8)**0.5\n", ["line 1", "no real number"]),
+    ("_a = (-8)**0.5\n_b = _a * 2\n", ["line 2", "arithmetic is on numbers"]),
     ("_a = 1" + "0" * 400 + "\n", ["line 1", "too large"]),
+    ("_a = 10**90\n" + "_a = _a * _a\n" * 30, ["line 3", "too large"]),
     ("x = 1\n" * 200_000, ["bytes, at most"])])
 def test_config_files_stay_small_whatever_they_compute(tmp_path, text, words):
     (tmp_path / "c.py").write_text(text)
@@ -170,14 +172,17 @@ def test_moments_that_are_no_finite_real_numbers_are_refused(tiny):  # noqa: F81
             train(dataclasses.replace(tiny, resume=True, rows=None), report=quiet)
 
 
-def test_weights_that_are_not_finite_are_not_loaded(tiny):  # noqa: F811
+def test_weights_that_are_not_finite_write_no_text_and_are_not_trained(tiny, tmp_path):  # noqa: F811
     train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
     path = os.path.join(tiny.out_dir, "checkpoint-1", "model.safetensors")
     tensors = load_file(path)
-    tensors["model.norm.weight"][3] = float("inf")
+    tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match="model.norm.weight is not finite"):
-        checkpoint.load_model(os.path.dirname(path))
+    with pytest.raises(ConfigError, match="checkpoint-1: its weights are not finite"):
+        sample.main(sample.Sample(tiny.out_dir))
+    with pytest.raises(ConfigError, match="loss nan.*at step 0"):
+        train(dataclasses.replace(tiny, rows=None, init_from=os.path.dirname(path),
+                                  out_dir=str(tmp_path / "other")), report=quiet)
 
 
 # ---------------------------------------------------------------------------------------------------------
