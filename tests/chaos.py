@@ -193,7 +193,7 @@ def one_temporary(c, count, what):
 
 
 def kill(world, trials, rng, count):
-    """SIGKILL at each change of the directory in turn, and at random moments; often twice before the end."""
+    """SIGKILL at a change of the directory or at any other moment, sometimes twice before the end."""
     for i in range(trials):
         kind = list(world.kinds)[i % 4]
         c, what = world.fresh(kind), ""
@@ -203,8 +203,7 @@ def kill(world, trials, rng, count):
             os.kill(process.pid, signal.SIGTERM)
             process.end(count)
         for again in range(1 + (i % 5 == 4)):
-            at = rng.randint(1, 40) if again else (i // 4) % world.events[kind] + 1
-            at = 0 if rng.random() < 0.3 else at  # 0: at a random moment
+            at = rng.randint(1, 40 if again else world.events[kind]) * (rng.random() < 0.7)  # 0: any time
             process = world.training(dataclasses.replace(c, resume=True), at=at)
             if not at:
                 time.sleep(rng.uniform(0, 0.4))
@@ -219,7 +218,7 @@ def io(world, trials, rng, count):
     """ENOSPC from one change of the directory on, or EIO at one: a line that says so, and nothing is lost."""
     for i in range(trials):
         kind, error = list(world.kinds)[i % 4], (errno.ENOSPC, errno.EIO)[i // 4 % 2]
-        c, at = world.fresh(kind), (i // 8) % world.events[kind] + 1
+        c, at = world.fresh(kind), rng.randint(1, world.events[kind])
         status, text = world.training(c, at, error).end(count)
         lines = [line for line in text.splitlines() if line.startswith("script.py: ")]
         if status not in (0, 2) or status == 2 and (len(lines) != 1 or error == errno.ENOSPC

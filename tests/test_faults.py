@@ -145,6 +145,7 @@ def test_experts_are_counted_before_they_are_made(tiny, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("key, value", [
     ("step", "many"), ("step", -1), ("tokens", 10**30), ("sequence", 2.5), ("data_seed", [1]),
     ("history", [1]), ("history", [["a"]]), ("history", [["a", "b"]]), ("lineage", {"family": "x"}),
+    ("lineage", {"N": 1}), ("lineage", {"family": "upcycled", "N": 1}),
     ("lineage", {"N": "1"}),
     ("lineage", [1]), ("trunk", 7), ("passing", "yes"), ("max_seq_len", None), ("dataset", {})])
 def test_a_training_state_of_other_types_is_refused_by_key(tiny, key, value):  # noqa: F811
