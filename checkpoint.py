@@ -132,6 +132,8 @@ def from_hf_config(d, where="config.json"):
         for field in fields.keys() & LIMITS.keys():
             fields[field] = checked_value(f"{where}: {entry['keys'][field]}", fields[field], LIMITS[field])
         c = ModelConfig(**fields)
+        if "num_local_experts" in entry["keys"] and not c.num_local_experts:
+            raise ValueError(f"{entry['keys']['num_local_experts']} is 0")
         if c.num_local_experts:  # 15 digits undo the rounding of the division by k
             c.router_aux_loss_coef = float(f"{c.router_aux_loss_coef * c.num_experts_per_tok:.15g}")
         return c

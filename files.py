@@ -46,9 +46,6 @@ def check_state(path, state):
     for values, limits in ((state, STATE), (state["lineage"], LINEAGE)):
         for key in values.keys() & limits.keys():
             checked_value(f"{path}: {key}", values[key], limits[key])
-    for key in ("family", "N") + ("D1",) * (state["lineage"].get("family") == "upcycled"):
-        if key not in state["lineage"]:
-            raise ConfigError(f"{path}: lineage: {key} is missing")
     for entry in state.get("history", ()):
         if list(map(type, entry)) != [str, int] or not 0 <= entry[1] <= 10**18:
             raise ConfigError(f"{path}: history: {entry!r:.100} is not [run, tokens]")

@@ -92,6 +92,9 @@ def starting_state(c, m, meta, source, before, resumed_from):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; --init_from alone needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
+    for key in ("family", "N") + ("D1",) * (lineage.get("family") == "upcycled"):
+        if key not in lineage:
+            raise ConfigError(f"{source}: trainer_state.json: lineage: {key} is missing")
     if source and c.rows and (not before or lineage.get("D1", 0) is None):
         raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row "
                           "would be wrong: give --D1 to upcycle.py, or --rows=none")

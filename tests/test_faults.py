@@ -145,7 +145,6 @@ def test_experts_are_counted_before_they_are_made(tiny, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("key, value", [
     ("step", "many"), ("step", -1), ("tokens", 10**30), ("sequence", 2.5), ("data_seed", [1]),
     ("history", [1]), ("history", [["a"]]), ("history", [["a", "b"]]), ("lineage", {"family": "x"}),
-    ("lineage", {"N": 1}), ("lineage", {"family": "upcycled", "N": 1}),
     ("lineage", {"N": "1"}),
     ("lineage", [1]), ("trunk", 7), ("passing", "yes"), ("max_seq_len", None), ("dataset", {})])
 def test_a_training_state_of_other_types_is_refused_by_key(tiny, key, value):  # noqa: F811
@@ -155,6 +154,16 @@ def test_a_training_state_of_other_types_is_refused_by_key(tiny, key, value):  #
     with pytest.raises(ConfigError, match=f"trainer_state.json: {'' if key == 'lineage' else key}") as error:
         checkpoint.read_state(path.parent)
     one_line(error)
+
+
+@pytest.mark.parametrize("key", ["family", "N", "D1"])
+def test_a_lineage_without_its_keys_is_refused(tiny, key):  # noqa: F811
+    train(dataclasses.replace(tiny, rows=None, max_tokens=STEP, decay_steps=0), report=quiet)
+    path = Path(tiny.out_dir) / "checkpoint-1" / "trainer_state.json"
+    lineage = {k: v for k, v in {"family": "upcycled", "N": 5, "D1": 7}.items() if k != key}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lineage": lineage}))
+    with pytest.raises(ConfigError, match=f"trainer_state.json: lineage: {key} is missing"):
+        train(dataclasses.replace(tiny, rows=None, resume=True), report=quiet)
 
 
 def test_moments_that_are_no_finite_real_numbers_are_refused(tiny):  # noqa: F811
