@@ -410,4 +410,5 @@ if __name__ == "__main__":
     import upcycle
     from data import prepare
     from mutate import files
+    train.code_version = lambda: None  # git would lock the repository
     main(*sys.argv[1:])
