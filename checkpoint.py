@@ -371,8 +371,9 @@ def write_moments(directory, stored):
     with open(os.path.join(directory, "optimizer.pt"), "wb") as f:  # given a path, torch hides a full disk
         try:
             torch.save(stored, f)
-        except RuntimeError as error:  # torch hides what went wrong in between
-            raise OSError(errno.EIO, one_line(error)) from None
+        except RuntimeError as error:  # of torch, which tried to end the file after an OSError
+            first = error.__context__
+            raise first if isinstance(first, OSError) else OSError(errno.EIO, one_line(error)) from None
 
 
 def read_moments(directory, shapes):
