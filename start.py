@@ -219,6 +219,10 @@ def caught_signals():
               if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield signals
+    except Exception:  # libraries in C can make another error of the one that the handler raises
+        if signals.at_once and signals.caught:
+            raise Stopped(signals.caught[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

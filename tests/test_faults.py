@@ -3,6 +3,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,7 +295,6 @@ def test_the_next_start_removes_what_a_kill_left(tiny):  # noqa: F811
 
 
 def test_a_removed_directory_is_an_error(tiny):  # noqa: F811
-    import shutil
     c = dataclasses.replace(tiny, save_at_tokens=[10 * STEP])
     with pytest.raises(ConfigError, match="was removed while it was written to"):
         train(c, report=lambda tokens: shutil.rmtree(c.out_dir, ignore_errors=True))
@@ -419,6 +419,16 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
+def test_a_signal_in_the_middle_of_a_library_is_no_error_of_that_library():
+    """C code that calls Python can turn the exception of a signal handler into one of its own."""
+    with pytest.raises(Stopped) as stopped, start.caught_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape")
+    assert stopped.value.args == (signal.SIGTERM,)
+
+
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -503,3 +513,11 @@ def ends_or_answers(connection, number):
             connection.send(("done", None))
     except EOFError:
         pass
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="the faults are made by a library in C")
+def test_faults_on_purpose_lose_nothing():
+    result = subprocess.run([sys.executable, "tests/chaos.py", "short"], cwd=ROOT, capture_output=True,
+                            text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("0 lost, 0 tracebacks, 0 hangs, 0 leftovers") == 7
