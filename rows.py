@@ -246,7 +246,5 @@ def read_row(path):
     """The row in a run's row.json. Raises ConfigError."""
     try:
         return clean(row := read_json(path)) and row
-    except RowError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
