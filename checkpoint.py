@@ -22,9 +22,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from configurator import ConfigError, check_file, read_json, writing
-from files import (LIMITS, MOST_EXPERTS, atomic_directory, check_state, checked_value, one_line,
-                   remove_directory)
+from configurator import ConfigError, check_file, one_line, read_json, writing
+from files import LIMITS, MOST_EXPERTS, atomic_directory, check_state, checked_value, remove_directory
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
 
@@ -77,6 +76,8 @@ def from_hf_config(d, where="config.json"):
         for field in fields.keys() & LIMITS.keys():
             fields[field] = checked_value(f"{where}: {entry['keys'][field]}", fields[field], LIMITS[field])
         c = ModelConfig(**fields)
+        if "num_local_experts" in entry["keys"] and not c.num_local_experts:
+            raise ValueError(f"{entry['keys']['num_local_experts']} is 0")
         if c.num_local_experts:  # 15 digits undo the rounding of the division by k
             c.router_aux_loss_coef = float(f"{c.router_aux_loss_coef * c.num_experts_per_tok:.15g}")
         return c
@@ -249,8 +250,6 @@ def load_model(directory, dtype=torch.float32, router_bias=False):
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(tensors[name].read())
-            if not view.isfinite().all():
-                raise ConfigError(f"{directory}: {name} is not finite")
     return model
 
 
@@ -344,8 +343,9 @@ def write_moments(directory, stored):
     with open(os.path.join(directory, "optimizer.pt"), "wb") as f:  # given a path, torch hides a full disk
         try:
             torch.save(stored, f)
-        except RuntimeError as error:  # torch hides what went wrong in between
-            raise OSError(errno.EIO, one_line(error)) from None
+        except RuntimeError as error:  # of torch, which tried to end the file after an OSError
+            first = error.__context__
+            raise first if isinstance(first, OSError) else OSError(errno.EIO, one_line(error)) from None
 
 
 def read_moments(directory, shapes):

@@ -88,13 +88,15 @@ def parse_json(text):
         value = json.loads(text, parse_int=whole)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    level, depth = [value], 0
-    while level := [item for part in level if isinstance(part, (list, dict))
-                    for item in (part.values() if isinstance(part, dict) else part)]:
-        depth += 1
-        if depth > MAX_LEVELS:
-            raise ValueError(f"nested too deep: more than {MAX_LEVELS} levels")
+    if not shallow(value, MAX_LEVELS):
+        raise ValueError(f"nested too deep: more than {MAX_LEVELS} levels")
     return value
+
+
+def shallow(value, levels):
+    """Whether lists and dicts in `value` are nested in so many levels at most."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(shallow(part, levels - 1) for part in parts)
 
 
 def read_json(path):
@@ -106,6 +108,11 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds no JSON object")
     return value
+
+
+def one_line(error):
+    """What an error of a library says, in one line."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 @contextlib.contextmanager
@@ -122,12 +129,6 @@ def writing(path, needed=None):
             wanted = "" if needed is None else f"{needed:,} bytes needed, "
             reason = f"the disk is full: {wanted}{shutil.disk_usage(existing).free:,} free"
         raise ConfigError(f"{path}: cannot be written: {reason}") from None
-
-
-def write_all(file, data):
-    """Write bytes to an unbuffered file. Raises OSError."""
-    while data:  # the kernel may take less than all
-        data = data[file.write(data):]
 
 
 def write_text_atomically(path, text):
@@ -170,7 +171,7 @@ def note(text):
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
              ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
-MAX_BITS = 1000     # of a whole number; floats end there too
+MAX_BITS = 1000       # of a whole number; floats end there too
 MAX_CONFIG = 100_000  # bytes of a config file, and characters and numbers in its values together
 TOO_DEEP = (MemoryError, RecursionError)  # Python raises these for source that it cannot parse
 
@@ -182,7 +183,7 @@ def evaluate(node, names, level=0):
     if level > MAX_LEVELS:
         raise ConfigError(f"nested too deep: more than {MAX_LEVELS} levels")
     if isinstance(node, ast.Constant):
-        return within_size(node, node.value)
+        return node.value
     if isinstance(node, (ast.List, ast.Tuple)):
         return [value(item) for item in node.elts]
     if isinstance(node, ast.Name) and node.id in names:
@@ -194,30 +195,26 @@ def evaluate(node, names, level=0):
             operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
             if not all(isinstance(operand, (int, float)) for operand in operands):
                 raise TypeError("arithmetic is on numbers")
-            base = operands[0]
-            if isinstance(node.op, ast.Pow) and isinstance(base, int):  # 9**9**9 would hang
-                within_size(node, base, base.bit_length() * operands[1])
-            return within_size(node, OPERATORS[type(node.op)](*operands))
+            if isinstance(node.op, ast.Pow) and bits(operands[0]) * operands[1] > MAX_BITS:
+                raise ConfigError(f"the number is too large in '{ast.unparse(node):.100}'")
+            return OPERATORS[type(node.op)](*operands)
     except (TypeError, ArithmeticError, ValueError) as error:
         raise ConfigError(f"cannot compute '{ast.unparse(node):.100}': {error}") from None
     raise ConfigError(f"'{ast.unparse(node):.100}' is not a literal or arithmetic on literals")
 
 
-def within_size(node, value, bits=0):
-    """`value`, of a syntax tree. Raises ConfigError where it, or a number of so many bits, is too large."""
-    if bits > MAX_BITS or isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise ConfigError(f"the number is too large in '{ast.unparse(node):.100}'")
-    if isinstance(value, complex):
-        raise TypeError("the result is no real number")
-    return value
+def bits(number):
+    """The bits of a whole number; a float has 1, since it does not grow."""
+    return number.bit_length() if isinstance(number, int) else 1
 
 
 def size(value, most):
-    """Characters and numbers in a value, counted until there are more than `most`."""
+    """Characters and numbers in a value, counted until there are more than `most`. A number that is too large
+    counts as more."""
     count, todo = 0, [value]
     while todo and count <= most:
         value = todo.pop()
-        count += len(value) if isinstance(value, (str, bytes)) else 1
+        count += len(value) if isinstance(value, (str, bytes)) else most + 1 if bits(value) > MAX_BITS else 1
         todo += value if isinstance(value, list) else ()
         todo += (*value, *value.values()) if isinstance(value, dict) else ()
     return count
@@ -435,14 +432,9 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, method, *arguments):
         try:
-            return method(*arguments)
+            self.stream.write(text)
+            self.stream.flush()
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
                 raise ConfigError(f"{self.stream.name}: cannot be written: {error.strerror}") from None
@@ -451,14 +443,9 @@ class Stream:
 
 @contextlib.contextmanager
 def lasting_streams():
-    """In it, stdout and stderr are Streams. They are flushed at the end."""
-    out, err = Stream(sys.stdout), Stream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            yield
-        finally:
-            out.flush()
-            err.flush()
+    """In it, stdout and stderr are Streams."""
+    with contextlib.redirect_stdout(Stream(sys.stdout)), contextlib.redirect_stderr(Stream(sys.stderr)):
+        yield
 
 
 def code_version():

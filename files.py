@@ -51,11 +51,6 @@ def check_state(path, state):
             raise ConfigError(f"{path}: history: {entry!r:.100} is not [run, tokens]")
 
 
-def one_line(error):
-    """The first line of an error of a library."""
-    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Directories
 

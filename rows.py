@@ -1,10 +1,11 @@
 """A row is one finished run, a line of a JSONL file: its columns, which run it is, reading and appending."""
 import csv
+import errno
 import json
 import math
 import os
 
-from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, write_all, writing
+from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, writing
 
 MOST_LINES = 200_000  # of a file of rows
 
@@ -256,7 +257,8 @@ def append_row(path, row):
             if line.strip() in lines:
                 return
             try:
-                write_all(f, line)
+                if f.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(f.fileno())
             except OSError:
                 f.truncate(end)
@@ -267,7 +269,5 @@ def read_row(path):
     """The row in a run's row.json. Raises ConfigError."""
     try:
         return clean(row := read_json(path)) and row
-    except RowError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None

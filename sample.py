@@ -55,6 +55,8 @@ def main(c):
     saved = checkpoint.checkpoints(c.checkpoint)
     directory = saved[-1][1] if saved else c.checkpoint
     model = checkpoint.load_model(directory).eval()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ConfigError(f"{directory}: its weights are not finite")
     tokenizer = load_tokenizer(c.tokenizer or find_tokenizer(directory))
     ids = [int(i) for i in tokenizer.encode([c.prompt])[0]]
     if not ids or max(ids) >= model.config.vocab_size:

@@ -104,6 +104,9 @@ def starting_state(c, m, meta, source, before, resumed_from):
         raise ConfigError(f"{source}: has no optimizer.pt to branch from; --init_from alone needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
+    for key in ("family", "N") + ("D1",) * (lineage.get("family") == "upcycled"):
+        if key not in lineage:
+            raise ConfigError(f"{source}: trainer_state.json: lineage: {key} is missing")
     if source and c.rows and (not before and c.D1 is None or lineage.get("D1", 0) is None):
         raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row "
                           "would be wrong: give --D1, to upcycle.py for its mixture, or --rows=none")
@@ -229,6 +232,10 @@ def caught_signals():
               if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield signals
+    except Exception:  # libraries in C can make another error of the one that the handler raises
+        if signals.at_once and signals.caught:
+            raise Stopped(signals.caught[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

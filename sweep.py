@@ -23,6 +23,8 @@ from multiprocessing.connection import wait
 from configurator import (REQUIRED, ConfigError, convert, from_dict, lasting_streams, lock, progress,
                           read_config, run, setting, writing)
 
+import torch
+
 import checkpoint
 import pilot
 from data.stream import load_tokens
@@ -51,8 +53,8 @@ class Study:
     num_experts_per_tok: int = setting(2, "experts a token uses")
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
-    workers: int = setting(os.cpu_count() or 1, "runs trained side by side, one thread each; on GPUs "
-                           "worker i trains on GPU i modulo their number", least=1)
+    workers: int | None = setting(None, "runs trained side by side, one thread each; on GPUs worker i trains "
+                                  "on GPU i modulo their number; none: one a GPU, or else one a core", least=1)
     families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
     withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
                                    "{column: value, or list of values} each")
@@ -319,7 +321,6 @@ def describe(jobs):
 @lasting_streams()
 def worker(connection, number):
     """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
-    import torch
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save when the parent is killed
     torch.set_num_threads(1)
@@ -410,7 +411,8 @@ def sweep(study, jobs):
         total, done = sum(j.tokens for j in jobs), sum(map(tokens_done, jobs))
         with caught_signals() as signals, progress(total, "study", "tok", initial=done) as bar:
             signals.at_once = False  # the workers save first
-            failed = run_jobs(todo, min(study.workers, len(todo)), signals.caught, bar)
+            workers = study.workers or torch.cuda.device_count() or os.cpu_count() or 1
+            failed = run_jobs(todo, min(workers, len(todo)), signals.caught, bar)
         if signals.caught:
             raise Stopped(signals.caught[0])
         return failed

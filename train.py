@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import (ConfigError, code_version, progress, run, setting, write_config,
-                          write_all, write_text_atomically, writing)
+                          write_text_atomically, writing)
 
 import numpy as np
 import torch
@@ -242,8 +242,8 @@ def train_step(run, ids, targets, lr, stop, save_now):
     """One optimizer step on this rank's sequences, ids and targets (B, T) each. It waits for the device once.
 
     Returns {"loss", "balance_loss", "z_loss", "grad_norm": floats, "counts": (L, E) assignments or None,
-    "stop", "save": whether a rank asks for it}, the same on all ranks. Raises ConfigError, before the update,
-    where the loss or the gradient is not finite.
+    "stop", "save": whether a rank asks for it, "skipped": whether there was no update}, the same on all ranks.
+    There is none where the loss or the gradient is not finite. Raises ConfigError as `skip` does.
     """
     c, micro, router = run.c, run.micro, None
     sums, counts = torch.zeros(5, device=run.device), 0  # loss, balance, z, stop, save
@@ -441,7 +441,7 @@ def loop(run, signals, report):
             if rank == 0:
                 text = json.dumps(line).encode() + b"\n"
                 with writing(log_path, len(text)):
-                    write_all(log, text)
+                    log.write(text)
                 send(line)
                 if save_now:
                     save(run, state["step"] in kept)

@@ -33,8 +33,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-from configurator import (REQUIRED, ConfigError, check_file, lock, parse_json, progress, read_json,  # noqa: E402
-                          run, setting, write_text_atomically, writing)
+from configurator import (REQUIRED, ConfigError, check_file, lock, one_line, parse_json, progress,  # noqa: E402
+                          read_json, run, setting, write_text_atomically, writing)
 from data.stream import DATA, load_tokens  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
@@ -66,10 +66,6 @@ def need(module):
         return importlib.import_module(module)
     except ImportError:
         raise ConfigError(f"this needs the package {module}; run: pip install {module}") from None
-
-
-def one_line(error):
-    return " ".join(str(error).split())
 
 
 # ---------------------------------------------------------------------------------------------------------

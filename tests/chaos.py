@@ -1,7 +1,8 @@
 """Faults on purpose: kills, failing disks, lost ranks, signals, second writers, files of strangers.
 
-    python tests/chaos.py MODE [TRIALS] [SEED]        MODE: short (all in 40 s), or one of MODES
+    python tests/chaos.py MODE [TRIALS] [SEED]
 
+MODE: kill, io, signals, ranks, sweep, upcycle, rows, files; or short, which is a little of all but sweep.
 A trial breaks something, goes on as a user would, and compares with what an undisturbed run gives. Each mode
 prints its trials and how many lost something, printed a traceback, hung, or left a temporary file. Processes
 are forks of this one, which has torch loaded. A library in C, loaded before all others, counts the system
@@ -24,71 +25,6 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <sys/types.h>
-#include <unistd.h>
-static char root[4096];
-static long at, seen;
-static int fault;
-void fault_arm(const char *directory, long number, int error) {
-    strncpy(root, directory, 4095);
-    at = number; fault = error; seen = 0; }
-long fault_seen(void) { return seen; }
-/* 0: go on. 1: fail. A disk that is full stays full; other errors come once. `grows`: takes room on the disk. */
-static int hit(const char *path, int grows) {
-    if (!root[0] || strncmp(path, root, strlen(root))) return 0;
-    seen++;
-    if (!at || seen < at || (seen > at && fault != ENOSPC) || (fault == ENOSPC && !grows)) return 0;
-    errno = fault;
-    return 1; }
-static int hit_fd(int fd, const char *name, int grows) {
-    char link[64], path[4096];
-    if (name && name[0] == '/') return hit(name, grows);
-    snprintf(link, 64, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, 4095);
-    if (n < 0) return 0;
-    path[n] = 0;
-    return hit(path, grows); }
-static void die(void) { kill(getpid(), SIGKILL); pause(); }
-#define CALL(type, name, grows, found, parameters, arguments) \
-type name parameters { \
-    static type (*real) parameters; \
-    if (!real) real = dlsym(RTLD_NEXT, #name); \
-    if (found) { if (!fault) die(); return -1; } \
-    return real arguments; }
-/* half of the bytes are written first, as by a disk that fills up and by a kill in between */
-ssize_t write(int fd, const void *bytes, size_t n) {
-    static ssize_t (*real)(int, const void *, size_t);
-    if (!real) real = dlsym(RTLD_NEXT, "write");
-    if (fd < 3 || !hit_fd(fd, 0, 1)) return real(fd, bytes, n);
-    if (fault && (fault != ENOSPC || seen > at || n < 2)) return -1;
-    ssize_t done = real(fd, bytes, n / 2);
-    if (!fault) die();
-    return done; }
-CALL(int, fsync, 1, hit_fd(fd, 0, 0), (int fd), (fd))
-CALL(int, mkdir, 1, hit(path, 1), (const char *path, mode_t mode), (path, mode))
-CALL(int, rename, 1, hit(old, 1), (const char *old, const char *new), (old, new))
-CALL(int, rmdir, 0, hit(path, 0), (const char *path), (path))
-CALL(int, unlink, 0, hit(path, 0), (const char *path), (path))
-CALL(int, unlinkat, 0, hit_fd(fd, path, 0), (int fd, const char *path, int flags), (fd, path, flags))
-CALL(int, ftruncate64, 0, hit_fd(fd, 0, 0), (int fd, off_t n), (fd, n))
-CALL(ssize_t, sendfile64, 1, hit_fd(to, 0, 1), (int to, int from, off_t *at, size_t n), (to, from, at, n))
-int open64(const char *path, int flags, ...) {
-    static int (*real)(const char *, int, ...);
-    if (!real) real = dlsym(RTLD_NEXT, "open64");
-    va_list list; va_start(list, flags); mode_t mode = va_arg(list, int); va_end(list);
-    if ((flags & (O_WRONLY | O_RDWR)) && hit(path, 1)) { if (!fault) die(); return -1; }
-    return real(path, flags, mode); }
-"""
 STEP, STEPS = 128, 20
 
 
@@ -96,8 +32,7 @@ def loaded_shim():
     """The fault library, loaded into this process before all others: the script starts itself anew for it."""
     if "CHAOS_SHIM" not in os.environ:
         folder = tempfile.mkdtemp(prefix="chaos-")
-        source, path = os.path.join(folder, "shim.c"), os.path.join(folder, "shim.so")
-        Path(source).write_text(SHIM)
+        source, path = Path(__file__).with_suffix(".c"), os.path.join(folder, "shim.so")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", source, "-o", path, "-ldl"], check=True)
         os.environ |= {"CHAOS_SHIM": folder, "LD_PRELOAD": path, "OMP_NUM_THREADS": "1"}
         os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -181,9 +116,10 @@ class World:
         parts = "\n\n".join(path.read_text() for path in sorted(ROOT.glob("*.py"))).split("\n\n")
         for i, part in enumerate(parts):
             (text / f"{i}.txt").write_text(part)
-        self.check(Process(script(prepare.main, prepare.Options, str(text), f"--out_dir={self.folder / 'data'}",
+        self.data = str(self.folder / "data")
+        self.check(Process(script(prepare.main, prepare.Options, str(text), f"--out_dir={self.data}",
                                   "--val_fraction=0.1")))
-        base = train.Train(dataset=str(self.folder / "data"), hidden_size=16, intermediate_size=32,
+        base = train.Train(dataset=self.data, hidden_size=16, intermediate_size=32,
                            num_hidden_layers=2, num_attention_heads=2, max_seq_len=16, tokens_per_step=STEP,
                            max_tokens=STEPS * STEP, warmup_steps=3, decay_steps=6, decay_start=14,
                            eval_tokens=1024, save_every_seconds=0, eval_every_steps=7, trunk="t",
@@ -210,6 +146,8 @@ class World:
         status, text = process.end(Count())
         assert status == 0, text
 
+    process = staticmethod(Process)
+
     def fresh(self, kind):
         self.made += 1
         folder = self.folder / f"trial{self.made}"
@@ -230,7 +168,7 @@ class World:
                  for p in Path(c.out_dir).glob("check*/*.*")}
         rows = [json.loads(line) for line in open(c.rows)]
         steps = [json.loads(line)["step"] for line in open(os.path.join(c.out_dir, "log.jsonl"))]
-        return files, [{k: v for k, v in row.items() if k != "config"} for row in rows], steps
+        return files, [{k: v for k, v in row.items() if k not in ("config", "git")} for row in rows], steps
 
     def recovered(self, kind, c, count, what):
         """Go on with a disturbed run and compare it with the undisturbed one. Then its directory goes."""
@@ -255,7 +193,7 @@ def one_temporary(c, count, what):
 
 
 def kill(world, trials, rng, count):
-    """SIGKILL at each change of the directory in turn, and at random moments; often twice before the end."""
+    """SIGKILL at a change of the directory or at any other moment, sometimes twice before the end."""
     for i in range(trials):
         kind = list(world.kinds)[i % 4]
         c, what = world.fresh(kind), ""
@@ -265,8 +203,7 @@ def kill(world, trials, rng, count):
             os.kill(process.pid, signal.SIGTERM)
             process.end(count)
         for again in range(1 + (i % 5 == 4)):
-            at = rng.randint(1, 40) if again else (i // 4) % world.events[kind] + 1
-            at = 0 if rng.random() < 0.3 else at  # 0: at a random moment
+            at = rng.randint(1, 40 if again else world.events[kind]) * (rng.random() < 0.7)  # 0: any time
             process = world.training(dataclasses.replace(c, resume=True), at=at)
             if not at:
                 time.sleep(rng.uniform(0, 0.4))
@@ -281,7 +218,7 @@ def io(world, trials, rng, count):
     """ENOSPC from one change of the directory on, or EIO at one: a line that says so, and nothing is lost."""
     for i in range(trials):
         kind, error = list(world.kinds)[i % 4], (errno.ENOSPC, errno.EIO)[i // 4 % 2]
-        c, at = world.fresh(kind), (i // 8) % world.events[kind] + 1
+        c, at = world.fresh(kind), rng.randint(1, world.events[kind])
         status, text = world.training(c, at, error).end(count)
         lines = [line for line in text.splitlines() if line.startswith("script.py: ")]
         if status not in (0, 2) or status == 2 and (len(lines) != 1 or error == errno.ENOSPC
@@ -316,8 +253,8 @@ def ranks(world, trials, rng, count):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         c, how = world.fresh(("dense", "moe")[i % 2]), ("rank 0", "rank 1", "both", "SIGTERM")[i // 2 % 4]
-        c = dataclasses.replace(c, max_tokens=400 * STEP, save_at_tokens=[k * 10 * STEP for k in range(1, 40)],
-                                rows=None)
+        c = dataclasses.replace(c, max_tokens=400 * STEP, rows=None,
+                                save_at_tokens=[k * 10 * STEP for k in range(1, 40)])
         pair = [world.training(c, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                                MASTER_PORT=port) for r in range(2)]
         while not os.path.exists(f"{c.out_dir}/checkpoint-10") and time.monotonic() < pair[0].began + 60:
@@ -430,7 +367,8 @@ def studies(world, trials, rng, count):
 
     def result(out):
         found = [json.loads(line) for line in open(out / "rows.jsonl")]
-        return sorted(json.dumps({k: v for k, v in row.items() if k != "config"}) for row in found)
+        return sorted(json.dumps({k: v for k, v in row.items() if k not in ("config", "git")})
+                      for row in found)
     assert run(world.folder / "study")[0] == 0
     for i in range(trials):
         out = world.folder / f"study{i}"
@@ -445,143 +383,17 @@ def studies(world, trials, rng, count):
         shutil.rmtree(out)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files of strangers
-
-ODD = [None, True, -1, 0, 1e308, float("nan"), 10**9, 10**18, 10**30, "", "x", "é" * 99, [], [1], {},
-       {"a": 1}, [[]], [[[]]]]
-INSERTED = [b"[" * 1000, b"9" * 500, b"\0", b"\xff\xfe", b"-", b'"', b"{", b"\n", b"e99"]
-
-
-def mutated(data, rng):
-    """Other bytes than `data`: cut, changed or doubled, or with another value somewhere in its JSON."""
-    try:
-        value = json.loads(data)
-    except ValueError:
-        value = None
-    if isinstance(value, dict) and rng.random() < 0.7:
-        place = value
-        while True:
-            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-            inner = place[key]
-            if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.3:
-                break
-            place = inner
-        if rng.random() < 0.2:
-            del place[key]
-        else:
-            place[key] = rng.choice(ODD)
-        return json.dumps(value).encode()
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 3, 20])):
-        i = rng.randrange(len(data) + 1)
-        if rng.random() < 0.3:
-            i = min(i, 400)  # headers
-        how = rng.randrange(6)
-        if how == 0:
-            del data[i:]
-        elif how == 1:
-            del data[i:i + rng.randint(1, 50)]
-        elif how == 2:
-            data[i:i] = rng.choice(INSERTED)
-        elif how == 3:
-            data[i:i] = data[max(0, i - 100):i] * rng.choice([1, 2, 50])
-        elif i < len(data):
-            data[i] = rng.randrange(256)
-    return bytes(data)
-
-
-def targets(world):
-    """[(a good file, a function that reads it)]."""
-    from data.stream import check_ids, load_tokens
-    from mixture import read_laws
-    from rows import read_row, read_rows
-    import torch
-    made, data = world.folder / "strangers", world.folder / "data"
-    shutil.copytree(world.dense, made / "dense")
-    shutil.copytree(world.folder / "start", made / "moe")
-    shutil.copytree(data, made / "data")
-    for name in ("rows_without_settings.jsonl", "olmo_ladder_c4.csv"):
-        lines = (ROOT / "tests" / "data" / name).read_text().splitlines(keepends=True)
-        (made / name).write_text("".join(lines[:20]))
-    shutil.copy(ROOT / "laws" / "liew2025.json", made / "laws.json")
-    shutil.copy(ROOT / "config" / "study_methods.py", made / "config.py")
-    shutil.copy(world.folder / "row.json", made / "row.json")
-    good = checkpoint.load_model(world.dense)
-
-    def tokens(path):
-        parts = [load_tokens(made / "data", part) for part in ("train", "val")]
-        check_ids("data", parts[0][1], *(part[0] for part in parts))
-
-    def study(path):
-        configurator.parse(sweep.Study, [str(path)])
-
-    def tokenizer(path):
-        prepare.load_tokenizer(str(path)).encode(["some text"])
-    found = [(made / "config.py", study), (made / "laws.json", lambda path: read_laws(str(path))),
-             (made / "row.json", lambda path: read_row(str(path))),
-             (made / "rows_without_settings.jsonl", lambda path: read_rows([str(path)], skip_bad=True)),
-             (made / "olmo_ladder_c4.csv", lambda path: read_rows([str(path)], skip_bad=True))]
-    found += [(made / "data" / name, tokens) for name in ("meta.json", "train.npy", "val.npy")]
-    for kind in ("dense", "moe"):
-        found += [(made / kind / name, lambda path: checkpoint.load_model(path.parent))
-                  for name in ("config.json", "model.safetensors")]
-        found.append((made / kind / "trainer_state.json", lambda path: checkpoint.read_state(path.parent)))
-    optimizer = torch.optim.AdamW(good.parameters())
-    found.append((made / "dense" / "optimizer.pt",
-                  lambda path: checkpoint.load_moments(path.parent, good, optimizer)))
-    try:
-        prepare.train_bpe(["some text of a few words"] * 3, 270).save(str(made / "tokenizer.json"))
-        found.append((made / "tokenizer.json", tokenizer))
-    except configurator.ConfigError:
-        pass  # the package tokenizers is not there
-    return found
-
-
-def files(world, trials, rng, count):
-    """Mutated files: each reader takes one or refuses it in one line, in 5 s, whatever it is."""
-    row = world.fresh("dense")
-    world.training(row).end(count)
-    shutil.copy(f"{row.out_dir}/row.json", world.folder / "row.json")
-    listed = targets(world)
-    for begin in range(0, trials, 200):
-        def action(begin=begin):
-            for i in range(begin, min(trials, begin + 200)):
-                path, read = listed[i % len(listed)]
-                good = path.read_bytes()
-                path.write_bytes(bad := mutated(good, random.Random(f"{rng.random()}/{i}")))
-                signal.alarm(5)
-                try:
-                    read(path)
-                except configurator.ConfigError as error:
-                    named = path.name in str(error) or path.parent.name in str(error)
-                    if "\n" in str(error) or not named:
-                        print(f"{path.name}: a bad message: {error}", file=sys.stderr)
-                except BaseException:
-                    print(f"{path.name}: {bad[:300]}", file=sys.stderr)
-                    traceback.print_exc()
-                signal.alarm(0)
-                path.write_bytes(good)
-        status, text = Process(action).end(count, timeout=600)
-        if status == -signal.SIGALRM:
-            count.say("hangs", text)
-        elif status or "a bad message" in text:
-            count.say("lost", f"status {status}: {text}")
-        count.trials = min(trials, begin + 200)
-
-
-MODES = {"kill": kill, "io": io, "signals": signals, "ranks": ranks, "sweep": studies, "upcycle": upcycling,
-         "rows": rows, "files": files}
 SHORT = {"kill": 12, "io": 8, "signals": 4, "ranks": 2, "upcycle": 6, "rows": 3, "files": 400}
 
 
 def main(mode="short", trials=100, seed=0):
-    failed = 0
+    modes, failed = {"kill": kill, "io": io, "signals": signals, "ranks": ranks, "sweep": studies,
+                     "upcycle": upcycling, "rows": rows, "files": files}, 0
     with tempfile.TemporaryDirectory() as folder:
         world = World(folder)
         for name, number in SHORT.items() if mode == "short" else [(mode, int(trials))]:
             count, began = Count(), time.monotonic()
-            MODES[name](world, number, random.Random(int(seed)), count)
+            modes[name](world, number, random.Random(int(seed)), count)
             print(f"{name}: {count.trials} trials, {count.lost} lost, {count.tracebacks} tracebacks, "
                   f"{count.hangs} hangs, {count.leftovers} leftovers, {time.monotonic() - began:.0f} s",
                   flush=True)
@@ -594,8 +406,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     import configurator
     import checkpoint
-    import sweep
     import train
     import upcycle
     from data import prepare
+    from mutate import files
+    train.code_version = lambda: None  # git would lock the repository
     main(*sys.argv[1:])

@@ -237,6 +237,27 @@ def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
     assert {run_key(row) for row in rows} == set(expected)
 
 
+def test_two_runs_of_a_study_on_one_machine_give_identical_rows(mini):
+    """Losses to the last bit, whatever the number of workers and the order in which they end."""
+    found = []
+    for name, workers in (("a", 1), ("b", 2)):
+        mini.write_text(one_size(mini))
+        out = mini.parent / name
+        result = subprocess.run(command(mini, f"--out_dir={out}", f"--workers={workers}"), cwd=ROOT,
+                                capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        rows = map(json.loads, (out / "rows.jsonl").read_text().splitlines())
+        found.append(sorted(json.dumps(row | {"config": None}) for row in rows))
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
+@pytest.mark.parametrize("key", ["source", "destination", "merge_with"])
+def test_methods_do_not_name_what_the_study_sets(mini, key):
+    mini.write_text(one_size(mini) + f"methods = [{{'method': 'copy', {key!r}: 'x'}}]\n")
+    with pytest.raises(ConfigError, match=f"{key} is set by the study"):
+        study_jobs(study(mini))
+
+
 def test_the_settings_of_a_study_reach_all_its_runs(mini):
     with_setting = '"warmup_steps": 3, "router_aux_loss_coef": 0.1'
     rows = run_sweep(mini, one_size(mini).replace('"warmup_steps": 3', with_setting))

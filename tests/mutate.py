@@ -1,0 +1,145 @@
+"""Mutated files of all kinds, and the functions that read them. It is the mode `files` of chaos.py."""
+import json
+import random
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import configurator
+import start
+import sweep
+import train
+from data import prepare
+from data.stream import check_ids, load_tokens
+from mixture import read_laws
+from rows import read_row, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ODD = [None, True, -1, 0, 1e308, float("nan"), 10**9, 10**18, 10**30, "", "x", "é" * 99, [], [1], {},
+       {"a": 1}, [[]], [[[]]]]
+INSERTED = [b"[" * 1000, b"9" * 500, b"\0", b"\xff\xfe", b"-", b'"', b"{", b"\n", b"e99"]
+
+
+def mutated(data, rng):
+    """Other bytes than `data`: cut, changed or doubled, or with another value somewhere in its JSON."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and rng.random() < 0.7:
+        place = value
+        while True:
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            inner = place[key]
+            if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.3:
+                break
+            place = inner
+        if rng.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = rng.choice(ODD)
+        return json.dumps(value).encode()
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        i = rng.randrange(len(data) + 1)
+        if rng.random() < 0.3:
+            i = min(i, 400)  # headers
+        how = rng.randrange(6)
+        if how == 0:
+            del data[i:]
+        elif how == 1:
+            del data[i:i + rng.randint(1, 50)]
+        elif how == 2:
+            data[i:i] = rng.choice(INSERTED)
+        elif how == 3:
+            data[i:i] = data[max(0, i - 100):i] * rng.choice([1, 2, 50])
+        elif i < len(data):
+            data[i] = rng.randrange(256)
+    return bytes(data)
+
+
+def targets(world):
+    """[(a good file, a function that reads it)]."""
+    made, data = world.folder / "strangers", Path(world.data)
+    shutil.copytree(world.dense, made / "dense")
+    shutil.copytree(world.folder / "start", made / "moe")
+    shutil.copytree(data, made / "data")
+    for name in ("rows_without_settings.jsonl", "olmo_ladder_c4.csv"):
+        lines = (ROOT / "tests" / "data" / name).read_text().splitlines(keepends=True)
+        (made / name).write_text("".join(lines[:20]))
+    shutil.copy(ROOT / "laws" / "liew2025.json", made / "laws.json")
+    shutil.copy(ROOT / "config" / "study_methods.py", made / "config.py")
+    shutil.copy(world.folder / "row.json", made / "row.json")
+    good = checkpoint.load_model(world.dense)
+
+    def tokens(path):
+        parts = [load_tokens(made / "data", part) for part in ("train", "val")]
+        check_ids("data", parts[0][1], *(part[0] for part in parts))
+
+    def begun(path):
+        given = {"init_from": str(path.parent), "branch": path.parent.name == "dense", "dataset": world.data,
+                 "rows": str(made / "rows.jsonl"), "max_seq_len": 16, "tokens_per_step": 128}
+        c = configurator.from_dict(train.Train, given)
+        start.resolve(c, load_tokens(world.data, "train")[1], 1)
+
+    def study(path):
+        configurator.parse(sweep.Study, [str(path)])
+
+    def tokenizer(path):
+        prepare.load_tokenizer(str(path)).encode(["some text"])
+    found = [(made / "config.py", study), (made / "laws.json", lambda path: read_laws(str(path))),
+             (made / "row.json", lambda path: read_row(str(path))),
+             (made / "rows_without_settings.jsonl", lambda path: read_rows([str(path)], skip_bad=True)),
+             (made / "olmo_ladder_c4.csv", lambda path: read_rows([str(path)], skip_bad=True))]
+    found += [(made / "data" / name, tokens) for name in ("meta.json", "train.npy", "val.npy")]
+    for kind in ("dense", "moe"):
+        found += [(made / kind / name, lambda path: checkpoint.load_model(path.parent))
+                  for name in ("config.json", "model.safetensors")]
+        found.append((made / kind / "trainer_state.json", begun))
+    optimizer = torch.optim.AdamW(good.parameters())
+    found.append((made / "dense" / "optimizer.pt",
+                  lambda path: checkpoint.load_moments(path.parent, good, optimizer)))
+    try:
+        prepare.train_bpe(["some text of a few words"] * 3, 270).save(str(made / "tokenizer.json"))
+        found.append((made / "tokenizer.json", tokenizer))
+    except configurator.ConfigError:
+        pass  # the package tokenizers is not there
+    return found
+
+
+def files(world, trials, rng, count):
+    """Mutated files: each reader takes one or refuses it in one line, in 5 s, whatever it is."""
+    row = world.fresh("dense")
+    world.training(row).end(count)
+    shutil.copy(f"{row.out_dir}/row.json", world.folder / "row.json")
+    listed = targets(world)
+    for begin in range(0, trials, 200):
+        def action(begin=begin):
+            for i in range(begin, min(trials, begin + 200)):
+                path, read = listed[i % len(listed)]
+                good = path.read_bytes()
+                path.write_bytes(bad := mutated(good, random.Random(f"{rng.random()}/{i}")))
+                signal.alarm(5)
+                try:
+                    read(path)
+                except configurator.ConfigError as error:
+                    named = path.name in str(error) or path.parent.name in str(error)
+                    if "\n" in str(error) or not named:
+                        print(f"{path.name}: a bad message: {error}", file=sys.stderr)
+                except BaseException:
+                    print(f"{path.name}: {bad[:300]}", file=sys.stderr)
+                    traceback.print_exc()
+                signal.alarm(0)
+                path.write_bytes(good)
+        status, text = world.process(action).end(count, timeout=600)
+        if status == -signal.SIGALRM:
+            count.say("hangs", text)
+        elif status or "a bad message" in text:
+            count.say("lost", f"status {status}: {text}")
+        count.trials = min(trials, begin + 200)
