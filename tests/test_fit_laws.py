@@ -202,7 +202,8 @@ def test_command_fits_a_pilot_with_a_prior_and_with_the_dense_model_beside_it(tm
     assert len(entry["draws"]["H"]) == 50 and set(entry["beside"]) == {"dense.local"}
     low, high = entry["ci95"]["H"]
     assert low < 80 * 4e6 ** 0.67 < high and abs(entry["params"]["alpha"] - 0.22) < 0.06
-    assert "head start of one checkpoint | every method | 4M" in (tmp_path / "a" / "report.md").read_text()
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "By the free head start law, N = 100k, every method: a dense checkpoint of 4M tokens is" in text
     for bad in (str(tmp_path / "none.json"), os.path.join(ROOT, "laws", "liew2025.json")):
         with pytest.raises(ConfigError, match="json"):
             F.alpha_prior(bad)
