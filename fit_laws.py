@@ -111,8 +111,9 @@ def plan_fits(rows, wanted=()):
     base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
     for law in wanted or [law for law in LAWS if law != "dense.local"]:
         system = system_of(law, base, rows)
-        chosen = rows_at_one_data([row for row in rows if row["family"] in system]) \
-            if law in AT_ONE_DATA else rows
+        chosen = rows
+        if law in AT_ONE_DATA:
+            chosen = rows_at_one_data([row for row in rows if row["family"] in system])
         needed = {family: name for family, name in system.items()
                   if name == law or law in MATCHING and family == "dense"}
         lack = missing(chosen, needed)

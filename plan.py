@@ -464,11 +464,13 @@ def main(options):
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
         budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
-        answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets] \
-            if options.fresh else None  # the page finds the answers to the other questions itself
+        answers = None  # the page finds them itself
+        if options.fresh:
+            answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets]
         write_page({"book": book, "question": question, "constants": constants, "answers": answers},
                    options.html)
-        print(f"written: {options.html}" * (not options.json), end="\n" * (not options.json))
+        if not options.json:
+            print(f"written: {options.html}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ EXTRA = {"trunk": st.integers(0, 3), "N_active": NUMBERS, "N_total": NUMBERS, "n
 @given(st.lists(st.fixed_dictionaries(NEEDED, optional=EXTRA), min_size=1, max_size=24))
 def test_whatever_rows_can_be_read_can_be_planned(rows):
     fits, lacks = F.plan_fits([clean(row) for row in rows])
-    assert set(fits) | set(lacks) == set(laws.LAWS)
+    assert set(fits) | set(lacks) == set(laws.LAWS) - {"dense.local"}  # which is part of a pilot's law
 
 
 @settings(max_examples=10, deadline=None)
