@@ -204,6 +204,8 @@ def test_command_fits_a_pilot_with_a_prior_and_with_the_dense_model_beside_it(tm
     assert low < 80 * 4e6 ** 0.67 < high and abs(entry["params"]["alpha"] - 0.22) < 0.06
     text = (tmp_path / "a" / "report.md").read_text()
     assert "By the free head start law, N = 100k, every method: a dense checkpoint of 4M tokens is" in text
+    with pytest.raises(ConfigError, match="pilot's law, .* is for one level of N, has 3"):
+        F.main(F.Options(rows=[other], out=str(tmp_path / "b"), prior=prior))
     for bad in (str(tmp_path / "none.json"), os.path.join(ROOT, "laws", "liew2025.json")):
         with pytest.raises(ConfigError, match="json"):
             F.alpha_prior(bad)
