@@ -111,8 +111,9 @@ def plan_fits(rows, wanted=()):
     base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
     for law in wanted or [law for law in LAWS if law != "dense.local"]:
         system = system_of(law, base, rows)
-        chosen = rows_at_one_data([row for row in rows if row["family"] in system]) \
-            if law in AT_ONE_DATA else rows
+        chosen = rows
+        if law in AT_ONE_DATA:
+            chosen = rows_at_one_data([row for row in rows if row["family"] in system])
         needed = {family: name for family, name in system.items()
                   if name == law or law in MATCHING and family == "dense"}
         lack = missing(chosen, needed)
@@ -144,10 +145,12 @@ def alpha_prior(path):
         entry, sizes = content["laws"][law], content.get("at_each_N", {}).values()
         alpha, draws = float(entry["params"]["alpha"]), np.array(entry["draws"]["alpha"], float)
         alphas = [float(fits[law]["params"]["alpha"]) for fits in sizes if law in fits]
+        sd = math.hypot(draws.std(), np.std(alphas, ddof=1) if len(alphas) > 1 else 0.1 * alpha)
+        if not 0 < sd < 10:
+            raise ValueError("no spread of an exponent")
     except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
         raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha") from None
-    spread = float(np.std(alphas, ddof=1)) if len(alphas) > 1 else 0.1 * alpha
-    return alpha, math.hypot(draws.std(), spread)
+    return alpha, sd
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -331,6 +334,9 @@ def planned(rows, options):
     fits, lacks = plan_fits(rows, options.laws)
     if options.laws and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
+    if options.prior and ("upcycled.head_start" not in fits or options.delta != "auto"):
+        raise ConfigError("--prior is for a pilot's law, upcycled.head_start, with --delta=auto: "
+                          f"{lacks.get('upcycled.head_start', 'leave out --delta or --laws')}")
     for lack in dict.fromkeys(lacks.values()):
         print(f"skipped {', '.join(law for law in lacks if lacks[law] == lack)}: {lack}")
     if not fits:

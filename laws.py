@@ -62,7 +62,7 @@ RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not i
 NAMES = {  # where the name of a law is not that of its key
     "moe": "MoE from scratch", "upcycled": "interaction",
     "upcycled.effective_data_shared": "effective data (shared)",
-    "upcycled.saturating": "saturating head start", "upcycled.head_start": "head start of one checkpoint",
+    "upcycled.saturating": "saturating head start", "upcycled.head_start": "free head start",
     "upcycled.loss_matching_0": "loss matching (delta = 0)"}
 
 

@@ -233,9 +233,10 @@ def pilot(book, question):
     return {"runs": runs, "flops": flops, "share": flops / question["flops"]}
 
 
-def needs_pilot(result):
-    """Whether runs would tell more: not where the verdict is clear, nor where the lead hardly matters."""
-    return result["verdict"] == "void" or result["verdict"] == "mixed" and result["gap"] > GAP
+def with_pilot(book, question, result):
+    """An answer with its pilot: None where the verdict is clear or where the lead hardly matters."""
+    decided = result["verdict"] == "clear" or result["verdict"] == "mixed" and result["gap"] <= GAP
+    return result | {"pilot": None if decided else pilot(book, question)}
 
 
 def answer_now(book, question):
@@ -252,7 +253,7 @@ def answer_now(book, question):
             if params.get("alpha") == law["routes"]["moe"]["params"]["alpha"]:  # one curve for both
                 found["head_start"] = float(head_start(law["name"], params, question["N"], question["D1"]))
                 found["kappa"] = params.get("kappa", 0.0)
-    return result | {"pilot": pilot(book, question) if needs_pilot(result) else None}
+    return with_pilot(book, question, result)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def answer_fresh(book, question):
         found["plan"] = {name: float(value) for name, value in points[route][1].items()}
     at_20_tokens = math.sqrt(question["flops"] / 120)  # N of a dense model with 20 tokens a parameter
     N = question["N"] or max((variables["N"] for _, variables in points.values()), default=at_20_tokens)
-    return result | {"pilot": pilot(book, question | {"N": N}) if needs_pilot(result) else None}
+    return with_pilot(book, question | {"N": N}, result)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def uncertainty(options, content, book):
             said += f" The laws file has no {family} law of the same fit, so an option is left out: {option}."
     if "source" in content:
         said = f"{content['source']} {said}"
-    if options.checkpoint:
+    if options.checkpoint and "upcycled.head_start" not in content["laws"]:
         said += " The checkpoint is taken to be trained like the laws' dense models. A pilot assumes nothing."
     return said
 
@@ -463,11 +464,13 @@ def main(options):
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
         budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
-        answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets] \
-            if options.fresh else None  # the page finds the answers to the other questions itself
+        answers = None  # the page finds them itself
+        if options.fresh:
+            answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets]
         write_page({"book": book, "question": question, "constants": constants, "answers": answers},
                    options.html)
-        print(f"written: {options.html}" * (not options.json), end="\n" * (not options.json))
+        if not options.json:
+            print(f"written: {options.html}")
 
 
 if __name__ == "__main__":

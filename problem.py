@@ -12,6 +12,10 @@ from rows import method_label
 # seven methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
 BY_METHOD = ("c", "H", "kappa")
 SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
+HEAD_PARAMETERS = {  # {parameter of a head start: (the part that it is in, bounds, values to start from)}
+    "gamma": ("head", (0.01, 3.0), (0.3, 0.7, 1.1)), "c": ("head", (-7.0, 7.0), (-2.0, 0.0, 2.0)),
+    "H": ("head", (-7.0, 7.0), (-2.0, 0.0, 2.0)), "kappa": ("shift", (-1.0, 1.0), ()),
+    "H_max": (None, (-7.0, 9.0), ()), "delta": (None, (-1.0, 1.0), ())}
 
 # ---------------------------------------------------------------------------------------------------------
 # What rows hold
@@ -217,42 +221,32 @@ def add_term(draft, law, part, exponents, here, logs):
 def add_head(draft, law, coefficient, here, log_D1):
     """Add ln(D2 + H) to a term; returns ({place: values to start from}, the Head without its arrays of
     features)."""
-    a, alpha = draft.place(law, coefficient), draft.place(law, "alpha")
+    a, alpha, places = draft.place(law, coefficient), draft.place(law, "alpha"), {}
     x2 = np.log([row.get("D2", row.get("D")) for row in draft.rows])
     started = here & np.array(["D1" in row for row in draft.rows])
     m1, m2 = log_D1[started].mean() if started.any() else 0.0, x2[here].mean()
     draft.linear[a, alpha] = m2
-    added, grid = HEAD_START[law], {alpha: SLOPES}
-    draft.bounds[alpha] = (0.005 if "H_max" in added or law in MATCHING else -3.0, 3.0)
-    if "gamma" in added:
-        gamma = draft.place(law, "gamma")
-        draft.set("head", gamma, started, log_D1[started] - m1)
-        draft.bounds[gamma] = (0.01, 3.0)
-    for name in set(added) & {"c", "H"}:
+    draft.bounds[alpha] = (0.005 if "H_max" in HEAD_START[law] or law in MATCHING else -3.0, 3.0)
+    grid = {alpha: SLOPES}
+    gamma = draft.place(law, "gamma") if "gamma" in HEAD_START[law] else None
+    for name in HEAD_START[law]:
+        part, bounds, values = HEAD_PARAMETERS[name]
         for j, of_method in of_methods(draft, law, name, started):
-            draft.set("head", j, of_method, 1.0)
-            draft.linear |= {(j, gamma): -m1} if name == "c" else {}
-            draft.constant[j] = m2
-            draft.bounds[j] = (-7.0, 7.0)
-            grid[j] = (-2.0, 0.0, 2.0)
-    if "gamma" in added:
-        grid[gamma] = (0.3, 0.7, 1.1)
-    if "kappa" in added:
-        for j, of_method in of_methods(draft, law, "kappa", started):
-            draft.set("shift", j, of_method, 1.0)
-            draft.bounds[j] = (-1.0, 1.0)
-    places = {name: draft.place(law, name) for name in ("H_max", "delta") if name in added}
-    if "H_max" in places:
-        draft.constant[places["H_max"]] = m2
-    draft.bounds |= {places[name]: bounds for name, bounds in
-                     (("H_max", (-7.0, 9.0)), ("delta", (-1.0, 1.0))) if name in places}
+            places[name], draft.bounds[j] = j, bounds
+            grid |= {j: values} if values else {}
+            if part:
+                draft.set(part, j, of_method, log_D1[started] - m1 if name == "gamma" else 1.0)
+            if name in ("c", "H", "H_max"):  # tokens
+                draft.constant[j] = m2
+            if name == "c":
+                draft.linear[j, gamma] = -m1
     return grid, Head(coefficient, alpha, x2 - m2, here, started, places.get("H_max"), places.get("delta"))
 
 
 def of_methods(draft, law, name, started):
-    """[(place, (n,) which started rows have it)] of a parameter that each method of upcycling has for
-    itself."""
-    if not draft.methods:
+    """[(place, (n,) which started rows have it)] of a parameter, one for each method of upcycling where they
+    differ in it."""
+    if not draft.methods or name not in BY_METHOD:
         return [(draft.place(law, name), started)]
     labels = np.array([method_label(row) for row in draft.rows])
     return [(draft.place(law, name + f"|{label}" * (k > 0)), started & (labels == label))

@@ -233,11 +233,12 @@ def findings(rows, content):
             said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
     for line in head_starts(laws, ranges):
         n, d1, d2 = (short(ranges["upcycled"][name][1]) for name in ("N", "D1", "D2"))
-        if line["law"] == "handicap" and line["D1"] == d1:
-            said.append(
-                f"By the handicap law, N = {n}, {line['method']}: a dense checkpoint of {d1} tokens is worth "
-                f"{line['H']} tokens of MoE training, once. Upcycling costs {line['kappa']} of the loss for "
-                f"ever. A MoE from scratch overtakes at D2*: {line['D2*']}. The largest measured D2 is {d2}.")
+        if line["law"] in ("handicap", "free head start") and line["D1"] == d1:
+            lasting = (f" Upcycling costs {line['kappa']} of the loss for ever. A MoE from scratch overtakes "
+                       f"at D2*: {line['D2*']}.") if line["law"] == "handicap" else ""
+            said.append(f"By the {line['law']} law, N = {n}, {line['method']}: a dense checkpoint of {d1} "
+                        f"tokens is worth {line['H']} tokens of MoE training, once.{lasting} The largest "
+                        f"measured D2 is {d2}.")
     return said
 
 

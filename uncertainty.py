@@ -6,6 +6,7 @@ seeds were repeated, what all seeds of one design cell have in common and the la
 noise.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +43,7 @@ def prior(kinds):
 
 def trunk_of(rows):
     """(n,) the trunk number of each row. A row that names no trunk is a trunk of its own."""
-    return numbered([(row["family"], str(row["trunk"])) if "trunk" in row else None for row in rows])
-
-
-def numbered(keys):
-    """(n,) a number for each distinct key; each None is a key of its own."""
-    keys = [("alone", i) if key is None else key for i, key in enumerate(keys)]
+    keys = [(row["family"], str(row["trunk"])) if "trunk" in row else i for i, row in enumerate(rows)]
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return np.array([place[key] for key in keys])
 
@@ -102,27 +98,21 @@ def effects_of(rows):
     """The Effects of rows. A component is there where at least two rows share one of its effects. That of
     misfit, "cell", is there where a family repeats a design cell with other seeds."""
     present = list(dict.fromkeys(row["family"] for row in rows))
-    families = np.array([row["family"] for row in rows])
     kinds = [("row", family) for family in present]
-    row_kind = np.array([present.index(family) for family in families])
-    columns, column_kind = [], []
-
-    def add(kind, family, groups, members):
-        counts = [(members & (groups == g)).sum() for g in np.unique(groups[members])]
-        if max(counts, default=0) > 1:
-            for g in np.unique(groups[members]):
-                columns.append(members & (groups == g))
-                column_kind.append(len(kinds))
-            kinds.append((kind, family))
-
-    trunks, cells = trunk_of(rows), numbered([cell_of(row) for row in rows])
-    origins = dense_trunks(rows)
-    add("dense_trunk", "", numbered(origins), np.array([key is not None for key in origins]))
+    row_kind = np.array([present.index(row["family"]) for row in rows])
+    keys = {("dense_trunk", ""): dense_trunks(rows)}  # what rows with the same effect have in common, or None
     for family in present:
-        members = families == family
         if family != "dense":
-            add("trunk", family, trunks, members & np.array(["trunk" in row for row in rows]))
-        add("cell", family, cells, members)
+            keys["trunk", family] = [str(row["trunk"]) if row["family"] == family and "trunk" in row else None
+                                     for row in rows]
+        keys["cell", family] = [cell_of(row) if row["family"] == family else None for row in rows]
+    columns, column_kind = [], []
+    for kind, of_row in keys.items():
+        counts = Counter(key for key in of_row if key is not None)
+        if max(counts.values(), default=0) > 1:
+            columns += [[key == effect for key in of_row] for effect in counts]
+            column_kind += [len(kinds)] * len(counts)
+            kinds.append(kind)
     columns = np.array(columns, float).reshape(-1, len(rows)).T
     return Effects(kinds, row_kind, columns, np.array(column_kind, int))
 
