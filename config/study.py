@@ -13,9 +13,9 @@ sizes = [  # 24k, 56k, 201k and 554k backbone parameters
     {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 1},
     {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1},
     {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 2,
-     "seeds": [0, 1], "scratch_seeds": [2]},
+     "learning_rate": 3e-3, "seeds": [0, 1], "scratch_seeds": [2]},
     {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 5, "num_attention_heads": 3,
-     "seeds": [0], "scratch_seeds": [1]},
+     "learning_rate": 2e-3, "seeds": [0], "scratch_seeds": [1]},
 ]
 seeds = [0, 1, 2]
 _M = 2**20
