@@ -54,7 +54,7 @@ class Study:
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
     workers: int | None = setting(None, "runs trained side by side, one thread each; on GPUs worker i trains "
-                                  "on GPU i modulo their number; none: one a GPU, or else one a core", least=1)
+                                  "on GPU i modulo their number; none: one a GPU, or one a core", least=1)
     families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
     withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
                                    "{column: value, or list of values} each")

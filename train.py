@@ -242,8 +242,8 @@ def train_step(run, ids, targets, lr, stop, save_now):
     """One optimizer step on this rank's sequences, ids and targets (B, T) each. It waits for the device once.
 
     Returns {"loss", "balance_loss", "z_loss", "grad_norm": floats, "counts": (L, E) assignments or None,
-    "stop", "save": whether a rank asks for it, "skipped": whether there was no update}, the same on all ranks.
-    There is none where the loss or the gradient is not finite. Raises ConfigError as `skip` does.
+    "stop", "save": whether a rank asks for it, "skipped": whether there was no update}, the same on all
+    ranks. There is none where the loss or the gradient is not finite. Raises ConfigError as `skip` does.
     """
     c, micro, router = run.c, run.micro, None
     sums, counts = torch.zeros(5, device=run.device), 0  # loss, balance, z, stop, save

@@ -87,7 +87,7 @@ class Process:
                 count.say("hangs", f"{timeout} s")
                 os.kill(self.pid, signal.SIGKILL)
                 timeout = 1e9
-            time.sleep(0.002)
+            time.sleep(0.01)
         self.err.seek(0)
         text = self.err.read().decode(errors="replace")
         if "Traceback" in text:

@@ -1,6 +1,7 @@
 """Mutated files of all kinds, and the functions that read them. It is the mode `files` of chaos.py."""
 import json
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -114,13 +115,15 @@ def targets(world):
 
 
 def files(world, trials, rng, count):
-    """Mutated files: each reader takes one or refuses it in one line, in 5 s, whatever it is."""
+    """Mutated files: each reader takes one or refuses it in one line, in 5 s and 1 GB."""
     row = world.fresh("dense")
     world.training(row).end(count)
     shutil.copy(f"{row.out_dir}/row.json", world.folder / "row.json")
     listed = targets(world)
     for begin in range(0, trials, 200):
         def action(begin=begin):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30,) * 2)
             for i in range(begin, min(trials, begin + 200)):
                 path, read = listed[i % len(listed)]
                 good = path.read_bytes()
