@@ -1,4 +1,5 @@
 # make study: from nothing to a fitted law.  make test: all tests, offline once installed.
+# make pilot: is a dense checkpoint of the quick study, or of a short training, worth upcycling?
 # make figures: every figure of the README, from the rows in results/.
 # A machine without a GPU can install the small build of torch (once, with the first make):
 #     make study TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -7,6 +8,9 @@ PY = .venv/bin/python
 DATA = pysource
 STUDY = config/study_quick.py
 OUT = out/study_quick
+PILOT = out/pilot
+BUDGET = 8e6
+DENSE = $(firstword $(wildcard $(OUT)/dense-N55536-s0/checkpoint-2048) $(PILOT)/dense/checkpoint-512)
 TORCH_INDEX =
 
 study: .venv/runtime
@@ -17,6 +21,16 @@ study: .venv/runtime
 
 $(OUT)/laws/laws.json: $(OUT)/rows.jsonl
 	$(PY) fit_laws.py $< --out=$(@D)
+
+pilot: .venv/runtime
+	$(PY) data/prepare.py $(DATA)
+	$(MAKE) --no-print-directory $(DENSE)
+	$(PY) sweep.py config/pilot.py --dense=$(DENSE) --dataset=data/$(DATA) --budget=$(BUDGET) --out_dir=$(PILOT)
+	$(PY) fit_laws.py $(PILOT)/rows.jsonl --laws=upcycled.head_start --out=$(PILOT)/laws
+	$(PY) plan.py --laws=$(PILOT)/laws/laws.json --checkpoint=$(DENSE) --tokens=$(BUDGET)
+
+$(PILOT)/dense/checkpoint-512:
+	$(PY) train.py config/pilot_dense.py --dataset=data/$(DATA) --out_dir=$(PILOT)/dense
 
 test: .venv/test
 	$(PY) -m pytest -q tests
@@ -38,4 +52,4 @@ figures: .venv/runtime
 	$(PY) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: study test figures
+.PHONY: study pilot test figures

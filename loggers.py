@@ -29,19 +29,9 @@ def scalars(line):
     """{name: number} of a log line. A list with a number for each layer gives key/0, key/1 and so on."""
     found = {}
     for key, value in line.items():
-        items = value if isinstance(value, list) else [value]
-        names = [f"{key}/{i}" for i in range(len(items))] if items is value else [key]
-        found |= {name: item for name, item in zip(names, items) if isinstance(item, (int, float))}
+        items = {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+        found |= {name: v for name, v in items.items() if isinstance(v, (int, float))}
     return found
-
-
-def need(module):
-    """A module of an optional package, which has its last name. Raises ConfigError where there is none."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = module.split(".")[-1]
-        raise ConfigError(f"--loggers: the package {name} is missing; pip install {name}") from None
 
 
 @contextlib.contextmanager
@@ -52,16 +42,18 @@ def open_loggers(c, step):
     files lie in out_dir/tensorboard. In Weights & Biases each start is a run, and the runs of a trunk are a
     group. Raises ConfigError where a package is missing or Weights & Biases cannot start.
     """
-    sinks = []
+    sinks, where = [], {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
     with contextlib.ExitStack() as stack:
-        if "tensorboard" in c.loggers:
-            writer = need("torch.utils.tensorboard").SummaryWriter(os.path.join(c.out_dir, "tensorboard"),
-                                                                   purge_step=step + 1 if step > 0 else None)
+        try:
+            modules = {name: importlib.import_module(where[name]) for name in c.loggers}
+        except ImportError as error:
+            raise ConfigError(f"--loggers: {error}; pip install {error.name}") from None
+        if tensorboard := modules.get("tensorboard"):
+            writer = tensorboard.SummaryWriter(os.path.join(c.out_dir, "tensorboard"), purge_step=step + 1)
             stack.callback(writer.close)
             sinks.append(lambda line: [writer.add_scalar(name, value, line["step"])
                                        for name, value in scalars(line).items()])
-        if "wandb" in c.loggers:
-            wandb = need("wandb")
+        if wandb := modules.get("wandb"):
             try:
                 run = wandb.init(project="nanoUpcycle", group=c.trunk, name=os.path.basename(c.out_dir),
                                  dir=c.out_dir, config=dataclasses.asdict(c))

@@ -23,51 +23,36 @@ def with_levels(study):
 
 
 def open_dense(study, seed):
-    """(Train settings with which study.dense is continued, its ModelConfig, the name of its trunk or None).
-    Raises ConfigError for a mixture, for data of another tokenizer, and where D1 is not known."""
+    """(Train settings with which study.dense is continued, its trunk among them, and its ModelConfig). Raises
+    ConfigError for a mixture, for data of another tokenizer, and where D1 is not known."""
     path, state = study.dense, checkpoint.read_state(study.dense)
-    seen = checkpoint.tokens_seen(state) if state else 0
-    given = study.train | {"seed": seed, "rows": None, "init_from": path}
+    given = study.train | {"seed": seed, "rows": None, "init_from": path, "trunk": state.get("trunk")}
     c = from_dict(Train, given, f"{study.config}: ")
     meta = load_tokens(c.dataset, "train")[1]
     c, m = resolve_architecture(c, path, meta)
     if m.num_local_experts:
         raise ConfigError(f"{path}: is a mixture of experts already; give a dense checkpoint with --dense")
-    check_tokenizer(path, state, c.dataset, meta)
-    if len(study.D1) > 1 or seen and study.D1 not in ([], [seen]):
-        known = f"{path}: has seen {seen:,} tokens; leave D1 out" if seen else "a pilot has one D1"
-        raise ConfigError(f"D1 = {study.D1}: {known}")
-    if not seen and not study.D1:
-        raise ConfigError(f"{path}: no trainer_state.json says what tokens it has seen; give --D1=TOKENS")
-    try:
-        rope_frequencies(m)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return replace(c, D1=seen or study.D1[0]), m, state.get("trunk")
+    vocabulary = vocabulary_of(path, state.get("tokenizer"))
+    if vocabulary not in (None, vocabulary_of(locate(c.dataset), meta["tokenizer"])):
+        raise ConfigError(f"{c.dataset}: its tokens are not those of {path}; prepare it with that tokenizer")
+    seen = checkpoint.tokens_seen(state) if state else 0
+    if len(study.D1) != (not seen):
+        raise ConfigError(f"{path}: " + (f"has seen {seen:,} tokens, so leave D1 out" if seen else
+                                         "does not say how many tokens it has seen; give --D1=TOKENS"))
+    return replace(c, D1=seen or study.D1[0]), m
 
 
-def check_tokenizer(path, state, dataset, meta):
-    """Raises ConfigError where the data are known to be of another tokenizer than the checkpoint at `path`."""
-    files = [os.path.join(folder, "tokenizer.json") for folder in (path, locate(dataset))]
-    if os.path.exists(files[0]):
-        same = os.path.exists(files[1]) and vocabulary(files[0]) == vocabulary(files[1])
-    else:
-        same = state.get("tokenizer") in (None, meta["tokenizer"])
-    if not same:
-        name = files[0] if os.path.exists(files[0]) else state["tokenizer"]
-        raise ConfigError(f"{dataset}: its tokens are not those of {path}; prepare the data with "
-                          f"--tokenizer={name}")
-
-
-def vocabulary(path):
-    """The vocabulary in a tokenizer.json, of whichever form. Raises ConfigError."""
-    model = read_json(path).get("model")
-    return model.get("vocab") if isinstance(model, dict) else None
+def vocabulary_of(folder, name):
+    """The vocabulary in the tokenizer.json of a folder, or else the tokenizer's `name`."""
+    path = os.path.join(folder, "tokenizer.json")
+    model = read_json(path).get("model") if os.path.exists(path) else None
+    return model.get("vocab") if isinstance(model, dict) else name
 
 
 def model_config(c, base):
     """`base`, a ModelConfig, with all that Train settings `c` say of it. Raises ConfigError."""
     try:
+        rope_frequencies(base)
         return replace(base, **{key: getattr(c, key) for key in MODEL_KEYS})
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -131,18 +131,6 @@ def loss_text(row):
     return f"{row['loss']:.4f} nats a token" + (f" ({bits:.4f} bits a byte)" if bits else "")
 
 
-def lowest_losses(rows):
-    """The row with the lowest loss of each family, a line each."""
-    lines = ""
-    for family, counts in FAMILIES.items():
-        members = [row for row in rows if row["family"] == family]
-        if members:
-            best = min(members, key=lambda row: row["loss"])
-            tokens = ", ".join(f"{key} = {best[key]:,}" for key in counts)
-            lines += f"{family:9}lowest loss {loss_text(best)} at {tokens}\n"
-    return lines
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Reading and appending
 

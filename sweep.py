@@ -29,7 +29,7 @@ import checkpoint
 import pilot
 from data.stream import load_tokens
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, lowest_losses, read_row, run_key
+from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, loss_text, read_row, run_key
 from start import STOP, Stopped, caught_signals, planned_row, resolve_architecture
 from train import Train, pays_to_compile, train
 from upcycle import Options as UpcycleOptions, knobs, method_name, upcycle
@@ -60,17 +60,16 @@ class Study:
                                    "{column: value, or list of values} each")
     train_withheld: bool = setting(False, "train the withheld rows too")
     dataset: str | None = setting(None, "data of all runs; none: as `train` says")
-    dense: str | None = setting(None, "pilot: the checkpoint in place of sizes and dense trunks. "
-                              "D1 is for one of another tool; D_dense are tokens after it")
-    budget: int | None = setting(None, "pilot: tokens of MoE training that it is to decide on; D2, D_moe and "
-                                 "D_dense that are empty become shares of it", least=1)
+    dense: str | None = setting(None, "pilot: the checkpoint in place of sizes; D_dense is counted from it")
+    budget: int | None = setting(None, "pilot: tokens of MoE training that it decides on; empty D2, D_moe, "
+                                 "D_dense are shares of it", least=1)
     dry_run: bool = setting(False, "print the plan, train nothing")
 
 
 # What a study sets itself in its runs.
-SET_BY_STUDY = {"config", "out_dir", "rows", "D1", "trunk", "seed", "init_from", "branch", "resume", "repeat_data",
+SET_BY_STUDY = {"config", "out_dir", "rows", "trunk", "seed", "init_from", "branch", "resume", "repeat_data",
                 "num_local_experts", "num_experts_per_tok", "max_tokens", "schedule", "decay_start",
-                "decay_steps", "save_at_tokens"}
+                "decay_steps", "save_at_tokens", "D1"}
 
 
 @dataclass
@@ -119,18 +118,7 @@ def study_jobs(study):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     for key in {"source", "destination", "merge_with"} & {key for method in study.methods for key in method}:
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of methods")
-    jobs = jobs_of_pilot(study) if study.dense else jobs_of_sizes(study)
-    keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
-    if len(set(keys)) < len(keys):
-        raise ConfigError(f"{study.config}: two of methods are equal")
-    jobs = due_jobs(study, jobs)
-    compile_where_it_pays(jobs)
-    return jobs
-
-
-def jobs_of_sizes(study):
-    """[Job] of all sizes and seeds of a study. Raises ConfigError."""
-    jobs, seen = [], set()
+    jobs, seen = jobs_of_pilot(study) if study.dense else [], set()
     for size in study.sizes:
         seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
                  for key, usual in (("seeds", study.seeds), ("scratch_seeds", []))}
@@ -147,6 +135,11 @@ def jobs_of_sizes(study):
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
             seen.add((n, seed))
             jobs += jobs_of_size(study, dense, n, study.D1 if seed in seeds["seeds"] else [])
+    keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"{study.config}: two of methods are equal")
+    jobs = due_jobs(study, jobs)
+    compile_where_it_pays(jobs)
     return jobs
 
 
@@ -186,56 +179,45 @@ def due_jobs(study, jobs):
     return due[::-1]
 
 
-def jobs_of_size(study, dense, n, upcycled_at):
+def jobs_of_pilot(study):
+    """[Job]: what jobs_of_size has, of one checkpoint and for each seed. Raises ConfigError."""
+    study, jobs = pilot.with_levels(study), []
+    for seed in study.seeds:
+        dense, m = pilot.open_dense(study, seed)
+        jobs += jobs_of_size(study, dense, parameter_counts(m)["N"], [], m)
+    return jobs
+
+
+def jobs_of_size(study, dense, n, upcycled_at, base=None):
     """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches.
 
-    upcycled_at: the levels of D1 from which this seed is upcycled.
+    upcycled_at: the levels of D1 from which this seed is upcycled. base: of a pilot, see Job. There `dense`
+    goes on from the checkpoint study.dense, which is upcycled, and a MoE from scratch has its architecture.
     """
-    moe = dataclasses.replace(dense, **pilot.experts_of(study))
-    dense_trunk = f"dense-N{n}-s{dense.seed}"
+    experts, name = pilot.experts_of(study), f"moe-N{n}-s{dense.seed}"
+    dense_trunk, where = f"dense-N{n}-s{dense.seed}", f"{study.config}: methods: "
     jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
-                              study.D_dense or study.D1, keep=upcycled_at)
-    jobs += trunk_and_branches(study, moe, f"moe-N{n}-s{dense.seed}", {"family": "moe", "N": n},
-                               study.D_moe or sorted({*study.D1, *study.D2}))
-    for d1 in rounded_levels(study, dense, upcycled_at) if upcycled_at else ():
-        source = checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
-        jobs += upcycled_jobs(study, dense, source, {"N": n, "D1": d1, "dense_trunk": dense_trunk})
-    return jobs
-
-
-def upcycled_jobs(study, dense, source, lineage, base=None):
-    """[Job] of the checkpoint `source`, of settings `dense`, upcycled by each method of the study."""
-    jobs = []
-    for method in study.methods:
-        given = {"source": source, "destination": "start", "check": False, "seed": dense.seed,
-                 "D1": lineage["D1"], **pilot.experts_of(study)}
-        options = from_dict(UpcycleOptions, given | method, f"{study.config}: methods: ")
-        name = f"upcycled-N{lineage['N']}-s{dense.seed}-D1_{lineage['D1']}-{method_name(options, study)}"
-        options.destination = os.path.join(study.out_dir, name, "start")
-        upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
-                                       num_experts_per_tok=options.num_experts_per_tok,
-                                       intermediate_size=dense.intermediate_size // options.granularity)
-        jobs += trunk_and_branches(study, upcycled, name, lineage | {
-            "family": "upcycled", "method": options.method, **knobs(options)}, study.D2, (), options, base)
-    return jobs
-
-
-def jobs_of_pilot(study):
-    """[Job] of one checkpoint: continued, its architecture as a MoE from scratch, and upcycled. Each of the
-    three has a learning-rate schedule of its own, with a warm-up. Raises ConfigError."""
-    jobs, study = [], pilot.with_levels(study)
-    for seed in study.seeds:
-        dense, m, dense_trunk = pilot.open_dense(study, seed)
-        n, d1 = parameter_counts(m)["N"], dense.D1
-        jobs += trunk_and_branches(study, dense, f"dense-N{n}-s{seed}", {"family": "dense", "N": n},
-                                   study.D_dense, base=m)
-        dense, name = dataclasses.replace(dense, D1=None, init_from=None), f"moe-N{n}-s{seed}"
-        fresh = UpcycleOptions(study.dense, os.path.join(study.out_dir, name, "start"), seed=seed,
-                               **pilot.experts_of(study))
-        jobs += trunk_and_branches(study, dataclasses.replace(dense, **pilot.experts_of(study)), name,
-                                   {"family": "moe", "N": n}, study.D_moe, (), fresh, m)
-        lineage = {"N": n, "D1": d1, "dense_trunk": dense_trunk}
-        jobs += upcycled_jobs(study, dense, study.dense, lineage, m)
+                              study.D_dense or study.D1, keep=upcycled_at, base=base)
+    levels = [dense.D1] if base else rounded_levels(study, dense, upcycled_at) if upcycled_at else []
+    dense_trunk = dense.trunk if base else dense_trunk
+    dense = dataclasses.replace(dense, init_from=None, D1=None)
+    fresh = base and UpcycleOptions(study.dense, os.path.join(study.out_dir, name, "start"), seed=dense.seed,
+                                    **experts)
+    jobs += trunk_and_branches(study, dataclasses.replace(dense, **experts), name, {"family": "moe", "N": n},
+                               study.D_moe or sorted({*study.D1, *study.D2}), upcycling=fresh, base=base)
+    for d1 in levels:
+        for method in study.methods:
+            source = study.dense or checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
+            given = {"source": source, "destination": "start", "check": False, "seed": dense.seed, "D1": d1}
+            options = from_dict(UpcycleOptions, given | experts | method, where)
+            name = f"upcycled-N{n}-s{dense.seed}-D1_{d1}-{method_name(options, study)}"
+            options.destination = os.path.join(study.out_dir, name, "start")
+            upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
+                                           num_experts_per_tok=options.num_experts_per_tok,
+                                           intermediate_size=dense.intermediate_size // options.granularity)
+            lineage = {"family": "upcycled", "N": n, "D1": d1, "method": options.method,
+                       "dense_trunk": dense_trunk, **knobs(options)}
+            jobs += trunk_and_branches(study, upcycled, name, lineage, study.D2, upcycling=options, base=base)
     return jobs
 
 
@@ -491,7 +473,10 @@ def main(study):
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed:\n  " + "\n  ".join(failed))
     rows = [read_row(os.path.join(job.settings.out_dir, "row.json")) for job in jobs if not job.is_trunk]
-    print(lowest_losses(rows) + f"{len(rows)} rows in {os.path.join(study.out_dir, 'rows.jsonl')}")
+    for family in (family for family in FAMILIES if any(row["family"] == family for row in rows)):
+        best = min((row for row in rows if row["family"] == family), key=lambda row: row["loss"])
+        print(f"{family}: lowest loss {loss_text(best)}")
+    print(f"{len(rows)} rows in {os.path.join(study.out_dir, 'rows.jsonl')}")
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def test_load_tokens_without_a_directory_and_with_odd_meta(tmp_path):
     make(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     for odd in ([], {}, meta | {"dtype": "no such type"}, meta | {"tokens": {}},
-                meta | {"tokens": {"train": "1"}}):
+                meta | {"tokens": {"train": "1"}}, meta | {"bytes": [1]}, meta | {"bytes": {"train": "1"}}):
         (tmp_path / "out/meta.json").write_text(json.dumps(odd))
         with pytest.raises(ConfigError):
             load_tokens(tmp_path / "out", "train")

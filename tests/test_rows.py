@@ -7,14 +7,14 @@ import pytest
 
 from configurator import ConfigError
 from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, differences,
-                  method_label, mixed_conditions, read_row, read_rows, run_key, same_but)
+                  loss_text, method_label, mixed_conditions, read_row, read_rows, run_key, same_but)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
 FULL = {  # a row of an upcycled run, as train.py writes it
     "family": "upcycled", "N": 40160, "N_active": 68576, "N_total": 234464, "D1": 524288, "D2": 262144,
     "loss": 2.5,
-    "loss_se": 0.01, "num_local_experts": 8, "num_experts_per_tok": 2, "method": "merge", "noise_std": 0.1,
+    "loss_se": 0.01, "bits_per_byte": 3.2, "num_local_experts": 8, "num_experts_per_tok": 2, "method": "merge", "noise_std": 0.1,
     "noise_fraction": 0.5, "drop_ratio": 0.5, "granularity": 2, "merge_shared": "average", "router_std": 0.02,
     "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk", "dense_trunk": "dense-trunk",
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -56,9 +56,18 @@ def test_two_runs_that_differ_in_one_setting_never_pass_for_one_another(tmp_path
     assert list(said) == [key] * (key in CONDITIONS) and (not said or len(said[key]) == 2)
 
 
-@pytest.mark.parametrize("key", ["config", "git", "torch", "loss", "loss_se", "flops", "N_active"])
+@pytest.mark.parametrize("key", ["config", "git", "torch", "loss", "loss_se", "flops", "N_active",
+                                 "bits_per_byte"])
 def test_other_columns_make_no_other_run(key):
     assert run_key(FULL) == run_key(FULL | {key: another(FULL[key])}) and key not in RUN
+
+
+def test_a_row_counts_once_whether_it_says_bits_a_byte_or_not(tmp_path):
+    older = {key: value for key, value in FULL.items() if key != "bits_per_byte"}
+    rows = [FULL, older, FULL | {"bits_per_byte": None}]
+    assert len(read_rows([write(tmp_path / "rows.jsonl", rows)])[0]) == 1
+    assert loss_text(FULL) == "2.5000 nats a token (3.2000 bits a byte)"
+    assert loss_text(older) == "2.5000 nats a token"
 
 
 def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():

@@ -18,7 +18,7 @@ import checkpoint
 import train as train_module
 from configurator import ConfigError, from_dict, parse, read_config, write_config
 from model import flops_per_token
-from data.stream import batches, sequences, shuffled
+from data.stream import batches, bits_per_byte, load_tokens, sequences, shuffled
 from rows import ROUTING, SETTINGS, run_key
 from checkpoint import tokens_seen
 from train import Stopped, Train, learning_rate, pays_to_compile, train, validate
@@ -576,6 +576,34 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     os.remove(os.path.join(last, "trainer_state.json"))  # a model from elsewhere
     fails("how many tokens .* is not recorded.*--rows=none", init_from=last, **other)
     assert train(dataclasses.replace(tiny, init_from=last, rows=None, **other), report=quiet) is None
+
+
+def test_a_model_of_another_tool_has_a_row_with_its_D1(tiny, tmp_path):
+    """D counts the tokens that --D1 says, also in a branch, and flops are those of all D tokens."""
+    train(dataclasses.replace(tiny, rows=None), report=quiet)
+    last = os.path.join(tiny.out_dir, "checkpoint-20")
+    os.remove(os.path.join(last, "trainer_state.json"))
+    c = dataclasses.replace(tiny, init_from=last, D1=1000, out_dir=str(tmp_path / "other"))
+    row = train(c, report=quiet)
+    assert row["D"] == 1000 + 20 * STEP and row["tokens_before_schedule"] == 1000
+    assert row["flops"] == row["D"] * flops_per_token(checkpoint.read_config(last), 16)
+    c = dataclasses.replace(c, init_from=str(tmp_path / "other" / "checkpoint-20"), branch=True,
+                            max_tokens=22 * STEP, out_dir=str(tmp_path / "branch"))
+    assert train(c, report=quiet)["D"] == 1000 + 22 * STEP
+
+
+def test_bits_a_byte_are_those_of_the_validation_text(tiny, capsys):
+    """Bits of the whole text, from the loss a token, over its bytes; none where meta.json has no bytes."""
+    c = dataclasses.replace(tiny, eval_every_steps=10)
+    train(c, report=None)
+    row, meta = json.load(open(os.path.join(c.out_dir, "row.json"))), load_tokens(c.dataset, "val")[1]
+    assert meta["tokens"]["val"] > meta["bytes"]["val"]  # each document has an end-of-text
+    bits = row["loss"] * meta["tokens"]["val"] / math.log(2) / meta["bytes"]["val"]
+    assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+    assert f"{row['loss']:.4f} nats a token ({bits:.4f} bits a byte)" in capsys.readouterr().out
+    line = log(c)[-1]
+    assert line["val_loss"] == row["loss"] and line["val_bits_per_byte"] == row["bits_per_byte"]
+    assert bits_per_byte(1.0, {"tokens": {"val": 7}}) is None
 
 
 def test_what_is_given_is_checked_against_the_checkpoint_even_if_it_is_the_default(tiny, tmp_path):
