@@ -12,97 +12,45 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import json
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 import numpy as np
 
-from bench_train import SHAPES, train
+from bench_train import SHAPES, alternate, train
+from checkpoint import save
 from configurator import REQUIRED, ConfigError, run, setting
-
+from engine import fit
+from model import ModelConfig, Transformer
+from uncertainty import bootstrap, fit_with_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, "tests"))
 
-
-def seconds(work, repeats=5):
-    """Median CPU time of `work()`, which does not count what else the machine does."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return float(np.median(times))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Laws
-
-def planted(laws, N, D, D1, D2, noise=0.005):
-    """Rows from laws {family: params} with noise in ln loss, one trunk a (N, D1)."""
-    from laws import predict
-
-    random, rows = np.random.default_rng(0), []
-    for n in N:
-        scratch = [{"D": d} for d in D]
-        upcycled = [{"D1": a, "D2": b} for a in D1 for b in D2]
-        for family, points in (("dense", scratch), ("moe", scratch), ("upcycled", upcycled)):
-            for point in points if family in laws else ():
-                loss = predict(family, laws[family], N=n, **point) * np.exp(noise * random.standard_normal())
-                trunk = f"{n}-{point.get('D1', '')}"
-                rows.append({"family": family, "N": n, "loss": float(loss), "trunk": trunk, **point})
-    return rows
-
-
-def customary_grid(rows, part):
-    """Seconds that the customary fit of the dense law would take: Huber loss (delta 1e-3),
-    L-BFGS-B with finite differences from 4,500 starts (arXiv 2203.15556, appendix D.3), scaled from `part`
-    random ones. Returns (seconds, best objective)."""
-    from scipy.optimize import minimize
-    from scipy.special import huber, logsumexp
-
-    log_n, log_d, log_loss = (np.log([row[key] for row in rows]) for key in ("N", "D", "loss"))
-
-    def objective(t):
-        predicted = logsumexp([t[0] - t[3] * log_d, t[1] - t[4] * log_n, np.full_like(log_d, t[2])], axis=0)
-        return huber(1e-3, log_loss - predicted).sum()
-
-    logs, exponents = range(0, 30, 5), np.arange(0, 2.5, 0.5)
-    starts = list(product(logs, logs, np.arange(-1, 1.5, 0.5), exponents, exponents))
-    chosen = np.random.default_rng(0).choice(len(starts), part, replace=False)
-    begin = time.process_time()
-    best = min(minimize(objective, starts[i], method="L-BFGS-B").fun for i in chosen)
-    return (time.process_time() - begin) * len(starts) / part, best
+import simulated
 
 
 def laws(options):
-    """Fits on simulated rows of published size: time, and the customary grid of starts beside it."""
-    from engine import fit
-    from uncertainty import bootstrap, fit_with_noise
-
-    with open(os.path.join(HERE, "laws", "liew2025.json"), encoding="utf-8") as f:
-        params = {law: entry["params"] for law, entry in json.load(f)["laws"].items()}
-    levels = np.geomspace(1e9, 1e11, 5)
-    sizes, tokens = np.geomspace(1.5e7, 1e9, 12), np.geomspace(1e9, 4e11, 20)
-    dense = planted({"dense": params["dense"]}, sizes, tokens, (), ())
-    three = planted(params, np.geomspace(1.5e7, 1e9, 5), levels, levels, levels)
-    system = {family: family for family in params}
-    ours = seconds(lambda: fit(dense, {"dense": "dense"}))
-    narrow = seconds(lambda: fit(dense, {"dense": "dense"}, delta=1e-3))
-    print(f"dense law, {len(dense)} rows: {1000 * ours:.1f} ms ({1000 * narrow:.1f} ms at delta 1e-3)")
-    print(f"three families, shared E, {len(three)} rows: {1000 * seconds(lambda: fit(three, system)):.1f} ms")
-    three_fit = fit_with_noise(three, system)
-    refits = seconds(lambda: bootstrap(three_fit, 1000), repeats=1)
-    print(f"1,000 bootstrap refits of it, with an effect a trunk: {refits:.1f} s")
-    part = 45
-    grid, best = customary_grid(dense, part)
-    lowest = fit(dense, {"dense": "dense"}, delta=1e-3).cost
-    print(f"customary grid of 4,500 L-BFGS-B starts, finite differences, on the dense rows: {grid:.0f} s "
-          f"(scaled from {part} starts), {grid / narrow:,.0f} times ours at the same delta; its lowest "
-          f"objective {best:.6g}, ours {lowest:.6g}")
+    """Fits on simulated rows of published size."""
+    dense_law, levels = {"dense": "dense"}, np.geomspace(1e9, 1e11, 5)
+    dense = simulated.simulate(simulated.TABLE2, dense_law, N=np.geomspace(1.5e7, 1e9, 12),
+                               D=np.geomspace(1e9, 4e11, 20), noise=0.005)
+    three = simulated.simulate(simulated.TABLE2, N=np.geomspace(1.5e7, 1e9, 5), D=levels, D1=levels,
+                               D2=levels, noise=0.005)
+    fit_of_three = fit_with_noise(three, simulated.THREE)
+    took = alternate({
+        f"dense law, {len(dense)} rows": lambda: fit(dense, dense_law),
+        "the same at delta 1e-3": lambda: fit(dense, dense_law, delta=1e-3),
+        f"three families, shared E, {len(three)} rows": lambda: fit(three, simulated.THREE),
+        "1,000 bootstrap refits of it, with an effect a trunk": lambda: bootstrap(fit_of_three, 1000),
+    }, repeats=5, clock="cpu")
+    for name, seconds in took.items():
+        print(f"{name}: {1000 * seconds:,.1f} ms")
 
 
 UPCYCLINGS = {  # arguments of upcycle.py beyond source and destination
@@ -113,79 +61,53 @@ UPCYCLINGS = {  # arguments of upcycle.py beyond source and destination
 
 def upcycle(options):
     """Upcycling a synthetic 0.65B Llama in bf16 to 8 experts, beside cp and sync of the same bytes."""
-    import shutil
-    import subprocess
-    import tempfile
-    import torch
-    from checkpoint import to_hf_config
-    from configurator import progress
-    from model import ModelConfig
-    from upcycle import Piece, layout, write_weights
-
     c = ModelConfig(vocab_size=32000, hidden_size=1536, intermediate_size=4096, num_hidden_layers=22,
                     num_attention_heads=24, num_key_value_heads=8)
-    root = tempfile.mkdtemp(prefix="bench_upcycle_")
-    source, moe, copied = (os.path.join(root, name) for name in ("dense", "moe", "copied"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="bench_upcycle_") as root:
         if shutil.disk_usage(root).free < 18e9:
             raise ConfigError(f"{root}: less than 18 GB are free; choose another directory by TMPDIR")
-        os.mkdir(source)
-        names = [view for views in layout(c).values() for view in views]
-        pieces = [Piece(name, shape, torch.bfloat16, None) for name, shape in names]
-        with progress(sum(p.bytes for p in pieces), "synthetic Llama", "B") as bar:
-            write_weights(source, pieces, 10 ** 12, lambda p: (0.02 * torch.randn(p.shape)).bfloat16(), bar)
-        with open(os.path.join(source, "config.json"), "w", encoding="utf-8") as f:
-            json.dump(to_hf_config(c, "bfloat16"), f)
+        source, moe, copied = (os.path.join(root, name) for name in ("dense", "moe", "copied"))
+        save(source, Transformer(c).init_weights(0).bfloat16(), {})
+        command = [sys.executable, os.path.join(HERE, "upcycle.py"), source, moe, "--check=false"]
         for method, arguments in UPCYCLINGS.items():
-            times, copies, peak = [], [], 0
+            runs, copies = [], []
             for _ in range(options.repeats):
                 for directory in (moe, copied):
                     shutil.rmtree(directory, ignore_errors=True)
-                os.sync()
-                script = os.path.join(HERE, "upcycle.py")
-                took, resident = watched([sys.executable, script, source, moe, "--check=false", *arguments])
-                times.append(took)
-                peak = max(peak, resident)
-                os.sync()
-                begin = time.perf_counter()
-                subprocess.run(["cp", "-r", moe, copied], check=True)
-                os.sync()
-                copies.append(time.perf_counter() - begin)
+                runs.append(watched([*command, *arguments]))
+                copies.append(watched(["cp", "-r", moe, copied]))
             size = sum(os.path.getsize(os.path.join(moe, name)) for name in os.listdir(moe))
-            ratio = np.median(times) / np.median(copies)
-            print(f"{method}: {size / 1e9:.1f} GB in {np.median(times):.1f} s, {ratio:.2f} times cp and sync "
-                  f"(medians of {options.repeats}); {peak / 1e9:.2f} GB resident", flush=True)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+            took, resident = np.median(runs, axis=0)[0], np.max(runs, axis=0)[1]
+            print(f"{method}: {size / 1e9:.1f} GB in {took:.1f} s, {took / np.median(copies, axis=0)[0]:.2f} "
+                  f"times cp and sync (medians of {options.repeats}); {resident / 1e9:.2f} GB resident",
+                  flush=True)
 
 
 def watched(command):
-    """Run a command: (seconds, most bytes resident beyond mapped files). Raises ConfigError if it fails."""
-    import subprocess
-
+    """Run a command and sync: (seconds, most bytes resident beyond mapped files). Raises ConfigError if the
+    command fails."""
+    os.sync()
     begin, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         try:
             with open(f"/proc/{process.pid}/status", encoding="utf-8") as f:
                 resident = [int(line.split()[1]) for line in f if line.startswith("RssAnon")]  # kB
-                peak = max(peak, *(1024 * n for n in resident), 0)
         except OSError:
-            pass
+            resident = []
+        peak = max(peak, *(1024 * n for n in resident), 0)
         time.sleep(0.01)
     if process.returncode:
-        raise ConfigError(f"{os.path.basename(command[1])} failed: {' '.join(command)}")
+        raise ConfigError(f"{' '.join(command)} failed")
+    os.sync()
     return time.perf_counter() - begin, peak
 
 
 def coverage(options):
     """How often 95 % and 90 % intervals hold the truth of simulated studies, in per cent."""
-    sys.path.append(os.path.join(HERE, "tests"))
-    from simulated import STUDIES, coverage as simulate
-
-    for kind, size in STUDIES:
+    for kind, size in simulated.STUDIES:
         print(f"{kind} law, {size} study, {options.sets} sets:")
-        for target, (wide, narrow) in simulate(kind, size, options.sets).items():
+        for target, (wide, narrow) in simulated.coverage(kind, size, options.sets).items():
             print(f"  {target:26}{100 * wide:4.0f} {100 * narrow:4.0f}", flush=True)
 
 

@@ -6,21 +6,18 @@ import pytest
 import torch
 
 import bench_train
-from bench import planted, watched
-from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch,
-                         report_races, stages, summary)
+from bench import laws, watched
+from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch, ratios,
+                         report_races, stages)
 from configurator import ConfigError
-from laws import predict
 from model import flops_per_token, parameter_counts
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", ["dense", "moe"])
 def test_contestants_have_models_of_one_size_and_losses_of_fresh_models(family):
     """A model that knows nothing gives ln V nats a token; Mixtral adds its balance loss, k when balanced."""
     c = model_config(32, family)
-    counts, batch = parameter_counts(c), random_batch(c, CPU, tokens=256)
+    counts, batch = parameter_counts(c), random_batch(c, tokens=256)
     for name, make in contestants(family).items():
         model, loss = make(c, False)
         own = sum(p.numel() for p in model.parameters())
@@ -34,20 +31,20 @@ def test_the_products_alone_are_the_flops_of_a_step_without_attention(family):
     from torch.utils.flop_counter import FlopCounterMode
     c = model_config(32, family)
     with FlopCounterMode(display=False) as counter:
-        products_alone(c, "float32", CPU)()
+        products_alone(c, "float32")()
     router = 6 * c.num_hidden_layers * c.num_local_experts * c.hidden_size
     assert counter.get_total_flops() == bench_train.TOKENS * (flops_per_token(c, 0) - router)
 
 
 def test_a_race_measures_each_contestant_and_the_stages_sum_to_the_step():
     options = SimpleNamespace(repeats=1, clock="cpu")
-    rows = race("dense", 32, "float32", "eager", options, CPU)
+    rows = race("dense", 32, "float32", "eager", options)
     assert [row["name"] for row in rows] == ["ours", "Llama", "GPT-2-like", "products alone"]
     assert all(row["tokens_per_s"] > 0 for row in rows) and rows[0]["peak_mb"] > 1
     assert rows[0]["flops_per_s"] == pytest.approx(
         rows[0]["tokens_per_s"] * flops_per_token(model_config(32, "dense"), bench_train.SEQUENCE))
     for family in ("dense", "moe"):
-        parts = stages(family, 32, options, CPU)
+        parts = stages(family, 32, options)
         assert {"attention", "norms", "head and loss", "optimizer and the rest"} < set(parts)
         assert ("dispatch" in parts) == (family == "moe") and ("MLP" in parts) == (family == "dense")
 
@@ -59,7 +56,7 @@ def test_ratios_are_those_of_the_rows(tmp_path, capsys):
                 "flops_per_s": speed * 10}
     rows = [row("ours", 110), row("Llama", 50), row("GPT-2-like", 100), row("products alone", 400),
             row("ours", 55, "moe"), row("Mixtral eager", 11, "moe")]
-    found = summary(rows)
+    found = ratios(rows)
     dense, moe = ((1, family, "float32", "eager", 64) for family in ("dense", "moe"))
     assert found[dense] == {"over the fastest peer": pytest.approx(1.1), "share of products": 0.275}
     assert found[moe]["FLOP/s over dense"] == 0.5 and found[moe]["over the fastest peer"] == 5
@@ -74,13 +71,14 @@ def test_ratios_are_those_of_the_rows(tmp_path, capsys):
 
 def test_medians_are_of_alternating_runs():
     seen = []
-    took = alternate({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, "wall", CPU)
+    took = alternate({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3, "wall")
     assert seen == ["a", "b"] * 5 and set(took) == {"a", "b"} and min(took.values()) > 0
 
 
-def test_planted_rows_follow_the_law_and_failing_commands_are_named():
-    laws = {"dense": {"A": 9.0, "alpha": 0.1, "B": 12.0, "beta": 0.12, "E": 0.2}}
-    rows = planted(laws, [1e7, 1e8], [1e9, 1e10], (), (), noise=0.0)
-    assert [r["loss"] for r in rows] == [predict("dense", laws["dense"], N=r["N"], D=r["D"]) for r in rows]
+def test_fits_are_timed_and_failing_commands_are_named(capsys):
+    laws(SimpleNamespace())
+    times = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
+    assert times[0][0] == "dense law, 240 rows" and len(times) == 4
+    assert all(took.endswith(" ms") and float(took[:-3].replace(",", "")) > 0 for _, took in times)
     with pytest.raises(ConfigError, match="false failed"):
         watched(["/usr/bin/env", "false"])
