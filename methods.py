@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import ConfigError
+from model import wide
 
 
 class Piece(NamedTuple):
@@ -15,7 +16,7 @@ class Piece(NamedTuple):
     name: str
     shape: tuple
     dtype: torch.dtype
-    dense_name: str | None  # the dense tensor; None: it has none
+    dense_name: str | None = None  # the dense tensor; None: it has none
     layer: int = 0
     expert: int | None = None  # None: attention, norms, embeddings, router
     part: int = 0  # gate 0, up 1, down 2
@@ -57,48 +58,42 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def wide(dtype):
-    """The type to compute in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def normal(t, *key):
-    """N(0, 1) of t's shape, fp32, or fp64 for an fp64 t."""
-    return torch.empty(t.shape, dtype=wide(t.dtype)).normal_(generator=generator(*key))
+    """N(0, 1) in the shape and type of t."""
+    return torch.empty(t.shape, dtype=t.dtype).normal_(generator=generator(*key))
 
 
 def add_noise(o, w, p):
     """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
-    delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.to(wide(w.dtype)).std())
+    w = wide(w)
+    delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.std())
     if o.noise_fraction < 1:
         uniform = torch.empty(w.shape).uniform_(generator=generator(o.seed, "entries", p.name))
         delta *= uniform < o.noise_fraction
     return delta.add_(w)
 
 
-def drop(per_matrix):
-    """The method that draws channels again: one set for an expert, or one for each of its matrices."""
-    def dropped(o, t, p):
-        key = (o.seed, "channels", p.layer, p.expert) + ((p.part,) if per_matrix else ())
-        count = t.shape[p.channels]
-        return torch.randperm(count, generator=generator(*key))[:round(o.drop_ratio * count)]
+def dropped(o, t, p):
+    """The channels to draw anew: one set for an expert, or one for each of its matrices."""
+    matrix = (p.part,) if o.method == "drop_per_matrix" else ()
+    order = torch.randperm(t.shape[p.channels],
+                           generator=generator(o.seed, "channels", p.layer, p.expert, *matrix))
+    return order[:round(o.drop_ratio * len(order))]
 
-    def weights(o, w, p):
-        channels = dropped(o, w, p)
-        if not len(channels):
-            return w
-        block = w.index_select(p.channels, channels).to(wide(w.dtype))
-        fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
-        return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
 
-    def moments(o, m, p, power):
-        return m.index_fill_(p.channels, dropped(o, m, p), 0)
+def drop(o, w, p):
+    channels = dropped(o, w, p)
+    if not len(channels):
+        return w
+    block = wide(w.index_select(p.channels, channels))
+    fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
+    return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
 
-    def theory(o, dense):
-        r = round(o.drop_ratio * dense.intermediate_size) / dense.intermediate_size
-        return {"channels_kept": (1 - r) ** (3 if per_matrix else 1), "weight_change": math.sqrt(2 * r)}
 
-    return Method(weights, moments, theory=theory, knobs=("drop_ratio",))
+def theory_of_drop(o, dense):
+    r = round(o.drop_ratio * dense.intermediate_size) / dense.intermediate_size
+    matrices = 3 if o.method == "drop_per_matrix" else 1
+    return {"channels_kept": (1 - r) ** matrices, "weight_change": math.sqrt(2 * r)}
 
 
 def costs_of_groups(o, sources):
@@ -131,6 +126,8 @@ def costs_of_merge(o, sources):
     return [uneven] if E % n else []
 
 
+DROP = Method(drop, lambda o, m, p, power: m.index_fill_(p.channels, dropped(o, m, p), 0), theory_of_drop,
+              knobs=("drop_ratio",))
 METHODS = {
     "copy": Method(theory=lambda o, dense: SAME_WEIGHTS | SAME_FUNCTION),
     "noise": Method(
@@ -138,8 +135,8 @@ METHODS = {
         theory=lambda o, dense: {"channels_kept": float(o.noise_std * o.noise_fraction == 0),
                                  "weight_change": o.noise_std * math.sqrt(o.noise_fraction)},
         knobs=("noise_std", "noise_fraction")),
-    "drop": drop(per_matrix=False),
-    "drop_per_matrix": drop(per_matrix=True),
+    "drop": DROP,
+    "drop_per_matrix": DROP,
     "virtual_groups": Method(
         weights=lambda o, w, p: w * o.granularity if p.part == 2 else w,
         # a weight G times as large has a gradient G times smaller

@@ -81,18 +81,17 @@ def parameter_counts(c):
     N_active, N_total: non-embedding parameters of this model that a token uses, and all of them; N if dense.
     """
     L, D, E = c.num_hidden_layers, c.hidden_size, c.num_local_experts
-    attention = L * D * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
-    mlp = L * 3 * D * c.intermediate_size  # one expert
-    norms = (2 * L + 1) * D
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norms += L * {None: 0, "head": 2 * c.head_dim, "vector": q + kv}[c.qk_norm]
-    norms += L * (q + 2 * kv) * c.attention_bias
-    router = L * E * D
-    groups = {"embedding": c.vocab_size * D, "lm_head": 0 if c.tie_word_embeddings else c.vocab_size * D,
-              "attention": attention, "mlp": mlp * max(E, 1), "router": router, "norms": norms}
+    attention = L * D * 2 * (q + kv)
+    mlp = L * 3 * D * c.intermediate_size  # one expert
+    norms_of_layer = 2 * D + {None: 0, "head": 2 * c.head_dim, "vector": q + kv}[c.qk_norm]
+    norms = D + L * (norms_of_layer + (q + 2 * kv) * c.attention_bias)
+    idle = mlp * (E - c.num_experts_per_tok) if E else 0
+    groups = {"attention": attention, "mlp": mlp * max(E, 1), "router": L * E * D, "norms": norms}
+    N_total = sum(groups.values())
+    groups |= {"embedding": c.vocab_size * D, "lm_head": 0 if c.tie_word_embeddings else c.vocab_size * D}
     return groups | {"total": sum(groups.values()), "N": attention + mlp + norms,
-                     "N_active": attention + mlp * (c.num_experts_per_tok if E else 1) + router + norms,
-                     "N_total": attention + mlp * max(E, 1) + router + norms}
+                     "N_active": N_total - idle, "N_total": N_total}
 
 
 def flops_per_token(c, seq_len):
@@ -267,11 +266,8 @@ def grouped_backward(ctx, grad):
     return grouped_op(grad, w.transpose(1, 2), ends), grouped_op(x.T, grad, ends), None
 
 
-def grouped_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-grouped_op.register_autograd(grouped_backward, setup_context=grouped_context)
+grouped_op.register_autograd(
+    grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 @torch.compiler.disable
@@ -367,10 +363,9 @@ def chunk_rows(x, weight):
 
 def token_losses(x, weight, targets):
     """Cross-entropy in nats of each token (S,) for x (S, D), weight (V, D), targets (S,), in chunks."""
-    rows, losses = chunk_rows(x, weight), []
-    for part, target in zip(x.split(rows), targets.split(rows)):
-        losses.append(F.cross_entropy(wide(F.linear(part, weight)), target, reduction="none"))
-    return torch.cat(losses)
+    rows = chunk_rows(x, weight)
+    return torch.cat([F.cross_entropy(wide(F.linear(part, weight)), target, reduction="none")
+                      for part, target in zip(x.split(rows), targets.split(rows))])
 
 
 class HeadLoss(torch.autograd.Function):
@@ -443,10 +438,10 @@ class Transformer(nn.Module):
         router is None for a dense model, else {"counts": (L, E) assignments, "probs": (L, E) mean softmax,
         "z_loss": ()}. Raises ValueError when T exceeds max_position_embeddings or a sliding window.
         """
-        T, limit = ids.shape[1], self.config.longest
-        if T > limit:
+        T = ids.shape[1]
+        if T > self.config.longest:
             raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings or the sliding window, "
-                             f"{limit}")
+                             f"{self.config.longest}")
         x = self.embed_tokens(ids)  # (B, T, D)
         turns, routers = self.turns[:T], []
         for layer in self.layers:

@@ -28,26 +28,28 @@ class Sample:
 def find_tokenizer(directory):
     """The name or path of the tokenizer that belongs to a checkpoint. Raises ConfigError."""
     path = os.path.join(directory, "tokenizer.json")
-    if name := path if os.path.exists(path) else checkpoint.read_state(directory).get("tokenizer"):
+    name = path if os.path.exists(path) else checkpoint.read_state(directory).get("tokenizer")
+    if name:
         return name
     raise ConfigError(f"{directory}: names no tokenizer; give --tokenizer=bytes|gpt2|FILE")
 
 
 @torch.no_grad()
-def generate(model, ids, max_new_tokens, temperature, top_k, seed, eos=None):
-    """Yield new token ids after the list `ids`, each from as many of the last ids as the model takes."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(ids)
-    for _ in range(max_new_tokens):
+def generate(model, ids, c, eos):
+    """Yield new token ids after the list `ids`, each from as many of the last ids as the model takes, as the
+    settings c say. End before the token `eos`."""
+    generator = torch.Generator().manual_seed(c.seed)
+    for _ in range(c.max_new_tokens):
         logits = model(torch.tensor([ids[-model.config.longest:]]))[0, -1]  # (V,)
-        if temperature == 0:
+        if c.temperature == 0:
             token = int(logits.argmax())
         else:
-            values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
-            token = int(tokens[torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)])
+            values, tokens = logits.topk(min(c.top_k or len(logits), len(logits)))
+            odds = (values / c.temperature).softmax(-1)
+            token = int(tokens[torch.multinomial(odds, 1, generator=generator)])
         if token == eos:
             return
-        ids.append(token)
+        ids = [*ids, token]
         yield token
 
 
@@ -59,13 +61,13 @@ def main(c):
         raise ConfigError(f"{directory}: its weights are not finite")
     tokenizer = load_tokenizer(c.tokenizer or find_tokenizer(directory))
     ids = [int(i) for i in tokenizer.encode([c.prompt])[0]]
-    if not ids or max(ids) >= model.config.vocab_size:
-        fault = "has tokens that the model lacks; is this its tokenizer?" if ids else "is empty"
-        raise ConfigError(f"--prompt: {fault}")
+    if not ids:
+        raise ConfigError("--prompt: is empty")
+    if max(ids) >= model.config.vocab_size:
+        raise ConfigError("--prompt: has tokens that the model lacks; is this its tokenizer?")
     shown, new = "", []
     print(c.prompt, end="", flush=True)
-    eos = tokenizer.eos_token_id
-    for token in generate(model, ids, c.max_new_tokens, c.temperature, c.top_k, c.seed, eos):
+    for token in generate(model, ids, c, tokenizer.eos_token_id):
         new.append(token)
         text = tokenizer.decode(new)  # all of them, since a character can be several tokens
         if text.startswith(shown) and not text.endswith("\ufffd"):

@@ -29,6 +29,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, chain
 from typing import Literal
 
 import torch
@@ -40,8 +41,8 @@ from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_mo
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
-from methods import METHODS, Piece, generator, normal, slice_of, wide
-from model import Transformer, effective_experts, parameter_counts
+from methods import METHODS, Piece, generator, normal, slice_of
+from model import Transformer, effective_experts, parameter_counts, wide
 from rows import EXPERTS, unusual_knobs
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
@@ -123,14 +124,19 @@ class Source:
             raise ConfigError(f"{path}: config.json has a quantization_config; upcycle what was quantized")
         if self.config.num_local_experts:
             raise ConfigError(f"{path}: is a mixture of experts already; a dense checkpoint is needed")
-        self.tensors, layers = open_tensors(path), self.config.num_hidden_layers
-        if layers > len(self.tensors):
-            raise ConfigError(f"{path}: config.json says {layers} layers for {len(self.tensors)} tensors")
-        stored = layout(self.config, path, self.json["model_type"])
-        check_tensors(path, self.tensors, dict(sum(stored.values(), [])))
-        self.layout = layout(self.config, path)
-        self.tensors = split_tensors(self.tensors, stored, self.layout)
-        self.shapes = dict(sum(self.layout.values(), []))
+        stored, layers = open_tensors(path), self.config.num_hidden_layers
+        if layers > len(stored):
+            raise ConfigError(f"{path}: config.json says {layers} layers for {len(stored)} tensors")
+        stored_layout = layout(self.config, path, self.json["model_type"])
+        check_tensors(path, stored, dict(chain(*stored_layout.values())))
+        self.layout, self.tensors = layout(self.config, path), {}
+        for parameter, views in self.layout.items():
+            spans = [stored[name] for name, _ in stored_layout[parameter]]
+            if len(spans) < len(views):  # one tensor holds several, row after row
+                starts = accumulate((shape[0] for _, shape in views), initial=0)
+                spans = [spans[0].rows(start, shape) for start, (_, shape) in zip(starts, views)]
+            self.tensors |= {name: span for (name, _), span in zip(views, spans)}
+        self.shapes = dict(chain(*self.layout.values()))
 
     def sha256(self):
         """{weight file: digest}."""
@@ -153,54 +159,44 @@ def layout(c, where="", model_type=None):
             for name, views in stored_views(model, c, model_type).items()}
 
 
-def split_tensors(tensors, stored, wanted):
-    """{name: Span} of the layout `wanted`, from those of the layout `stored`, where one tensor may hold
-    several, row after row."""
-    result = {}
-    for parameter, views in wanted.items():
-        names, row = [name for name, _ in stored[parameter]], 0
-        for i, (name, shape) in enumerate(views):
-            result[name] = tensors[names[i]] if len(names) > 1 else tensors[names[0]].rows(row, shape)
-            row += shape[0]
-    return result
-
-
 def pieces_of(source, moe):
     """[Piece] of the result, a ModelConfig, made of a Source, in the order in which they are written."""
     pieces = []
     for parameter, views in layout(moe).items():
-        dense_names = [name for name, _ in source.layout.get(parameter + ".weight", ())]
+        dense_views = source.layout.get(parameter) or source.layout.get(parameter + ".weight")
+        if not dense_views:
+            pieces += [Piece(name, shape, pieces[0].dtype, drawn=True) for name, shape in views]
+            continue
         for i, (name, shape) in enumerate(views):
-            if parameter in source.layout:
-                dense = source.layout[parameter][i][0]
-                pieces.append(Piece(name, shape, source.tensors[dense].dtype, dense))
-            elif dense_names:
-                expert, part = divmod(i, len(dense_names))  # gate and up in turn, or down alone
-                dense, layer = dense_names[part], int(parameter.split(".")[1])
-                part = part if len(dense_names) == 2 else 2
-                pieces.append(Piece(name, shape, source.tensors[dense].dtype, dense, layer, expert, part))
-            else:
-                pieces.append(Piece(name, shape, pieces[0].dtype, None, drawn=True))
-    return pieces + [Piece(name, shape, pieces[0].dtype, None) for name, shape in idle_tensors(moe).items()]
+            expert, part = divmod(i, len(dense_views))  # gate and up in turn, or down alone
+            dense_name, _ = dense_views[part]
+            piece = Piece(name, shape, source.tensors[dense_name].dtype, dense_name)
+            if parameter not in source.layout:
+                piece = piece._replace(layer=int(parameter.split(".")[1]), expert=expert,
+                                       part=part if len(dense_views) == 2 else 2)
+            pieces.append(piece)
+    return pieces + [Piece(name, shape, pieces[0].dtype) for name, shape in idle_tensors(moe).items()]
 
 
 def make_piece(o, sources, p):
     """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
-    span, make = sources[(p.expert or 0) % len(sources)].tensors.get(p.dense_name), METHODS[o.method].weights
-    if p.dense_name is None and not p.drawn:
-        return torch.zeros(p.shape, dtype=p.dtype)
+    make = METHODS[o.method].weights
     if p.drawn:  # the router: a row for each group of `granularity` experts
         rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
-        rows = normal(rows, o.seed, p.name) * o.router_std
+        rows = normal(wide(rows), o.seed, p.name) * o.router_std
         t = rows.repeat_interleave(o.granularity, dim=0)[:p.shape[0]]
-    elif p.expert is not None and make:
-        t = make(o, slice_of(o, span.read(), p).clone(), p)
+    elif p.dense_name is None:
+        return torch.zeros(p.shape, dtype=p.dtype)
     elif p.expert is None and len(sources) > 1 and o.merge_shared == "average":
-        t = sum(s.tensors[p.dense_name].read().to(wide(p.dtype)) for s in sources) / len(sources)
-    elif span.dtype == p.dtype:
-        return span
-    else:  # a merged checkpoint may be of another type than the first
-        t = span.read()
+        t = sum(wide(s.tensors[p.dense_name].read()) for s in sources) / len(sources)
+    else:
+        span = sources[(p.expert or 0) % len(sources)].tensors[p.dense_name]
+        if p.expert is not None and make:
+            t = make(o, slice_of(o, span.read(), p).clone(), p)
+        elif span.dtype == p.dtype:
+            return span
+        else:  # a merged checkpoint may be of another type than the first
+            t = span.read()
     t = t.to(p.dtype)
     if p.dtype == torch.float16 and not t.isfinite().all():
         raise ConfigError(f"{p.name}: overflows float16; convert the source to bfloat16 or float32 first")
@@ -262,7 +258,7 @@ def check_ids(o, source):
     T = min(source.config.longest, 512, o.check_tokens)
     dataset = o.dataset or source.state.get("dataset")
     if not o.dataset and not (dataset and locate(dataset).is_dir()):  # the source was trained elsewhere
-        shape, g = (max(1, o.check_tokens // T), T + 1), generator(o.seed, "check")
+        shape, g = (o.check_tokens // T, T + 1), generator(o.seed, "check")
         return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens"
     tokens, _ = load_tokens(dataset, "val")
     rows = min(o.check_tokens, len(tokens) - 1) // T
@@ -301,10 +297,10 @@ def measure(source, directory, dtype, ids):
 def proof(o, sources, directory, pieces, ids, record):
     """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run.
     Raises ConfigError, unless forced, where theory says exact and they differ by more than rounding."""
-    dtype, eps = wide(pieces[0].dtype), torch.finfo(pieces[0].dtype).eps
+    dtype, eps = pieces[0].dtype, torch.finfo(pieces[0].dtype).eps
     result = measure_weights(o, sources, directory, pieces)
     try:
-        result |= measure(sources[0], directory, dtype, ids)
+        result |= measure(sources[0], directory, torch.promote_types(dtype, torch.float32), ids)
     except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
         return result | {"not_run": f"models not run: {str(error).splitlines()[0]}"}
     # G · down_proj is exact where G is a power of 2
