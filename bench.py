@@ -48,7 +48,7 @@ def laws(options):
         "the same at delta 1e-3": lambda: fit(dense, dense_law, delta=1e-3),
         f"three families, shared E, {len(three)} rows": lambda: fit(three, simulated.THREE),
         "1,000 bootstrap refits of it, with an effect a trunk": lambda: bootstrap(fit_of_three, 1000),
-    }, repeats=5, clock="cpu")
+    }, options.repeats, "cpu")
     for name, seconds in took.items():
         print(f"{name}: {1000 * seconds:,.1f} ms")
 
@@ -125,7 +125,7 @@ class Options:
     dtypes: list[str] = setting(["float32", "bfloat16"], "train: of matrix products")
     modes: list[str] = setting(["eager", "compiled"], "train: of which models")
     threads: list[int] = setting([1, os.cpu_count()], "train: processor threads", least=1)
-    repeats: int = setting(15, "train: steps of which the median counts; upcycle: runs", least=1)
+    repeats: int = setting(15, "runs of which the median counts", least=1)
     clock: Literal["wall", "cpu"] = setting("wall", "train: cpu counts the time of the processors")
     sets: int = setting(100, "coverage: simulated studies of each kind", least=1)
     out: str = setting("out/bench_train.json", "train: file of the numbers; its figure is the .png beside it")

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from checkpoint import to_hf_config
 from configurator import ConfigError, code_version, read_json, write_text_atomically
 from model import (HeadLoss, ModelConfig, Transformer, balance_loss, compiled, flops_per_token,
-                   run_experts, turned_qkv)
+                   run_experts)
 
 SHAPES = {32: (96, 3, 2), 64: (176, 4, 4), 128: (352, 4, 4), 256: (704, 6, 8), 768: (2048, 12, 12)}
 TOKENS, SEQUENCE, VOCABULARY = 2048, 128, 257  # tokens of a step and of a sequence; bytes and an end of text
@@ -210,12 +210,11 @@ def stages(family, hidden, options):
     draw = partial(torch.randn, device=DEVICE, requires_grad=True)
     x = draw(*ids.shape, c.hidden_size)
     q_k_v = [draw(len(ids), c.num_attention_heads, SEQUENCE, c.head_dim) for _ in "qkv"]
-    qkv_weight, o_weight = layer.self_attn.qkv_proj.weight, layer.self_attn.o_proj.weight
-    head, turns = model.lm_head.weight, model.turns[:SEQUENCE]
+    attention, head, turns = layer.self_attn, model.lm_head.weight, model.turns[:SEQUENCE]
     parts = {"embedding": (1, lambda: model.embed_tokens(ids)), "norms": (2 * L + 1, lambda: model.norm(x)),
-             "q k v and RoPE": (L, lambda: turned_qkv(x, qkv_weight, turns, model.pairs, c.head_dim)),
+             "q k v and RoPE": (L, lambda: attention.turned_qkv(x, turns, model.pairs)),
              "attention": (L, lambda: F.scaled_dot_product_attention(*q_k_v, is_causal=True)),
-             "output": (L, lambda: x @ o_weight.T),
+             "output": (L, lambda: attention.o_proj(x)),
              "head and loss": (1, lambda: HeadLoss.apply(x.flatten(0, 1), head, targets.flatten()))}
     mlp, E = layer.mlp, c.num_local_experts
     if E:

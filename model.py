@@ -151,22 +151,6 @@ def rope_tables(c):
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float(), pairs
 
 
-def turned_qkv(x, weight, turns, pairs, head_dim, bias=None, normed=None):
-    """q k v (B, T, W) = x (B, T, D) · weight (W, D)ᵀ + bias (W,) in at least fp32, normed by a function of
-    them and of the order of their columns, then turned by RoPE with the tables turns (T, W / 2, 2) and pairs.
-    The columns of a head lie in pairs, or in halves where it is compiled."""
-    if torch.compiler.is_compiling():  # the compiler knows no complex numbers
-        qkv = wide(F.linear(x, weight, bias))
-        qkv = qkv if normed is None else normed(qkv)
-        a, b = qkv.unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
-        cos, sin = turns.to(a.dtype).unflatten(1, (-1, head_dim // 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3)
-    qkv = wide(F.linear(x, weight.index_select(0, pairs), None if bias is None else bias[pairs]))
-    qkv = (qkv if normed is None else normed(qkv, pairs)).unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))
-    return torch.view_as_real(turned).flatten(-2)
-
-
 class NormFunction(torch.autograd.Function):
     """x / sqrt(mean x² + eps) · weight, by few operations where F.rms_norm takes many on a CPU."""
 
@@ -208,21 +192,37 @@ class Attention(nn.Module):
         W = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(c.hidden_size, W, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
         if c.qk_norm:
             heads_in_a_norm = (1, 1) if c.qk_norm == "head" else (self.heads, self.kv_heads)
             self.q_norm, self.k_norm = (RMSNorm(c, n * self.head_dim) for n in heads_in_a_norm)
 
     def normed(self, qkv, order=None):
-        """q k v (…, W) with norms on q and k. order (W,) of their columns is the same within each head."""
+        """q k v (…, W) with norms, if any, on q and k. order (W,) of the columns is the same in each head."""
+        if self.q_norm is None:
+            return qkv
         q, k, v = qkv.split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
         q, k = (norm(t.unflatten(-1, (-1, len(norm.weight))), order).flatten(-2)
                 for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         return torch.cat((q, k, v), dim=-1)
 
+    def turned_qkv(self, x, turns, pairs):
+        """q k v (B, T, W) of x (B, T, D) in at least fp32, normed, then turned by RoPE with the tables turns
+        (T, W / 2, 2) and pairs. The columns of a head lie in pairs, or in halves where it is compiled."""
+        if torch.compiler.is_compiling():  # the compiler knows no complex numbers
+            qkv = self.normed(wide(self.qkv_proj(x)))
+            a, b = qkv.unflatten(-1, (-1, 2, self.head_dim // 2)).unbind(-2)
+            cos, sin = turns.to(a.dtype).unflatten(1, (-1, self.head_dim // 2)).unbind(-1)
+            return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3)
+        weight, bias = self.qkv_proj.weight.index_select(0, pairs), self.qkv_proj.bias
+        qkv = wide(F.linear(x, weight, None if bias is None else bias[pairs]))
+        qkv = self.normed(qkv, pairs).unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(qkv) * torch.view_as_complex(turns.to(qkv.dtype))
+        return torch.view_as_real(turned).flatten(-2)
+
     def forward(self, x, turns, pairs):
         B, T, _ = x.shape
-        qkv = turned_qkv(x, self.qkv_proj.weight, turns, pairs, self.head_dim, self.qkv_proj.bias,
-                         self.normed if hasattr(self, "q_norm") else None).view(B, T, -1, self.head_dim)
+        qkv = self.turned_qkv(x, turns, pairs).view(B, T, -1, self.head_dim)
         if x.is_cuda:  # a CPU stays in fp32: its bf16 attention takes four times as long backward
             qkv = narrow(qkv.to(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
