@@ -1,4 +1,5 @@
 """A pilot: short runs that say whether one dense checkpoint is to be upcycled. sweep.py runs them."""
+import math
 import os
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ def with_levels(study):
     """The sweep.Study with its empty D2, D_moe and D_dense as SHARES of the budget. Raises ConfigError."""
     if study.budget is None:
         raise ConfigError("--budget is missing: the tokens of MoE training that the pilot is to decide on")
-    return replace(study, **{key: [round(share * study.budget) for share in shares]
+    step = study.train.get("tokens_per_step", Train.tokens_per_step)  # rounded up, the shares are reached
+    return replace(study, **{key: [math.ceil(share * study.budget / step) * step for share in shares]
                              for key, shares in SHARES.items() if not getattr(study, key)})
 
 
