@@ -9,7 +9,7 @@ DATA = pysource
 STUDY = config/study_quick.py
 OUT = out/study_quick
 PILOT = out/pilot
-BUDGET = 8e6
+BUDGET = 8388608
 DENSE = $(firstword $(wildcard $(OUT)/dense-N55536-s0/checkpoint-2048) $(PILOT)/dense/checkpoint-512)
 TORCH_INDEX =
 

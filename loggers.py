@@ -27,21 +27,19 @@ def open_log(path, step):
 
 def scalars(line):
     """{name: number} of a log line. A list with a number for each layer gives key/0, key/1 and so on."""
-    found = {}
+    flat = {}
     for key, value in line.items():
-        items = {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-        found |= {name: v for name, v in items.items() if isinstance(v, (int, float))}
-    return found
+        flat |= {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+    return {name: v for name, v in flat.items() if isinstance(v, (int, float))}
 
 
 @contextlib.contextmanager
 def open_loggers(c, step):
-    """Yields a function that sends a line of log.jsonl, a dict, to each of c.loggers.
+    """Yields a function that sends a line of log.jsonl, a dict, to each logger of Train settings `c`.
 
-    c: Train settings. step: the last one that an earlier start of the run leaves in the log. TensorBoard's
-    files lie in out_dir/tensorboard. In Weights & Biases each start is a run, and the runs of a trunk are a
-    group. Raises ConfigError where a package is missing or Weights & Biases cannot start.
-    """
+    step: the last one that an earlier start of the run leaves in the log. TensorBoard's files lie in out_dir.
+    In Weights & Biases each start is a run, and a trunk is a group. Raises ConfigError where a package is
+    missing or cannot start."""
     sinks, where = [], {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
     with contextlib.ExitStack() as stack:
         try:

@@ -1,4 +1,5 @@
 """A pilot: short runs that say whether one dense checkpoint is to be upcycled. sweep.py runs them."""
+import math
 import os
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ def with_levels(study):
     """The sweep.Study with its empty D2, D_moe and D_dense as SHARES of the budget. Raises ConfigError."""
     if study.budget is None:
         raise ConfigError("--budget is missing: the tokens of MoE training that the pilot is to decide on")
-    return replace(study, **{key: [round(share * study.budget) for share in shares]
+    step = study.train.get("tokens_per_step", Train.tokens_per_step)  # rounded up, the shares are reached
+    return replace(study, **{key: [math.ceil(share * study.budget / step) * step for share in shares]
                              for key, shares in SHARES.items() if not getattr(study, key)})
 
 
@@ -36,7 +38,7 @@ def open_dense(study, seed):
     if vocabulary not in (None, vocabulary_of(locate(c.dataset), meta["tokenizer"])):
         raise ConfigError(f"{c.dataset}: its tokens are not those of {path}; prepare it with that tokenizer")
     seen = checkpoint.tokens_seen(state) if state else 0
-    if len(study.D1) != (not seen):
+    if len(study.D1) != (0 if seen else 1):
         raise ConfigError(f"{path}: " + (f"has seen {seen:,} tokens, so leave D1 out" if seen else
                                          "does not say how many tokens it has seen; give --D1=TOKENS"))
     return replace(c, D1=seen or study.D1[0]), m
@@ -58,21 +60,17 @@ def model_config(c, base):
         raise ConfigError(str(error)) from None
 
 
-def experts_of(o):
-    """{setting: value} of the numbers of experts in a sweep.Study or upcycle.Options."""
-    return {key: getattr(o, key) for key in EXPERTS}
-
-
 def write_fresh(o):
-    """Write o.destination, of upcycle.Options: a mixture of the architecture of o.source with fresh weights.
-    It has no training state, so that its training starts with the first token. Raises ConfigError."""
-    m = replace(checkpoint.read_config(o.source), **experts_of(o))
+    """Write the mixture of upcycle.Options o, but with fresh weights and no training state. Raises
+    ConfigError."""
+    m = replace(checkpoint.read_config(o.source), **{key: getattr(o, key) for key in EXPERTS})
     checkpoint.save(o.destination, Transformer(m).init_weights(o.seed), {}, tokenizer_from=o.source)
 
 
 def cost(study, jobs):
     """The FLOPs of `jobs`, and their share of those of the study's budget, in words."""
-    m = replace(jobs[0].base, **experts_of(study))
-    flops, per_token = sum(job.flops for job in jobs), flops_per_token(m, jobs[0].settings.max_seq_len)
-    return (f"the pilot costs {flops:.3g} FLOPs, {flops / per_token / study.budget:.1%} of training the MoE "
-            f"on {study.budget:,} tokens; each trunk starts with a warm-up")
+    flops = sum(job.flops for job in jobs)
+    m = replace(jobs[0].base, **{key: getattr(study, key) for key in EXPERTS})
+    share = flops / flops_per_token(m, jobs[0].settings.max_seq_len) / study.budget
+    return (f"the pilot costs {flops:.3g} FLOPs, {share:.1%} of training the MoE on {study.budget:,} tokens; "
+            "each of its trunks starts with a warm-up")

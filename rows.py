@@ -35,8 +35,7 @@ CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
 
 NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
 RUN = ("N", "D", "D1", "D2", "seed", *EXPERTS, *NAMES, *KNOBS, *SETTINGS)
-# Where and with what a run was made, and its loss in another unit: no part of which run it is.
-ORIGIN = ("config", "git", "torch", "bits_per_byte")
+ORIGIN = ("config", "git", "torch", "bits_per_byte")  # they are no part of which run a row is
 
 
 class RowError(ConfigError, ValueError):

@@ -29,10 +29,11 @@ import checkpoint
 import pilot
 from data.stream import load_tokens
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, loss_text, read_row, run_key
+from rows import (EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, loss_text, read_row, run_key,
+                  unusual_knobs)
 from start import STOP, Stopped, caught_signals, planned_row, resolve_architecture
 from train import Train, pays_to_compile, train
-from upcycle import Options as UpcycleOptions, knobs, method_name, upcycle
+from upcycle import Options as UpcycleOptions, knobs, upcycle
 
 
 @dataclass
@@ -194,13 +195,14 @@ def jobs_of_size(study, dense, n, upcycled_at, base=None):
     upcycled_at: the levels of D1 from which this seed is upcycled. base: of a pilot, see Job. There `dense`
     goes on from the checkpoint study.dense, which is upcycled, and a MoE from scratch has its architecture.
     """
-    experts, name = pilot.experts_of(study), f"moe-N{n}-s{dense.seed}"
-    dense_trunk, where = f"dense-N{n}-s{dense.seed}", f"{study.config}: methods: "
+    experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
+    dense_trunk, name = f"dense-N{n}-s{dense.seed}", f"moe-N{n}-s{dense.seed}"
     jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
                               study.D_dense or study.D1, keep=upcycled_at, base=base)
-    levels = [dense.D1] if base else rounded_levels(study, dense, upcycled_at) if upcycled_at else []
-    dense_trunk = dense.trunk if base else dense_trunk
-    dense = dataclasses.replace(dense, init_from=None, D1=None)
+    levels = rounded_levels(study, dense, upcycled_at) if upcycled_at else []
+    if base:
+        levels, dense_trunk = [dense.D1], dense.trunk
+        dense = dataclasses.replace(dense, init_from=None, D1=None)
     fresh = base and UpcycleOptions(study.dense, os.path.join(study.out_dir, name, "start"), seed=dense.seed,
                                     **experts)
     jobs += trunk_and_branches(study, dataclasses.replace(dense, **experts), name, {"family": "moe", "N": n},
@@ -209,8 +211,8 @@ def jobs_of_size(study, dense, n, upcycled_at, base=None):
         for method in study.methods:
             source = study.dense or checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
             given = {"source": source, "destination": "start", "check": False, "seed": dense.seed, "D1": d1}
-            options = from_dict(UpcycleOptions, given | experts | method, where)
-            name = f"upcycled-N{n}-s{dense.seed}-D1_{d1}-{method_name(options, study)}"
+            options = from_dict(UpcycleOptions, given | experts | method, f"{study.config}: methods: ")
+            name = f"upcycled-N{n}-s{dense.seed}-D1_{d1}-{method_name(study, options)}"
             options.destination = os.path.join(study.out_dir, name, "start")
             upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
                                            num_experts_per_tok=options.num_experts_per_tok,
@@ -219,6 +221,15 @@ def jobs_of_size(study, dense, n, upcycled_at, base=None):
                        "dense_trunk": dense_trunk, **knobs(options)}
             jobs += trunk_and_branches(study, upcycled, name, lineage, study.D2, upcycling=options, base=base)
     return jobs
+
+
+def method_name(study, options):
+    """What rows.method_label says in words, for the name of a directory, as drop-drop_ratio_0.5."""
+    told = unusual_knobs(knobs(options))
+    for key in EXPERTS:
+        if getattr(options, key) != getattr(study, key):
+            told[key] = getattr(options, key)
+    return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
 def resolved(c, base=None):
@@ -473,8 +484,7 @@ def main(study):
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed:\n  " + "\n  ".join(failed))
     rows = [read_row(os.path.join(job.settings.out_dir, "row.json")) for job in jobs if not job.is_trunk]
-    for family in (family for family in FAMILIES if any(row["family"] == family for row in rows)):
-        best = min((row for row in rows if row["family"] == family), key=lambda row: row["loss"])
+    for family, best in {row["family"]: row for row in sorted(rows, key=lambda row: -row["loss"])}.items():
         print(f"{family}: lowest loss {loss_text(best)}")
     print(f"{len(rows)} rows in {os.path.join(study.out_dir, 'rows.jsonl')}")
 

@@ -43,7 +43,6 @@ from data.stream import load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
-from rows import EXPERTS, unusual_knobs
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
             "relative_logit_difference": "logits, largest difference / largest",
@@ -55,14 +54,6 @@ KNOBS_OF_ALL = ("router_std", "optimizer")
 def knobs(o):
     """{knob: value} of the settings that tell two ways of upcycling apart."""
     return {key: getattr(o, key) for key in (*METHODS[o.method].knobs, *KNOBS_OF_ALL)}
-
-
-def method_name(o, usual):
-    """What rows.method_label says in words, for the name of a directory, as drop-drop_ratio_0.5. usual: what
-    has the usual numbers of experts, which the name leaves out."""
-    told = unusual_knobs(knobs(o)) | {key: getattr(o, key) for key in EXPERTS
-                                      if getattr(o, key) != getattr(usual, key)}
-    return "-".join([o.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
 @dataclass

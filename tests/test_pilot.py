@@ -139,10 +139,11 @@ def test_what_was_planned_is_what_is_made_for_another_family(mini, qwen3, data):
 
 def test_levels_are_shares_of_the_budget(mini, ours, data):  # noqa: F811
     mini.write_text(MINI[MINI.index("num_local"):])
-    rows = planned_rows(parse(Study, flags(mini, ours, data)))
-    assert [row["D"] // STEP for row in rows if row["family"] == "moe"] == [10, 20, 40, 80, 160]
-    assert [row["D2"] // STEP for row in rows if row["family"] == "upcycled"] == [40, 80]
-    assert [row["D"] // STEP for row in rows if row["family"] == "dense"] == [20 + 40, 20 + 80]
+    for budget in (BUDGET, BUDGET - 40):  # a share that is no whole step is rounded up
+        rows = planned_rows(parse(Study, flags(mini, ours, data) + [f"--budget={budget}"]))
+        assert [row["D"] / STEP for row in rows if row["family"] == "moe"] == [10, 20, 40, 80, 160]
+        assert [row["D2"] / STEP for row in rows if row["family"] == "upcycled"] == [40, 80]
+        assert [row["D"] / STEP for row in rows if row["family"] == "dense"] == [20 + 40, 20 + 80]
 
 
 def test_what_no_pilot_can_start_from_is_refused_by_name(mini, ours, qwen3, data, tmp_path):  # noqa: F811

@@ -14,7 +14,8 @@ GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
 FULL = {  # a row of an upcycled run, as train.py writes it
     "family": "upcycled", "N": 40160, "N_active": 68576, "N_total": 234464, "D1": 524288, "D2": 262144,
     "loss": 2.5,
-    "loss_se": 0.01, "bits_per_byte": 3.2, "num_local_experts": 8, "num_experts_per_tok": 2, "method": "merge", "noise_std": 0.1,
+    "loss_se": 0.01, "bits_per_byte": 3.2, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "method": "merge", "noise_std": 0.1,
     "noise_fraction": 0.5, "drop_ratio": 0.5, "granularity": 2, "merge_shared": "average", "router_std": 0.02,
     "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk", "dense_trunk": "dense-trunk",
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
