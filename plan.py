@@ -86,7 +86,7 @@ def beyond_the_data(book, points):
                 side, edge = ("above", high) if value > high else ("below", low)
                 text = say(side, name=name, value=short(value), times=short(math.exp(ln_times)),
                            edge=short(edge), family=family)
-                if ln_times > math.log(book["reach"][name]) + 1e-9:
+                if ln_times > math.log(book["reach"][name]) + 0.05:  # levels are whole steps
                     reasons.setdefault(key, say("too_distant", text=text, reach=short(book["reach"][name])))
                 else:
                     warnings.setdefault(key, text)

@@ -84,17 +84,18 @@ def mixed_conditions(rows):
     """{condition: its values, two or more} where rows of one fit were made under different conditions.
 
     A column that a row lacks says nothing. An initializer_range of automatic_range(hidden_size) is "auto". A
-    learning rate may be tuned to the size: only rows of one N must agree on it.
+    learning rate may be tuned to the size: only rows of one N must agree on it. The dense rows of a pilot
+    begin a schedule late: only rows of one family must agree on that.
     """
+    within = {"learning_rate": "N", "tokens_before_schedule": "family"}
     found = {}
     for row in rows:
         for key in CONDITIONS:
             value = plain(key, row.get(key))
-            if key == "initializer_range" and value == automatic_range(row.get("hidden_size")):
+            if key == "initializer_range" and value and value == automatic_range(row.get("hidden_size")):
                 value = "auto"
             if value is not None:
-                alike = key, row["N"] if key == "learning_rate" else None
-                found.setdefault(alike, {})[value] = True
+                found.setdefault((key, row.get(within.get(key))), {})[value] = True
     return {key: list(values) for (key, _), values in found.items() if len(values) > 1}
 
 

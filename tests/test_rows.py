@@ -84,6 +84,10 @@ def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():
 def test_a_learning_rate_may_follow_the_size_but_must_not_differ_within_one():
     tuned = [FULL, FULL | {"N": 2 * FULL["N"], "learning_rate": FULL["learning_rate"] / 2}]
     assert mixed_conditions(tuned) == {}
+    pilot = {"family": "dense", "N": FULL["N"], "D": 3e6, "loss": 2.0, "tokens_before_schedule": 2e6}
+    assert mixed_conditions([FULL, pilot]) == {}
+    assert mixed_conditions([FULL, pilot, pilot | {"tokens_before_schedule": 0}]) == {
+        "tokens_before_schedule": [2e6, 0]}
     again = tuned[1] | {"learning_rate": 0.5}
     assert mixed_conditions([*tuned, again]) == {"learning_rate": [FULL["learning_rate"] / 2, 0.5]}
 
