@@ -72,9 +72,9 @@ def from_hf_config(d, where="config.json"):
             fields["rope_theta"] = rope.get("rope_theta", d.get("rope_theta", 10000.0))
             if rope.get("rope_type", "default") != "default":
                 fields["rope_scaling"] = rope
-        refuse_other_attention(d, entry)
         for field in fields.keys() & LIMITS.keys():
             fields[field] = checked_value(f"{where}: {entry['keys'][field]}", fields[field], LIMITS[field])
+        refuse_other_attention(d, entry)
         c = ModelConfig(**fields)
         if "num_local_experts" in entry["keys"] and not c.num_local_experts:
             raise ValueError(f"{entry['keys']['num_local_experts']} is 0")

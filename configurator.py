@@ -293,12 +293,15 @@ def from_text(name, text, kind):
         item_kind, = typing.get_args(kind)
         items = text.split(",") if text else []
         return [from_text(f"{name}[{i}]", item.strip(), item_kind) for i, item in enumerate(items)]
-    try:
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-        if value is text:
+    value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if value is text:
+        with contextlib.suppress(SyntaxError, ValueError, ConfigError, *TOO_DEEP):
             value = evaluate(ast.parse(text.strip(), mode="eval").body, {})
+    try:
         return convert(name, value, kind)
-    except (SyntaxError, ValueError, ConfigError, *TOO_DEEP):
+    except ConfigError:
+        if kind is int and isinstance(value, int):  # it is too large
+            raise
         return convert(name, text, kind)
 
 

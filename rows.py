@@ -241,7 +241,8 @@ def append_row(path, row):
                 line = b"\n" + line
             except ValueError:  # empty, or a row of a run that was killed or whose disk was full
                 end -= len(last)
-                f.truncate(end)
+                if last:
+                    f.truncate(end)
             if line.strip() in lines:
                 return
             try:

@@ -283,7 +283,7 @@ def ranks(world, trials, rng, count):
 
 def digest(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir()
-            if p.name not in ("upcycle.json", "trainer_state.json")}
+            if p.name not in ("upcycle.json", "trainer_state.json", "README.md")}  # they name the directory
 
 
 def upcycling(world, trials, rng, count):

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore it
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

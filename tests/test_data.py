@@ -410,7 +410,7 @@ def test_no_network_is_one_line(tmp_path):
     one_line_error(cli(source, "--tokenizer=gpt2", out, **offline),
                    "gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer=bytes")
     one_line_error(cli("nosuch/dataset", out, **offline), "nosuch/dataset", "cannot be read")
-    assert os.listdir(tmp_path / "o") == []
+    assert os.listdir(tmp_path / "o") == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------

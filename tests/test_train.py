@@ -309,7 +309,8 @@ def test_validation_is_shared_fixed_and_carries_its_error(tiny):
 
 def test_a_row_has_every_setting_that_moves_the_loss(tiny):
     """A new setting of train.py is in the row, or is one of these, which move no loss."""
-    without = {"config", "out_dir", "rows", "trunk", "init_from", "branch", "resume", "dataset",
+    without = {"config", "out_dir", "rows", "trunk", "init_from", "branch", "resume", "dataset", "D1",
+               "loggers",
                "max_tokens", "micro_batch_size", "eval_every_steps",
                "save_at_tokens", "save_every_seconds", "skip_nonfinite", "device", "compile"}
     named = {"seed", "num_local_experts", "num_experts_per_tok"}
@@ -569,7 +570,7 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     other = {"out_dir": str(tmp_path / "other")}
     fails("num_hidden_layers is 2 there, 5 is asked", init_from=last, num_hidden_layers=5, **other)
     fails("was trained with max_seq_len = 16", init_from=last, max_seq_len=8, **other)
-    fails("max_position_embeddings", init_from=last, max_seq_len=32, **other)
+    fails("takes at most 16 tokens a sequence", init_from=last, max_seq_len=32, **other)
     fails("leaves nothing to train", init_from=last, branch=True, max_tokens=20 * STEP, **other)
     os.remove(os.path.join(last, "optimizer.pt"))
     fails("no optimizer.pt", init_from=last, branch=True, **other)
@@ -672,6 +673,6 @@ def test_sample_prints_text_of_the_model(tiny, capsys):
     assert first.startswith("def ") and len(first) > 4
     model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-4"))
     ids = list(b"def ")
-    for token in sample.generate(model, ids, 30, 0, 0, 0):
+    for token in sample.generate(model, ids, options, None):
         assert token == model(torch.tensor([ids[-16:]]))[0, -1].argmax().item()  # greedy, over the window
         ids.append(token)

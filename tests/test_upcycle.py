@@ -873,7 +873,7 @@ u.upcycle(o)
 """, random_dense, str(tmp_path / "moe"))
     assert done.returncode == -9, done.stderr
     said, listing = done.stdout.splitlines()
-    assert "not written" in said and "too large" in said and listing == "[]"
+    assert "cannot be written: File too large" in said and listing == "[]"
     assert not (tmp_path / "moe").exists()
     path, _ = upcycled(tmp_path, random_dense)
     assert_same_function(random_dense, path)
