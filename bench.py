@@ -20,11 +20,12 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from configurator import REQUIRED, ConfigError, run, setting
+
 import numpy as np
 
 from bench_train import SHAPES, alternate, train
 from checkpoint import save
-from configurator import REQUIRED, ConfigError, run, setting
 from engine import fit
 from model import ModelConfig, Transformer
 from uncertainty import bootstrap, fit_with_noise

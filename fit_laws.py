@@ -10,11 +10,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
+                          write_text_atomically)
+
 import numpy as np
 
 import report
-from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
-                          write_text_atomically)
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
 from problem import levels, levels_of_N, missing, variable, variables_of

@@ -14,10 +14,11 @@ import json
 import math
 from dataclasses import dataclass
 
+from configurator import ConfigError, run, setting
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from configurator import ConfigError, run, setting
 from laws import head_start, short
 from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, quantile,
                      read_laws, sample)

@@ -12,10 +12,11 @@ import math
 import os
 from dataclasses import dataclass
 
+from configurator import (REQUIRED, ConfigError, code_version, parse, read_json, run, setting,
+                          write_text_atomically)
+
 import numpy as np
 
-from configurator import REQUIRED, ConfigError, code_version, parse, read_json, run, setting
-from configurator import write_text_atomically
 from laws import RIVALS, law_name
 from mixture import make_book, read_laws, sample
 from rows import EXPERTS, FAMILIES, KNOBS, method_label, read_rows

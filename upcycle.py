@@ -32,13 +32,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from typing import Literal
 
+from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
+
 import torch
 import torch.nn.functional as F
 
 from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors,
                         read_config, read_moments, read_state, stored_views, to_hf_config, tokens_seen,
                         write_json, write_moments, write_weights)
-from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
 from data.stream import load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of

@@ -447,12 +447,15 @@ def test_a_closed_terminal_stops_no_training(tiny, tmp_path, closed):  # noqa: F
     assert process.wait(timeout=60) == 0 and len(log(tiny)) == 40
 
 
-def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
-    """SIGINT comes while torch is being imported, as torch's own finder sees it."""
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
-                                       "import time\ntime.sleep(60)\n")
-    process = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True,
-                             env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
+@pytest.mark.parametrize("script", "train sweep upcycle sample fit_laws plan seal bench".split())
+def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path, script):
+    """SIGINT comes while torch or numpy is being imported."""
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+                                             "import time\ntime.sleep(60)\n")
+    process = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT,
+                             capture_output=True, text=True, timeout=60,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.returncode == -signal.SIGINT and "Traceback" not in process.stderr
 
 
