@@ -252,12 +252,12 @@ def draw_figures(rows, laws, profiles):
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
     best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
     shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
-             "moe": [law for law in ("moe.joint", "moe") if law in laws][:1],
-             "dense": [law for law in ("dense",) if law in laws]}
+             "moe": [law for law in ("moe.joint", "moe", best) if law in laws][:1],
+             "dense": [law for law in ("dense", best) if law in laws][:1]}
     found = {"loss_against_tokens": (
         figures.loss_against_tokens(one_method, laws, shown),
         f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
-    if rivals:
+    if rivals and len(sorted_levels(of_family(rows, "upcycled"), "D1")) > 1:
         found["exponent_against_D1"] = (figures.exponent_against_D1(one_method, laws),
                                         "The interaction: how fast the loss falls with D2, against D1.")
     alone = [law for law in laws if law.startswith("moe.") or not rivals]
