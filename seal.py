@@ -20,7 +20,7 @@ import numpy as np
 from laws import RIVALS, law_name
 from mixture import make_book, read_laws, sample
 from rows import EXPERTS, FAMILIES, KNOBS, method_label, read_rows
-from sweep import Study, planned_rows
+from sweep import Study, is_withheld, planned_rows
 
 # What tells one sealed row from another.
 COLUMNS = ("family", "N", "D", "D1", "D2", "seed", *EXPERTS, "method", *KNOBS)
@@ -37,10 +37,8 @@ class Options:
 
 def withheld_rows(study_file):
     """The planned rows of a study that it withholds, as {column: value}. Raises ConfigError for none."""
-    open_rows, every = (planned_rows(parse(Study, [study_file, f"--train_withheld={flag}"]))
-                        for flag in ("false", "true"))
-    seen = [identity(row) for row in open_rows]
-    rows = [row for row in map(identity, every) if row not in seen]
+    study = parse(Study, [study_file, "--train_withheld"])
+    rows = [identity(row) for row in planned_rows(study) if is_withheld(study, row)]
     if not rows:
         raise ConfigError(f"{study_file}: withholds no rows")
     return rows

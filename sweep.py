@@ -146,37 +146,44 @@ def study_jobs(study):
 
 def compile_where_it_pays(jobs):
     """Set `compile` of the jobs that leave it open. A worker compiles a shape once for all its runs."""
-    shapes, flops = {}, Counter()
+    def shape(job):
+        return tuple(job.row[key] for key in (*SIZES, *EXPERTS))
+    flops = Counter()
     for job in jobs:
-        shapes[id(job)] = shape = tuple(job.row[key] for key in (*SIZES, *EXPERTS))
-        flops[shape] += job.flops
+        flops[shape(job)] += job.flops
     for job in jobs:
         if job.settings.compile == "auto":
-            job.settings.compile = pays_to_compile(flops[shapes[id(job)]], job.settings.device)
+            job.settings.compile = pays_to_compile(flops[shape(job)], job.settings.device)
+
+
+def is_withheld(study, row):
+    """Whether `row` has the columns of one entry of study.withheld."""
+    return any(all(row.get(key) in (value if isinstance(value, list) else [value])
+                   for key, value in columns.items()) for columns in study.withheld)
 
 
 def due_jobs(study, jobs):
     """The jobs that the study trains now: branches of the families asked for that are not withheld, and the
     trunks on which they depend. A trunk goes as far as any row that is not withheld needs it."""
-    def is_withheld(row):
-        return any(all(row.get(key) in (value if isinstance(value, list) else [value])
-                       for key, value in columns.items()) for columns in study.withheld)
     due, needed, needed_now = [], set(), set()  # checkpoints needed by rows of any family, and by due jobs
     for job in reversed(jobs):
         c = job.settings
         if job.is_trunk:
             paths = {tokens: checkpoint_path(c.out_dir, tokens, c) for tokens in c.save_at_tokens}
             stops = [tokens for tokens, path in paths.items() if path in needed]
-            is_due = any(path in needed_now for path in paths.values())
-            if stops:
-                job = dataclasses.replace(job, tokens=stops[-1], flops=job.flops * stops[-1] // job.tokens)
-                job.settings = dataclasses.replace(c, save_at_tokens=stops, max_tokens=stops[-1])
+            is_open, is_due = bool(stops), not needed_now.isdisjoint(paths.values())
+            if is_open:
+                end = stops[-1]
+                c = dataclasses.replace(c, save_at_tokens=stops, max_tokens=end)
+                job = dataclasses.replace(job, settings=c, tokens=end, flops=job.flops * end // job.tokens)
         else:
-            stops = study.train_withheld or not is_withheld(job.row)
-            is_due = stops and (not study.families or job.row["family"] in study.families)
-        needed |= {job.needs} if stops else set()
-        needed_now |= {job.needs} if is_due else set()
-        due += [job] if is_due else []
+            is_open = study.train_withheld or not is_withheld(study, job.row)
+            is_due = is_open and (not study.families or job.row["family"] in study.families)
+        if is_open:
+            needed.add(job.needs)
+        if is_due:
+            needed_now.add(job.needs)
+            due.append(job)
     return due[::-1]
 
 
