@@ -19,14 +19,13 @@ import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
 from problem import levels, levels_of_N, missing, variable, variables_of
-from rows import FAMILIES, method_label, mixed_conditions, read_rows, run_key
+from rows import EXPERTS, FAMILIES, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
                          profile_E, standard_errors, unidentified)
 
 # Laws that are fitted to the rows of one (D, D1, D2).
 AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
-MOE = ("num_local_experts", "num_experts_per_tok")
-ORIGIN = ("data_sha256", "tokenizer", *MOE, "max_seq_len")  # what must agree among laws that are compared
+ORIGIN = ("data_sha256", "tokenizer", *EXPERTS, "max_seq_len")  # what must agree among laws that are compared
 WARM_UPS = 5  # a shorter run, in lengths of its warm-up, says little of the law: the claims leave it out
 
 
@@ -315,7 +314,7 @@ def mixtures(rows):
     methods are mixed (only laws with a head start tell them apart), and where rows were made under
     different settings."""
     found = {f"{family} rows": values for family, values in by_family(
-        rows, lambda members: values_of(members, ("data_sha256", "method", *MOE))).items()}
+        rows, lambda members: values_of(members, ("data_sha256", "method", *EXPERTS))).items()}
     said = []
     for who, columns in (found | {"rows": mixed_conditions(rows)}).items():
         for key, values in ((key, values) for key, values in columns.items() if len(values) > 1):
@@ -372,7 +371,7 @@ def models(rows):
     found = {}
     for row in rows:
         tokens = row.get("D2", row.get("D"))
-        columns = ("family", "N", "N_active", "N_total", *MOE)
+        columns = ("family", "N", "N_active", "N_total", *EXPERTS)
         model = {name: row[name] for name in columns if name in row}
         if isinstance(row.get("flops"), (int, float)) and row["flops"] > 0:
             found[tuple(model.values())] = model | {"flops_per_token": row["flops"] / tokens}

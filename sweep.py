@@ -202,7 +202,7 @@ def jobs_of_size(study, dense, n, upcycled_at, base=None):
     upcycled_at: the levels of D1 from which this seed is upcycled. base: of a pilot, see Job. There `dense`
     goes on from the checkpoint study.dense, which is upcycled, and a MoE from scratch has its architecture.
     """
-    experts = {"num_local_experts": study.num_local_experts, "num_experts_per_tok": study.num_experts_per_tok}
+    experts = {key: getattr(study, key) for key in EXPERTS}
     dense_trunk, name = f"dense-N{n}-s{dense.seed}", f"moe-N{n}-s{dense.seed}"
     jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
                               study.D_dense or study.D1, keep=upcycled_at, base=base)
