@@ -5,8 +5,9 @@ A script starts with `run(main, Options)`. Each field of the dataclass Options i
     source: str = setting(REQUIRED, "text file to read", positional=True)
     seed: int = setting(0, "random seed")
 
-The setting `config`, where there is one, names a file that assigns literals, and arithmetic on numbers and
-on names assigned above. A name that starts with _ is no setting but serves the lines below it.
+The setting `config`, where there is one, names a file that assigns literals, and arithmetic (+ - * / **) on
+numbers and on names of numbers assigned above. A name that starts with _ is no setting but serves the lines
+below it.
 
 Every script also reads, writes and locks files by the functions below.
 """
@@ -21,7 +22,6 @@ import json
 import math
 import operator
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -123,11 +123,7 @@ def writing(path, needed=None):
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            existing = os.path.dirname(os.path.abspath(path))
-            while not os.path.isdir(existing):
-                existing = os.path.dirname(existing)
-            wanted = "" if needed is None else f"{needed:,} bytes needed, "
-            reason = f"the disk is full: {wanted}{shutil.disk_usage(existing).free:,} free"
+            reason = "the disk is full" if needed is None else f"the disk is full: {needed:,} bytes needed"
         raise ConfigError(f"{path}: cannot be written: {reason}") from None
 
 
@@ -169,168 +165,138 @@ def note(text):
 # Values: literals and arithmetic, evaluated over the syntax tree
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-             ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
-MAX_BITS = 1000       # of a whole number; floats end there too
-MAX_CONFIG = 100_000  # bytes of a config file, and characters and numbers in its values together
+             ast.Pow: math.pow, ast.USub: operator.neg}
+UNIONS = (types.UnionType, typing.Union)
+MOST = {int: 2**53, float: sys.float_info.max}  # up to 2**53 floats are exact
+MAX_CONFIG = 100_000  # bytes of a config file
 TOO_DEEP = (MemoryError, RecursionError)  # Python raises these for source that it cannot parse
 
 
-def evaluate(node, names, level=0):
-    """The value of a syntax tree of literals, arithmetic and assigned names. Raises ConfigError."""
-    def value(child):
-        return evaluate(child, names, level + 1)
-    if level > MAX_LEVELS:
-        raise ConfigError(f"nested too deep: more than {MAX_LEVELS} levels")
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [value(item) for item in node.elts]
-    if isinstance(node, ast.Name) and node.id in names:
-        return names[node.id]
-    try:
-        if isinstance(node, ast.Dict) and None not in node.keys:
-            return {value(k): value(v) for k, v in zip(node.keys, node.values)}
-        if isinstance(node, (ast.UnaryOp, ast.BinOp)) and type(node.op) in OPERATORS:
-            operands = [value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+def evaluate(node, names):
+    """The value of a syntax tree of literals, arithmetic and names of numbers. Raises ConfigError.
+
+    Arithmetic is that of floats, so its results do not grow without bound. Whole results are ints.
+    """
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.List(items) | ast.Tuple(items):
+            return [evaluate(item, names) for item in items]
+        case ast.Dict(keys, values) if all(isinstance(key, ast.Constant) for key in keys):
+            return {key.value: evaluate(value, names) for key, value in zip(keys, values)}
+        case ast.Name(name) if isinstance(names.get(name), (int, float)):
+            return names[name]
+        case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in OPERATORS:
+            operands = [evaluate(child, names) for child in ast.iter_child_nodes(node) if child is not op]
             if not all(isinstance(operand, (int, float)) for operand in operands):
-                raise TypeError("arithmetic is on numbers")
-            if isinstance(node.op, ast.Pow) and bits(operands[0]) * operands[1] > MAX_BITS:
-                raise ConfigError(f"the number is too large in '{ast.unparse(node):.100}'")
-            return OPERATORS[type(node.op)](*operands)
-    except (TypeError, ArithmeticError, ValueError) as error:
-        raise ConfigError(f"cannot compute '{ast.unparse(node):.100}': {error}") from None
-    raise ConfigError(f"'{ast.unparse(node):.100}' is not a literal or arithmetic on literals")
-
-
-def bits(number):
-    """The bits of a whole number; a float has 1, since it does not grow."""
-    return number.bit_length() if isinstance(number, int) else 1
-
-
-def size(value, most):
-    """Characters and numbers in a value, counted until there are more than `most`. A number that is too large
-    counts as more."""
-    count, todo = 0, [value]
-    while todo and count <= most:
-        value = todo.pop()
-        count += len(value) if isinstance(value, (str, bytes)) else most + 1 if bits(value) > MAX_BITS else 1
-        todo += value if isinstance(value, list) else ()
-        todo += (*value, *value.values()) if isinstance(value, dict) else ()
-    return count
+                raise ConfigError(f"arithmetic is on numbers, not '{ast.unparse(node):.100}'")
+            try:
+                result = OPERATORS[type(op)](*map(float, operands))
+                if not math.isfinite(result):
+                    raise OverflowError("the result is too large")
+            except (ArithmeticError, ValueError) as error:
+                raise ConfigError(f"cannot compute '{ast.unparse(node):.100}': {error}") from None
+            return int(result) if result.is_integer() else result
+    raise ConfigError(f"'{ast.unparse(node):.100}' is not a literal or arithmetic on numbers")
 
 
 def read_config(path):
     """The {key: value} that a config file assigns. Raises ConfigError naming the file and the line."""
-    text, left = read_text(path, MAX_CONFIG), MAX_CONFIG
+    text, values, line = read_text(path, MAX_CONFIG), {}, 1
     try:
-        tree = ast.parse(text, filename=path)
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path}: line {getattr(error, 'lineno', '?')}: not valid: {error}") from None
+        for node in ast.parse(text, filename=path).body:
+            line = node.lineno
+            match node:
+                case ast.Expr(ast.Constant(str())):
+                    pass  # a docstring
+                case ast.Assign([ast.Name(key)], value):
+                    values[key] = evaluate(value, values)
+                case _:
+                    source = text.split("\n")[line - 1].strip()
+                    raise ConfigError(f"only 'key = value' lines are allowed, not '{source:.100}'")
+    except (ConfigError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path}: line {getattr(error, 'lineno', line)}: {one_line(error)}") from None
     except TOO_DEEP:
-        raise ConfigError(f"{path}: not valid: nested too deep") from None
-    values = {}
-    for node in tree.body:
-        where = f"{path}: line {node.lineno}"
-        match node:
-            case ast.Expr(ast.Constant(str())):
-                pass  # a docstring
-            case ast.Assign([ast.Name(key)]):
-                try:
-                    values[key] = evaluate(node.value, values)
-                except (ConfigError, *TOO_DEEP) as error:
-                    raise ConfigError(f"{where}: {str(error) or 'nested too deep'}") from None
-                left -= size(values[key], left)
-                if left < 0:
-                    raise ConfigError(f"{where}: the values of the file are too large together")
-            case _:
-                line = text.split("\n")[node.lineno - 1].strip()
-                raise ConfigError(f"{where}: only 'key = value' lines are allowed, not '{line:.100}'")
+        raise ConfigError(f"{path}: line {line}: nested too deep") from None
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-def convert(name, value, kind):
+def as_type(name, value, kind):
     """`value` as type `kind`; 1e6 is a fine int. Raises ConfigError naming key, value and type."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        for option in typing.get_args(kind):
-            try:
-                return convert(name, value, option)
-            except ConfigError:
-                pass
-    elif typing.get_origin(kind) is typing.Literal:
-        for option in typing.get_args(kind):
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in UNIONS:
+        for option in options:
+            with contextlib.suppress(ConfigError):
+                return as_type(name, value, option)
+    elif origin is typing.Literal:
+        for option in options:
             if value == option and isinstance(value, bool) == isinstance(option, bool):
                 return option
-        raise ConfigError(f"{name}: {value!r:.100} is none of {', '.join(map(repr, typing.get_args(kind)))}")
-    elif typing.get_origin(kind) is list:
-        if isinstance(value, list):
-            return [convert(f"{name}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
-    elif kind is bool or isinstance(value, bool):
-        if kind is bool and isinstance(value, bool):
-            return value
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        return convert(name, int(value), int)
-    elif kind is float and isinstance(value, (int, float)):
-        if abs(value) <= sys.float_info.max:  # neither nan nor infinity
-            return float(value)
-    elif kind is int and isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{name}: {value!r:.100} is too large a number")
-    elif isinstance(kind, type) and isinstance(value, kind):
+        raise ConfigError(f"{name}: {value!r:.100} is none of {', '.join(map(repr, options))}")
+    elif origin is list and isinstance(value, list):
+        return [as_type(f"{name}[{i}]", item, options[0]) for i, item in enumerate(value)]
+    elif kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) > MOST[kind]:
+            raise ConfigError(f"{name}: {value!r:.100} is too large a number")
+        if not math.isnan(value) and value == kind(value):
+            return kind(value)
+    elif type(value) is kind:
         return value
     raise ConfigError(f"{name}: {value!r:.100} is not of type {type_name(kind)}")
 
 
+def convert(name, value, kind, least=None, most=None):
+    """`value` as type `kind`, its numbers within least .. most. Raises ConfigError."""
+    value = as_type(name, value, kind)
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and (least is not None and number < least
+                                                     or most is not None and number > most):
+            allowed = f"at least {least}" if most is None else f"in {least} .. {most}"
+            raise ConfigError(f"{name}: {number!r} is not {allowed}")
+    return value
+
+
 def type_name(kind):
     """A type in the words of --help."""
-    if typing.get_origin(kind) in (typing.Literal, types.UnionType, typing.Union):
+    if typing.get_origin(kind) in (typing.Literal, *UNIONS):
         return "|".join(part if isinstance(part, str) else type_name(part) for part in typing.get_args(kind))
     return "none" if kind is types.NoneType else kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def from_text(name, text, kind):
     """A command-line value: a literal if that fits the type, and else the text itself. Raises ConfigError."""
-    if typing.get_origin(kind) is list and not text.lstrip().startswith(("[", "(")):  # --sizes=3,4
+    if typing.get_origin(kind) is list and not text.lstrip().startswith("["):  # --sizes=3,4
         item_kind, = typing.get_args(kind)
         items = text.split(",") if text else []
         return [from_text(f"{name}[{i}]", item.strip(), item_kind) for i, item in enumerate(items)]
-    value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if value is text:
-        with contextlib.suppress(SyntaxError, ValueError, ConfigError, *TOO_DEEP):
-            value = evaluate(ast.parse(text.strip(), mode="eval").body, {})
-    try:
-        return convert(name, value, kind)
-    except ConfigError:
-        if kind is int and isinstance(value, int):  # it is too large
-            raise
-        return convert(name, text, kind)
+    words = {"true": True, "false": False, "none": None}
+    with contextlib.suppress(SyntaxError, ValueError, ConfigError, *TOO_DEEP):
+        value = (words[text.lower()] if text.lower() in words
+                 else evaluate(ast.parse(text.strip(), mode="eval").body, {}))
+        return as_type(name, value, kind)
+    return as_type(name, text, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
-def refuse_unknown(key, kinds, where=""):
+def refuse_unknown(key, kinds):
     """Raise a ConfigError that names the nearest key, unless `key` is among `kinds`."""
     if key not in kinds:
         nearest, = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)
-        raise ConfigError(f"{where}unknown key '{key}'; did you mean '{nearest}'? (--help lists all)")
+        raise ConfigError(f"unknown key '{key}'; did you mean '{nearest}'? (--help lists all)")
 
 
 def checked(cls, values, where=""):
     """`values` as the types of `cls`. Raises ConfigError for an unknown key, or a wrong type or range."""
-    kinds = typing.get_type_hints(cls)
-    for key in values:
-        refuse_unknown(key, kinds, where)
+    kinds, ranges = typing.get_type_hints(cls), {f.name: f.metadata for f in dataclasses.fields(cls)}
+    result = {}
     try:
-        result = {key: convert(key, value, kinds[key]) for key, value in values.items()}
+        for key, value in values.items():
+            refuse_unknown(key, kinds)
+            result[key] = convert(key, value, kinds[key], ranges[key]["least"], ranges[key]["most"])
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from None
-    for f in dataclasses.fields(cls):
-        least, most, value = f.metadata["least"], f.metadata["most"], result.get(f.name)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and (least is not None and number < least
-                                                         or most is not None and number > most):
-                allowed = f"at least {least}" if most is None else f"in {least} .. {most}"
-                raise ConfigError(f"{where}{f.name}: {number!r} is not {allowed}")
     return result
 
 
@@ -351,32 +317,23 @@ def from_dict(cls, values, where=""):
 
 def parse(cls, argv):
     """A `cls` from the words of a command line. Flags override the config file. Raises ConfigError."""
-    kinds = typing.get_type_hints(cls)
-    words, values, left = [], {}, list(argv)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        key, equals, text = word[2:].partition("=")
-        refuse_unknown(key, kinds)
-        if not equals and kinds[key] is bool:  # --key
-            text = "True"
-        elif not equals:  # --key value
-            if not left or left[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value: --{key}=...")
-            text = left.pop(0)
-        values[key] = from_text(key, text, kinds[key])
+    kinds, values = typing.get_type_hints(cls), {}
+    words = [word for word in argv if not word.startswith("--")]
     for f in dataclasses.fields(cls):
         if f.metadata["positional"] and words:
             if typing.get_origin(kinds[f.name]) is list:  # a list takes all words that are left
                 item_kind, = typing.get_args(kinds[f.name])
-                value, words = [from_text(f.name, word, item_kind) for word in words], []
+                values[f.name], words = [from_text(f.name, word, item_kind) for word in words], []
             else:
-                value = from_text(f.name, words.pop(0), kinds[f.name])
-            values.setdefault(f.name, value)  # a flag overrides a word
+                values[f.name] = from_text(f.name, words.pop(0), kinds[f.name])
     if words:
         raise ConfigError(f"do not know what to do with '{words[0]}' (settings are given as --key=value)")
+    for flag in (word for word in argv if word.startswith("--")):  # a flag overrides a word
+        key, equals, text = flag[2:].partition("=")
+        refuse_unknown(key, kinds)
+        if not equals and kinds[key] is not bool:
+            raise ConfigError(f"--{key} needs a value: --{key}=...")
+        values[key] = from_text(key, text if equals else "true", kinds[key])
     if path := values.get("config"):
         values = checked(cls, read_config(path), f"{path}: ") | values
     return from_dict(cls, values)

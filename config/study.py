@@ -25,10 +25,10 @@ D_dense = [_M / 2, _M, 2 * _M, 4 * _M, 8 * _M, 16 * _M, 32 * _M]
 D_moe = [_M / 2, _M, 2 * _M, 4 * _M, 8 * _M, 16 * _M, 32 * _M]
 methods = [{"method": "copy"}, {"method": "drop", "drop_ratio": 0.5}]
 
-_largest_but_4M = [_M / 2, _M, 2 * _M, 8 * _M, 16 * _M, 32 * _M]
 withheld = [
     {"N": 55536, "D1": 32 * _M},  # the largest D1 of one size
-    {"N": 554016, "family": "upcycled"}, {"N": 554016, "D": _largest_but_4M},  # all but two points of a size
+    {"N": 554016, "family": "upcycled"},  # and all but two points of a size, those with D = 4M
+    {"N": 554016, "D": [_M / 2, _M, 2 * _M, 8 * _M, 16 * _M, 32 * _M]},
     {"N": 554016, "seed": 1},
 ]
 

@@ -67,7 +67,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, error, kind):
 
 def test_a_real_full_disk(tmp_path):
     """/dev/full fails each write with ENOSPC; a checkpoint whose file is a link to it cannot be written."""
-    with pytest.raises(ConfigError, match="the disk is full: 10,000,000 bytes needed, .* free"):
+    with pytest.raises(ConfigError, match="the disk is full: 10,000,000 bytes needed"):
         with checkpoint.atomic_directory(tmp_path / "c", needed=10_000_000) as temporary:
             os.symlink("/dev/full", os.path.join(temporary, "model.safetensors"))
             with open(os.path.join(temporary, "model.safetensors"), "wb") as f:

@@ -1,12 +1,10 @@
 """configurator.py: precedence, types, and every way to get a setting wrong."""
 import dataclasses
-import resource
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -21,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class Settings:
     """Does a thing."""
-    config: Optional[str] = setting(None, "a file of settings", positional=True)
+    config: str | None = setting(None, "a file of settings", positional=True)
     max_tokens: int = setting(1000, "how many tokens to train on")
     learning_rate: float = setting(3e-3, "peak")
     compile: bool = setting(False, "torch.compile")
@@ -99,14 +97,13 @@ def test_flags_become_values_of_their_type(flag, key, value):
 def test_config_file_arithmetic(tmp_path):
     path = written(tmp_path, '"""Launch: python x.py"""\n'
                    "max_tokens = 20 * 2**10  # comment\nlearning_rate = 3e-3 / 2 - 1e-4\n"
-                   "_third = max_tokens // 3\ndecay_start = _third % 1000\n"
-                   "compile = not False\nsizes = (1, -2 + 5, max_tokens)\nnames = ['a', 'b']\n"
-                   "widths = {'s': [2**5, 3], 'n': {_third: None}}\n")
+                   "_third = max_tokens / 3\ndecay_start = _third * 3\n"
+                   "sizes = (1, -2 + 5, max_tokens)\nnames = ['a', 'b']\n"
+                   "widths = {'s': [2**5, 3], 'n': {7: None}}\n")
     assert read_config(path) == {
-        "max_tokens": 20480, "learning_rate": 3e-3 / 2 - 1e-4, "decay_start": 20480 // 3 % 1000,
-        "compile": True, "sizes": [1, 3, 20480], "names": ["a", "b"],
-        "widths": {"s": [32, 3], "n": {6826: None}}}
-    assert parse(Settings, [path]).sizes == [1, 3, 20480]
+        "max_tokens": 20480, "learning_rate": 3e-3 / 2 - 1e-4, "decay_start": 20480,
+        "sizes": [1, 3, 20480], "names": ["a", "b"], "widths": {"s": [32, 3], "n": {7: None}}}
+    assert repr(parse(Settings, [path]).sizes) == "[1, 3, 20480]"
 
 
 def test_defaults_are_not_shared():
@@ -120,9 +117,7 @@ def test_positional_words():
 
 
 TEXT = st.text(st.characters(codec="utf-8"))
-
-
-INTEGERS = st.integers(-2**63 + 1, 2**63 - 1)
+INTEGERS = st.integers(-2**53, 2**53)
 
 
 @given(st.builds(Settings, config=st.none(), max_tokens=INTEGERS,
@@ -137,28 +132,13 @@ def test_written_config_reads_back(tmp_path_factory, settings):
     assert not Path(f"{path}.tmp").exists()
 
 
-def test_a_kill_while_a_config_is_written_leaves_the_old_one(tmp_path):
-    """The kernel kills a process that writes past its limit on the size of a file (RLIMIT_FSIZE)."""
+def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, limited_files):
     path = tmp_path / "config.py"
     write_config(Settings(max_tokens=7), path)
-    process = subprocess.run(
-        [sys.executable, "-c", "import sys; from configurator import write_config\n"
-         "from tests.test_configurator import Settings, limit_file_size; limit_file_size()\n"
-         "write_config(Settings(out_dir='x' * 99999), sys.argv[1])", path],
-        cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == -signal.SIGXFSZ, process.stderr
+    with limited_files(1000):
+        fails(lambda: write_config(Settings(out_dir="x" * 99999), path), str(path), "cannot be written")
     assert from_dict(Settings, read_config(path)) == Settings(max_tokens=7)
-    write_config(Settings(max_tokens=8), path)  # the remains of the killed writer are no hindrance
-    assert from_dict(Settings, read_config(path)) == Settings(max_tokens=8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.py"]
-
-
-def limit_file_size():
-    """From now on the kernel kills this process when it writes more than 1,000 bytes into a file."""
-    sys.dont_write_bytecode = True
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    assert [p.name for p in tmp_path.iterdir()] == ["config.py"]
 
 
 @pytest.mark.parametrize("text", ["", "no newline", "é 漢 😀\n" * 1000])
@@ -197,6 +177,7 @@ def test_any_config_file_is_read_or_refused(tmp_path_factory, text):
     (["--lr=5"], ["unknown key 'lr'", "did you mean"]),
     (["--=5"], ["unknown key ''"]),
     (["--max_tokens"], ["--max_tokens needs a value"]),
+    (["--max_tokens=2**54"], ["max_tokens", "2**54", "int"]),
     (["--max_tokens="], ["max_tokens", "''", "int"]),
     (["--max_tokens=many"], ["max_tokens", "'many'", "int"]),
     (["--max_tokens=1.5"], ["max_tokens", "1.5", "int"]),
@@ -239,8 +220,10 @@ def test_missing_words():
     ("dtype = 'fp8'\n", ["dtype", "'fp8'", "'bfloat16'"]),
     ("sizes = [1, 'b']\n", ["sizes[1]", "'b'", "int"]),
     ("widths = [1]\n", ["widths", "[1]", "dict"]),
+    ("max_tokens = 2**54\n", ["max_tokens", "18014398509481984 is too large"]),
     ("max_tokens = _unset\n", ["line 1", "'_unset'"]),
-    ("max_tokens = " + " + ".join("1" * 150), ["line 1", "nested too deep"]),
+    ("_a = [1]\nsizes = _a\n", ["line 2", "'_a'"]),
+    ("max_tokens = " + " + ".join("1" * 1500), ["line 1", "nested too deep"]),
     ("sizes = 3\n", ["sizes", "3", "list[int]"]),
     ("compile = 1\n", ["compile", "1", "bool"]),
     ("out_dir = 3\n", ["out_dir", "3", "str"]),
@@ -256,14 +239,14 @@ def test_missing_words():
     ("if True:\n    max_tokens = 1\n", ["line 1", "key = value"]),
     ("max_tokens = 1\n1 + 1\n", ["line 2", "key = value"]),
     ("max_tokens = 1 / 0\n", ["line 1", "1 / 0", "division by zero"]),
-    ("max_tokens = 9**9**9\n", ["line 1", "number is too large in '9 ** 9 ** 9'"]),
+    ("max_tokens = 9**9**9\n", ["line 1", "cannot compute '9 ** 9 ** 9'"]),
     ("max_tokens = 1 + 'a'\n", ["line 1", "1 + 'a'"]),
     ("max_tokens = {[1]: 2}\n", ["line 1"]),
     ("max_tokens = {**{}}\n", ["line 1"]),
     ("max_tokens = 1 if 1 else 2\n", ["line 1"]),
     ("max_tokens = [x for x in [1]]\n", ["line 1"]),
     ("max_tokens = 1\nmax_tokens = (\n", ["line 2"]),
-    ("max_tokens = '\0'\n", ["not valid"]),
+    ("max_tokens = '\0'\n", ["null bytes"]),
     ("max_tokens = " + "-" * 50_000 + "1", ["nested too deep"]),
     ("out_dir.x(\n1)\n", ["line 1", "key = value", "not 'out_dir.x('"]),
     ("max_tokens(" + " + ".join("1" * 1500) + ")\n", ["key = value"]),
@@ -271,20 +254,6 @@ def test_missing_words():
 def test_bad_config_files(tmp_path, text, words):
     path = written(tmp_path, text)
     fails(lambda: parse(Settings, [path]), path, *words)
-
-
-def test_nesting_is_judged_alike_whatever_the_recursion_limit(tmp_path):
-    """Libraries change Python's limit: torch.compile raises it to 2,000 for the rest of the process."""
-    limit = sys.getrecursionlimit()
-    try:
-        for sys_limit in (limit, 5000):
-            sys.setrecursionlimit(sys_limit)
-            assert read_config(written(tmp_path, "x = " + " + ".join("1" * 100) + "\n")) == {"x": 100}
-            for terms in (102, 1500):
-                path = written(tmp_path, "x = " + " + ".join("1" * terms) + "\n")
-                fails(lambda: read_config(path), path, "nested too deep")
-    finally:
-        sys.setrecursionlimit(limit)
 
 
 def test_config_file_that_is_no_text(tmp_path):
@@ -355,16 +324,3 @@ def test_a_real_script(tmp_path):
     assert call("--help").stdout.startswith("usage: python data/prepare.py SOURCE [--key=value ...]")
     message = "prepare.py: unknown key 'seeed'; did you mean 'seed'? (--help lists all)\n"
     assert call("x", "--seeed=1").stderr == message
-
-
-def test_a_value_may_stand_apart_from_its_key():
-    @dataclass
-    class Apart:
-        """Words."""
-        source: str = setting("", "what to read", positional=True)
-        steps: int = setting(1, "steps")
-        fast: bool = setting(False, "hurry")
-    assert parse(Apart, ["--steps", "5", "--fast", "here"]) == Apart(source="here", steps=5, fast=True)
-    assert parse(Apart, ["here", "--steps", "-5"]).steps == -5
-    with pytest.raises(ConfigError, match="--steps needs a value"):
-        parse(Apart, ["--steps", "--fast"])

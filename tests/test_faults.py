@@ -53,13 +53,12 @@ def wait_for(process, condition):
 # Config files and JSON of strangers
 
 @pytest.mark.parametrize("text, words", [
-    ("_a = 10**50\n_b = _a**16\n_c = _b**16\nx = _c**16\n", ["line 2", "too large"]),
-    ("_a0 = [1, 1]\n" + "".join(f"_a{i + 1} = [_a{i}, _a{i}]\n" for i in range(26)), ["too large together"]),
+    ("_a = 10**50\n_b = _a**16\n", ["line 2", "cannot compute '_a ** 16'"]),
+    ("_a = [1, 1]\n_b = [_a, _a]\n", ["line 2", "'_a' is not"]),
     ("_a = 'ab' * 10**9\n", ["line 1", "arithmetic is on numbers"]),
-    ("_a = '%1000000000d' % 1\n", ["line 1", "arithmetic is on numbers"]),
     ("_a = [1] * 10**9\n", ["line 1", "arithmetic is on numbers"]),
-    ("_a = (-8)**0.5\n_b = _a * 2\n", ["line 2", "arithmetic is on numbers"]),
-    ("_a = 1" + "0" * 400 + "\n", ["line 1", "too large"]),
+    ("_a = (-8)**0.5\n", ["line 1", "cannot compute"]),
+    ("_a = 1" + "0" * 400 + " + 1\n", ["line 1", "cannot compute"]),
     ("_a = 10**90\n" + "_a = _a * _a\n" * 30, ["line 3", "too large"]),
     ("x = 1\n" * 200_000, ["bytes, at most"])])
 def test_config_files_stay_small_whatever_they_compute(tmp_path, text, words):
@@ -100,7 +99,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path, tiny):  # noqa: F811
 
 
 def test_a_seed_of_forty_digits_is_refused():
-    with pytest.raises(ConfigError, match="seed: 1000.* is too large a number"):
+    with pytest.raises(ConfigError, match=r"seed: '10\*\*40' is not of type int"):
         configurator.parse(Train, ["--seed=10**40"])
 
 
@@ -313,7 +312,7 @@ def test_a_full_disk_is_one_line_for_every_file(tiny, name, monkeypatch):  # noq
     c = dataclasses.replace(tiny, save_at_tokens=[10 * STEP])
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", opened)
-        with pytest.raises(ConfigError, match="the disk is full: [0-9,]+ bytes needed, .* free") as error:
+        with pytest.raises(ConfigError, match="the disk is full: [0-9,]+ bytes needed") as error:
             train(c, report=quiet)
     one_line(error)
     row = train(dataclasses.replace(c, resume=True), report=quiet)

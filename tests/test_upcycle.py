@@ -840,7 +840,7 @@ def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
 def test_no_room_says_what_is_needed(tmp_path, random_dense, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage",
                         lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000))
-    with pytest.raises(ConfigError, match="the disk is full: [0-9,]+ bytes needed, 1,000 free"):
+    with pytest.raises(ConfigError, match="the disk is full: [0-9,]+ bytes needed"):
         upcycled(tmp_path, random_dense)
     assert not list(tmp_path.iterdir())
 
