@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -33,9 +32,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-from configurator import (REQUIRED, ConfigError, check_file, lock, one_line, parse_json, progress,  # noqa: E402
-                          read_json, run, setting, write_text_atomically, writing)
+from configurator import (REQUIRED, ConfigError, check_file, one_line, parse_json, progress,  # noqa: E402
+                          read_json, run, setting)
 from data.stream import DATA, load_tokens  # noqa: E402
+from files import atomic_directory  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_TEXT = 2**26        # bytes of one text, and of a line of .jsonl
@@ -308,8 +308,6 @@ def write_npy(path, texts, n_texts, tokenizer, dtype):
             bar.update(len(batch))
         f.seek(0)
         np.lib.format.write_array_header_1_0(f, header | {"shape": (n_tokens,)})  # numpy pads it
-        f.flush()
-        os.fsync(f.fileno())
         f.seek(0)
         return n_tokens, hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -349,7 +347,7 @@ def build(options, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A data set: complete or not there, built again if its settings or its input changed
+# A data set: complete or not there, and never changed
 
 def prepare(options):
     """(meta, built): the data set of these options, built now unless it is there. Raises ConfigError."""
@@ -364,32 +362,24 @@ def prepare(options):
     settings["inputs"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     if options.source == "pysource":
         settings["versions"] = {"python": platform.python_version()} | pysource_versions()
-    with contextlib.suppress(ConfigError):  # incomplete
-        meta, _ = [load_tokens(out, part)[1] for part in ("train", "val")]
-        if meta.get("settings") == settings:
-            return meta, False
-
-    folder, needed = out / ".partial", 3 * sum(size for _, size, _ in stamps)  # a copy, and tokens of 2 bytes
-    with writing(out, needed or options.max_bytes), contextlib.ExitStack() as stack:
-        out.mkdir(parents=True, exist_ok=True)
-        lock(stack.enter_context(open(out / ".lock", "w")), f"{out}: another process prepares data there")
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        folder.mkdir()
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        meta = {"name": out.resolve().name} | build(options, folder) | {"settings": settings}
-        write_text_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-        # meta.json goes first and comes last, since a folder with it counts as complete.
-        for name in ("meta.json", "tokenizer.json"):
-            (out / name).unlink(missing_ok=True)
-        for name in sorted(os.listdir(folder), key=lambda name: name == "meta.json"):
-            os.replace(folder / name, out / name)
+    if out.exists():
+        with contextlib.suppress(ConfigError):
+            meta, _ = [load_tokens(out, part)[1] for part in ("train", "val")]
+            if meta.get("settings") == settings:
+                return meta, False
+        raise ConfigError(f"{out}: is not what these settings and this input give; delete it, or choose "
+                          "another with --out_dir=DIR")
+    text_bytes = sum(size for _, size, _ in stamps)
+    with atomic_directory(out, min(text_bytes, options.max_bytes or text_bytes)) as folder:
+        meta = {"name": out.resolve().name} | build(options, Path(folder)) | {"settings": settings}
+        Path(folder, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta, True
 
 
 def main(options):
     try:
         meta, built = prepare(options)
-    except (OSError, ImportError) as error:  # no space left, no permission; a package of pysource is missing
+    except (OSError, ImportError) as error:  # no permission; a package of pysource is missing
         raise ConfigError(one_line(error)) from None
     for key in ("documents", "tokens", "bytes", "duplicates", "empty", "bad_utf8", "data_sha256"):
         print(f"{key:12} {meta[key]}")

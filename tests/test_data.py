@@ -26,11 +26,6 @@ def make(tmp_path, source, **settings):
     return prepare.prepare(Options(str(source), out_dir=str(tmp_path / "out"), **settings))
 
 
-def listed(folder):
-    """The names in a folder, but for the lock that its writer holds."""
-    return sorted(set(os.listdir(folder)) - {".lock"})
-
-
 def decoded(folder, split):
     """The documents of a split, by an independent reading of the format: ids up to each end-of-text."""
     tokens, meta = load_tokens(folder, split)
@@ -88,12 +83,11 @@ def test_every_distinct_document_once_split_by_document(tmp_path, tokenizer):
         assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
         assert tokens.max() < meta["vocab_size"] and np.array_equal(tokens, np.load(path))
     extra = ["tokenizer.json"] * (tokenizer == "bpe")
-    assert listed(tmp_path / "out") == ["meta.json", *extra, "train.npy", "val.npy"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", *extra, "train.npy", "val.npy"]
 
 
 def test_order_and_split_depend_on_seed_and_content_only(tmp_path):
     first = make(tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", TEXTS))[0]
-    (tmp_path / "b").mkdir()
     folder = tmp_path / "many"
     for i, text in enumerate(reversed(TEXTS)):
         path = folder / f"{i % 5}" / f"{i}.txt"
@@ -112,8 +106,9 @@ def test_validation_documents_are_the_same_for_every_tokenizer(tmp_path, bpe):
     for fraction in (0.1, 0.3, 0.5):
         val = []
         for tokenizer in ("bytes", "bpe", str(bpe)):
-            make(tmp_path, source, val_fraction=fraction, tokenizer=tokenizer)
-            val.append(decoded(tmp_path / "out", "val"))
+            folder = tmp_path / f"{fraction}-{len(val)}"
+            make(folder, source, val_fraction=fraction, tokenizer=tokenizer)
+            val.append(decoded(folder / "out", "val"))
         assert val[0] == val[1] == val[2]
 
 
@@ -195,68 +190,40 @@ def test_pysource_is_the_pinned_packages_and_the_standard_library_alone(tmp_path
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Complete or not there; again only when something changed
+# Complete or not there, and never changed
 
-def test_a_rerun_does_nothing_and_a_change_rebuilds(tmp_path):
+def test_a_rerun_does_nothing_and_a_change_is_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"
     meta, built = make(tmp_path, source)
-    times = {name: (out / name).stat().st_mtime_ns for name in listed(out)}
+    content = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     again, rebuilt = make(tmp_path, source)
     assert built and not rebuilt and again == meta
-    assert times == {name: (out / name).stat().st_mtime_ns for name in listed(out)}
-    assert make(tmp_path, source, seed=5)[1]  # a setting
+    with pytest.raises(ConfigError, match="out: is not what these settings .* give; delete it"):
+        make(tmp_path, source, seed=5)
     write_jsonl(source, TEXTS[:-1])
-    assert make(tmp_path, source, seed=5)[1]  # the input
-    (out / "val.npy").write_bytes((out / "val.npy").read_bytes()[:-10])
-    assert make(tmp_path, source, seed=5)[1]  # damage
-    (out / "meta.json").unlink()
-    assert make(tmp_path, source, seed=5)[1]
-    assert not make(tmp_path, source, seed=5)[1]
+    with pytest.raises(ConfigError, match="out: is not what"):
+        make(tmp_path, source)
+    assert content == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
 
 
-def test_an_error_leaves_the_old_data_and_nothing_half_made(tmp_path):
+@pytest.mark.parametrize("name", ["val.npy", "meta.json"])
+def test_damaged_data_count_as_other_data(tmp_path, name):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    meta, _ = make(tmp_path, source)
-    (tmp_path / "out/mine.txt").write_text("keep")
+    make(tmp_path, source)
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match="out: is not what"):
+        make(tmp_path, source)
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with source.open("a") as f:
         f.write('{"text": "cut sho')
     with pytest.raises(ConfigError, match="line 301"):
         make(tmp_path, source)
-    assert load_tokens(tmp_path / "out", "train")[1] == meta
-    assert listed(tmp_path / "out") == ["meta.json", "mine.txt", "train.npy", "val.npy"]
-    with pytest.raises(ConfigError):
-        make(tmp_path / "new", source)
-    assert listed(tmp_path / "new/out") == []
-
-
-@pytest.mark.parametrize("rename", ["train.npy", "val.npy", "meta.json"])
-def test_stopped_between_renames_is_not_taken_for_complete(tmp_path, monkeypatch, rename):
-    texts = [f"{i:05}" for i in range(100)]  # of one length: each seed gives files of one size
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    make(tmp_path, source, seed=0)
-    replace = os.replace
-
-    def stop(old, new):
-        if new == tmp_path / "out" / rename:
-            raise KeyboardInterrupt
-        replace(old, new)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", stop)
-        make(tmp_path, source, seed=1)
-    with pytest.raises(ConfigError, match="no such file"):
-        load_tokens(tmp_path / "out", "train")
-    meta, built = make(tmp_path, source, seed=1)
-    assert built and load_tokens(tmp_path / "out", "val")[1] == meta and meta["settings"]["seed"] == 1
-
-
-def test_from_bpe_to_bytes_takes_the_tokenizer_away(tmp_path):
-    pytest.importorskip("tokenizers")
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    make(tmp_path, source, tokenizer="bpe", bpe_vocab_size=270)
-    assert (tmp_path / "out/tokenizer.json").exists()
-    make(tmp_path, source)
-    assert listed(tmp_path / "out") == ["meta.json", "train.npy", "val.npy"]
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -410,7 +377,7 @@ def test_no_network_is_one_line(tmp_path):
     one_line_error(cli(source, "--tokenizer=gpt2", out, **offline),
                    "gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer=bytes")
     one_line_error(cli("nosuch/dataset", out, **offline), "nosuch/dataset", "cannot be read")
-    assert os.listdir(tmp_path / "o") == [".lock"]
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -452,7 +419,7 @@ def test_bad_files(tmp_path, name, content, words):
         make(tmp_path, tmp_path / name)
     message = str(error.value)
     assert str(tmp_path / name) in message and "\n" not in message and all(word in message for word in words)
-    assert listed(tmp_path / "out") == []
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_bad_parquet(tmp_path):

@@ -254,17 +254,20 @@ def test_two_writers_of_one_directory_never_meet(tmp_path):
 
 
 def test_a_data_set_has_one_writer_and_its_leftovers_go(tmp_path):
+    texts, out, temporary = tmp_path / "texts", tmp_path / "out", tmp_path / ".out.tmp"
+    for folder in (texts, temporary):
+        folder.mkdir()
     for i in range(20):
-        (tmp_path / f"{i}.txt").write_text(f"text {i}")
-    out = tmp_path.parent / f"{tmp_path.name}-out"
-    (out / ".partial").mkdir(parents=True)
-    (out / ".partial" / "train.npy").write_text("left by a kill")
-    with open(out / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process prepares data there"):
-            prepare(Prepare(str(tmp_path), out_dir=str(out)))
-    prepare(Prepare(str(tmp_path), out_dir=str(out)))
-    assert sorted(os.listdir(out)) == [".lock", "meta.json", "train.npy", "val.npy"]
+        (texts / f"{i}.txt").write_text(f"text {i}")
+    (temporary / "train.npy").write_text("left by a kill")
+    fd = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="out: is being written"):
+        prepare(Prepare(str(texts), out_dir=str(out)))
+    os.close(fd)
+    prepare(Prepare(str(texts), out_dir=str(out)))
+    assert sorted(os.listdir(tmp_path)) == ["out", "texts"]
+    assert sorted(os.listdir(out)) == ["meta.json", "train.npy", "val.npy"]
 
 
 def test_a_lock_that_is_held_is_told_from_a_file_system_without_locks(tiny, monkeypatch, capsys):  # noqa: F811
