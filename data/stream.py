@@ -8,8 +8,6 @@ import numpy as np
 from configurator import ConfigError, check_file, convert, read_json
 
 DATA = Path(__file__).resolve().parent
-
-
 META = {"vocab_size": int, "eos_token_id": int | None, "dtype": str, "tokenizer": str, "data_sha256": str,
         "tokens": dict}  # keys of meta.json
 
@@ -91,43 +89,35 @@ def shuffled(index, n, seed):
     return x.astype(np.int64)
 
 
-def gather(tokens, places, seq_len, pinned):
-    """The sequences at `places`, each with one token more: (B, T + 1) int64, `pinned` or not."""
-    import torch  # preparing data needs none
-
-    rows = np.stack([tokens[place * seq_len:(place + 1) * seq_len + 1] for place in places]).astype(np.int64)
-    return torch.from_numpy(rows).pin_memory() if pinned else torch.from_numpy(rows)
-
-
-def on_device(rows, device):
-    """(inputs, targets), (B, T) each on `device`, of sequences (B, T + 1)."""
-    rows = rows.to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
-
-
 def sequences(tokens, places, seq_len, device):
     """The sequences at `places` as (inputs, targets), (B, T) int64 each on `device`.
 
     A sequence's last target is the first input of the sequence behind it.
     """
-    return on_device(gather(tokens, places, seq_len, device.type == "cuda"), device)
+    import torch  # preparing data needs none
+
+    rows = np.stack([tokens[place * seq_len:(place + 1) * seq_len + 1] for place in places]).astype(np.int64)
+    rows = torch.from_numpy(rows)  # (B, T + 1)
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # a new thread has the first GPU, and pinning takes memory there
+            rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
 
 
 def batches(tokens, first, count, stride, seq_len, seed, device):
     """Yields (inputs, targets), (count, T) int64 each on `device`, without end.
 
     The first batch is the sequences first .. first + count - 1 of the stream shuffled by `seed`; each other
-    one lies `stride` sequences further on. A thread gathers a batch while the one before it is in use.
+    one lies `stride` sequences further on. A thread makes a batch while the one before it is in use.
     """
     available = (len(tokens) - 1) // seq_len
 
-    def gather_from(index):
-        places = shuffled(index + np.arange(count), available, seed)
-        return gather(tokens, places, seq_len, device.type == "cuda")
+    def batch(index):
+        return sequences(tokens, shuffled(index + np.arange(count), available, seed), seq_len, device)
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(gather_from, first)
+        ahead = pool.submit(batch, first)
         while True:
-            rows = ahead.result()
+            ready = ahead.result()
             first += stride
-            ahead = pool.submit(gather_from, first)
-            yield on_device(rows, device)
+            ahead = pool.submit(batch, first)
+            yield ready
