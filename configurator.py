@@ -66,11 +66,11 @@ def check_file(path, most=math.inf):
         raise ConfigError(f"{path}: has {status.st_size:,} bytes, at most {most:,} are read")
 
 
-def read_text(path, most=MAX_BYTES, errors="strict", newline=None):
+def read_text(path, most=MAX_BYTES, errors="strict"):
     """The text of a UTF-8 file of `most` bytes at most. Raises ConfigError naming the file."""
     check_file(path, most)
     try:
-        with open(path, encoding="utf-8-sig", errors=errors, newline=newline) as f:
+        with open(path, encoding="utf-8-sig", errors=errors) as f:
             return f.read()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
@@ -86,11 +86,13 @@ def parse_json(text):
         return int(digits)
     try:
         value = json.loads(text, parse_int=whole)
+        if not shallow(value, MAX_LEVELS):
+            raise RecursionError
+        return value
     except RecursionError:
-        raise ValueError("nested too deep") from None
-    if not shallow(value, MAX_LEVELS):
-        raise ValueError(f"nested too deep: more than {MAX_LEVELS} levels")
-    return value
+        raise ValueError(f"not valid JSON: nested too deep, beyond {MAX_LEVELS} levels") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
 
 
 def shallow(value, levels):
@@ -104,7 +106,7 @@ def read_json(path):
     try:
         value = parse_json(read_text(path))
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds no JSON object")
     return value

@@ -38,10 +38,6 @@ RUN = ("N", "D", "D1", "D2", "seed", *EXPERTS, *NAMES, *KNOBS, *SETTINGS)
 ORIGIN = ("config", "git", "torch", "bits_per_byte")  # they are no part of which run a row is
 
 
-class RowError(ConfigError, ValueError):
-    """A row that cannot be used, with its file and line."""
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Which run a row is
 
@@ -135,18 +131,11 @@ def loss_text(row):
 # Reading and appending
 
 def number(value):
-    """A positive number of a size that can be meant, from JSON or CSV. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a number")
-    try:
-        value = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{str(value)[:40]!r} is not a number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{value} is not positive and finite")
-    if not 1e-6 <= value <= 1e16:
-        raise ValueError(f"{value:g} is not within 1e-6 .. 1e16")
-    return value
+    """A number of a size that can be meant, from JSON or CSV. Raises ValueError."""
+    found = plain("", value)
+    if type(found) not in (int, float) or not 1e-6 <= found <= 1e16:
+        raise ValueError(f"{value!r:.40} is not a number within 1e-6 .. 1e16")
+    return float(found)
 
 
 def clean(raw):
@@ -174,51 +163,40 @@ def clean(raw):
 
 
 def raw_rows(path):
-    """Yields (line number, what a file of rows holds there or the ValueError of reading it)."""
-    table = path.endswith(".csv")
-    try:
-        text = read_text(path, errors="replace", newline="" if table else None)
-    except ConfigError as error:
-        raise RowError(str(error)) from None
+    """Yields (line number, what a file of rows holds there: JSON text, or the dict of a CSV line)."""
+    text = read_text(path, errors="replace")
     if text.count("\n") > MOST_LINES:
-        raise RowError(f"{path}: has more than {MOST_LINES:,} lines")
-    if table:
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        try:
-            for raw in reader:
-                yield reader.line_num, raw
-        except csv.Error as error:  # the rest of the file is lost with it
-            yield reader.line_num, ValueError(str(error))
+        raise ConfigError(f"{path}: has more than {MOST_LINES:,} lines")
+    if not path.endswith(".csv"):
+        yield from ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
         return
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield i, parse_json(line)
-            except ValueError as error:
-                yield i, ValueError(f"not valid JSON ({error})")
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    try:
+        for raw in reader:
+            yield reader.line_num, raw
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: {error}") from None
 
 
 def read_rows(paths, skip_bad=False):
     """([row], [what was dropped and why]) of JSONL files, and CSV files with columns family,N,D,D1,D2,loss.
 
     Rows that differ in ORIGIN alone count once. A run that was repeated with another loss is there each time.
-    Raises RowError at the first bad row unless skip_bad.
+    Raises ConfigError at the first bad row unless skip_bad.
     """
     rows, dropped = {}, []
     for path in paths:
         for line, raw in raw_rows(path):
             try:
-                if isinstance(raw, ValueError):
-                    raise raw
-                row = clean(raw)
+                row = clean(parse_json(raw) if isinstance(raw, str) else raw)
                 content = frozenset((key, plain(key, row[key])) for key in row if key not in ORIGIN)
                 rows.setdefault(content, row)
             except ValueError as error:
                 if not skip_bad:
-                    raise RowError(f"{path}:{line}: {error} (--skip_bad drops such rows)") from None
+                    raise ConfigError(f"{path}:{line}: {error} (--skip_bad drops such rows)") from None
                 dropped.append(f"{path}:{line}: {error}")
     if not rows:
-        raise RowError(f"{', '.join(paths)}: no rows" + f" ({len(dropped)} bad ones dropped)" * bool(dropped))
+        raise ConfigError(f"{', '.join(paths)}: no rows" + f" ({len(dropped)} bad ones dropped)" * bool(dropped))
     return list(rows.values()), dropped
 
 
@@ -256,7 +234,9 @@ def append_row(path, row):
 
 def read_row(path):
     """The row in a run's row.json. Raises ConfigError."""
+    row = read_json(path)
     try:
-        return clean(row := read_json(path)) and row
+        clean(row)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return row

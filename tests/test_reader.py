@@ -4,7 +4,8 @@ import math
 
 from hypothesis import given, settings, strategies as st
 
-from rows import FAMILIES, RowError, read_rows
+from configurator import ConfigError
+from rows import FAMILIES, read_rows
 from simulated import TABLE2, simulate
 
 
@@ -39,7 +40,7 @@ def test_reader_never_crashes(tmp_path_factory, content, kind):
     for skip in (False, True):
         try:
             rows, _ = read_rows([str(path)], skip)
-        except RowError as error:
+        except ConfigError as error:
             assert "\n" not in str(error) and str(path) in str(error)
         else:
             assert rows
