@@ -51,70 +51,67 @@ def setting(default, meaning, positional=False, least=None, most=None):
 
 MAX_BYTES = 2**25  # of a JSON or text file that is read at once
 MAX_LEVELS = 100   # of nesting: Python's recursion limit depends on the caller and on loaded libraries
-MAX_DIGITS = 100   # of a whole number
-
-
-def check_file(path, most=math.inf):
-    """Raises ConfigError unless `path` is a regular file of `most` bytes at most. To open a pipe can hang."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{path}: cannot be read: it is no regular file")
-    if status.st_size > most:
-        raise ConfigError(f"{path}: has {status.st_size:,} bytes, at most {most:,} are read")
-
-
-def read_text(path, most=MAX_BYTES, errors="strict"):
-    """The text of a UTF-8 file of `most` bytes at most. Raises ConfigError naming the file."""
-    check_file(path, most)
-    try:
-        with open(path, encoding="utf-8-sig", errors=errors) as f:
-            return f.read()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid UTF-8: {error}") from None
-
-
-def parse_json(text):
-    """The value of a JSON text. Raises ValueError for what is nested too deep or has too long numbers too."""
-    def whole(digits):
-        if len(digits) > MAX_DIGITS:
-            raise ValueError(f"a number has {len(digits)} digits, at most {MAX_DIGITS} are read")
-        return int(digits)
-    try:
-        value = json.loads(text, parse_int=whole)
-        if not shallow(value, MAX_LEVELS):
-            raise RecursionError
-        return value
-    except RecursionError:
-        raise ValueError(f"not valid JSON: nested too deep, beyond {MAX_LEVELS} levels") from None
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-
-
-def shallow(value, levels):
-    """Whether lists and dicts in `value` are nested in so many levels at most."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels >= 0 and all(shallow(part, levels - 1) for part in parts)
-
-
-def read_json(path):
-    """A JSON file's object. Raises ConfigError naming the file."""
-    try:
-        value = parse_json(read_text(path))
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds no JSON object")
-    return value
 
 
 def one_line(error):
     """What an error of a library says, in one line."""
     return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+
+
+@contextlib.contextmanager
+def naming(where):
+    """In it, an OSError or ValueError becomes a ConfigError of one line that begins with `where`, a file."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+
+
+def check_file(path, most=math.inf):
+    """Raises ConfigError unless `path` is a regular file of `most` bytes at most. To open a pipe can hang."""
+    with naming(path):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("cannot be read: it is no regular file")
+        if status.st_size > most:
+            raise ValueError(f"has {status.st_size:,} bytes, at most {most:,} are read")
+
+
+def read_text(path, most=MAX_BYTES, errors="strict"):
+    """The text of a UTF-8 file of `most` bytes at most. Raises ConfigError naming the file."""
+    check_file(path, most)
+    with naming(path), open(path, encoding="utf-8-sig", errors=errors) as f:
+        return f.read()
+
+
+def parse_json(text):
+    """The value of a JSON text. Raises ValueError, for what is nested too deep and for too large numbers too."""
+    try:
+        value = json.loads(text)
+        check_json(value)
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {one_line(error)}") from None
+
+
+def check_json(value, levels=MAX_LEVELS):
+    """Raises ValueError where lists and dicts are nested in more `levels`, or an int is beyond all floats."""
+    if levels < 0:
+        raise ValueError(f"nested too deep, beyond {MAX_LEVELS} levels")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{str(value):.9}... is too large a number")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        check_json(part, levels - 1)
+
+
+def read_json(path):
+    """A JSON file's object. Raises ConfigError naming the file."""
+    text = read_text(path)
+    with naming(path):
+        value = parse_json(text)
+        if not isinstance(value, dict):
+            raise ValueError("holds no JSON object")
+    return value
 
 
 @contextlib.contextmanager
@@ -420,20 +417,10 @@ def code_version():
         return None
 
 
-class PlainLines:
-    """A stream for tqdm that prints each refresh as a line."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip("\r\n"), file=sys.stderr, flush=True)
-
-
 def progress(total, label, unit, **options):
-    """A tqdm bar with the time left, on stderr. Where stderr is no terminal, a line every 15 seconds."""
-    look = {"dynamic_ncols": True}
-    if not sys.stderr.isatty():
-        look = {"file": PlainLines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **look, **options)
+    """A tqdm bar with the time left, on stderr. Where stderr is no terminal, it is written each 15 seconds."""
+    rare = {} if sys.stderr.isatty() else {"mininterval": 15, "maxinterval": 15}
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, **rare, **options)
 
 
 def write_config(config, path):

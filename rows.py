@@ -5,7 +5,7 @@ import json
 import math
 import os
 
-from configurator import ConfigError, check_file, lock, parse_json, read_json, read_text, writing
+from configurator import ConfigError, check_file, lock, naming, parse_json, read_json, read_text, writing
 
 MOST_LINES = 200_000  # of a file of rows
 
@@ -235,8 +235,6 @@ def append_row(path, row):
 def read_row(path):
     """The row in a run's row.json. Raises ConfigError."""
     row = read_json(path)
-    try:
+    with naming(path):
         clean(row)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
     return row

@@ -258,7 +258,7 @@ def test_bad_config_files(tmp_path, text, words):
 
 def test_config_file_that_is_no_text(tmp_path):
     (tmp_path / "c.py").write_bytes(b"out_dir = '\xff\xfe'\n")
-    fails(lambda: read_config(str(tmp_path / "c.py")), str(tmp_path / "c.py"), "not valid")
+    fails(lambda: read_config(str(tmp_path / "c.py")), str(tmp_path / "c.py"), "decode byte")
 
 
 def test_nothing_is_executed(tmp_path):

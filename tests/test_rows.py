@@ -144,7 +144,7 @@ def test_labels_tell_all_knobs_apart(row, label):
     ('{"family": "upcycled", "N": 1e6, "D1": 0, "D2": 1, "loss": 3}', "D1: 0 is not"),
     ('{"family": "dense", "N": 1e6, "D": 1e17, "loss": 3}', "D: 1e+17 is not"),
     ("[1, 2]", "not a JSON object"), ("{", "not valid JSON"),
-    ('{"family": "dense", "N": 1' + "0" * 400 + ', "D": 1e9, "loss": 3}', "has 401 digits")])
+    ('{"family": "dense", "N": 1' + "0" * 400 + ', "D": 1e9, "loss": 3}', "too large a number")])
 def test_bad_rows_are_refused_with_file_and_line_or_dropped_and_counted(tmp_path, line, complaint):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
