@@ -85,7 +85,7 @@ def read_text(path, most=MAX_BYTES, errors="strict"):
 
 
 def parse_json(text):
-    """The value of a JSON text. Raises ValueError, for what is nested too deep and for too large numbers too."""
+    """The value of a JSON text. Raises ValueError, also where it is nested too deep or a number too large."""
     try:
         value = json.loads(text)
         check_json(value)
@@ -353,7 +353,8 @@ def help_text(cls, script):
 
 
 def run(main, cls):
-    """Call `main` with the settings of the command line. A ConfigError is one line on stderr and status 2."""
+    """Call `main` with the settings of the command line. A ConfigError, or an optional package that is not
+    installed, is one line on stderr and status 2."""
     script, *argv = sys.argv
     with lasting_streams():
         try:
@@ -361,9 +362,10 @@ def run(main, cls):
                 print(help_text(cls, script))
             else:
                 main(parse(cls, argv))
-        except ConfigError as error:
+        except (ConfigError, ModuleNotFoundError) as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine have one command line
-                print(f"{os.path.basename(script)}: {error}", file=sys.stderr)
+                fix = "" if isinstance(error, ConfigError) else f"; run: pip install {error.name}"
+                print(f"{os.path.basename(script)}: {error}{fix}", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
             raise SystemExit(130)
@@ -418,7 +420,7 @@ def code_version():
 
 
 def progress(total, label, unit, **options):
-    """A tqdm bar with the time left, on stderr. Where stderr is no terminal, it is written each 15 seconds."""
+    """A tqdm bar on stderr. Where that is no terminal, it is written every 15 seconds."""
     rare = {} if sys.stderr.isatty() else {"mininterval": 15, "maxinterval": 15}
     return tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, **rare, **options)
 

@@ -1,11 +1,10 @@
 """log.jsonl, and its lines for TensorBoard and Weights & Biases, which are imported only when asked for."""
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 
-from configurator import ConfigError, write_text_atomically, writing
+from configurator import ConfigError, one_line, write_text_atomically, writing
 
 
 def open_log(path, step):
@@ -40,24 +39,21 @@ def open_loggers(c, step):
     step: the last one that an earlier start of the run leaves in the log. TensorBoard's files lie in out_dir.
     In Weights & Biases each start is a run, and a trunk is a group. Raises ConfigError where a package is
     missing or cannot start."""
-    sinks, where = [], {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    sinks = []
     with contextlib.ExitStack() as stack:
         try:
-            modules = {name: importlib.import_module(where[name]) for name in c.loggers}
-        except ImportError as error:
-            raise ConfigError(f"--loggers: {error}; pip install {error.name}") from None
-        if tensorboard := modules.get("tensorboard"):
-            writer = tensorboard.SummaryWriter(os.path.join(c.out_dir, "tensorboard"), purge_step=step + 1)
-            stack.callback(writer.close)
-            sinks.append(lambda line: [writer.add_scalar(name, value, line["step"])
-                                       for name, value in scalars(line).items()])
-        if wandb := modules.get("wandb"):
-            try:
+            if "tensorboard" in c.loggers:
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(os.path.join(c.out_dir, "tensorboard"), purge_step=step + 1)
+                stack.callback(writer.close)
+                sinks.append(lambda line: [writer.add_scalar(name, value, line["step"])
+                                           for name, value in scalars(line).items()])
+            if "wandb" in c.loggers:
+                import wandb
                 run = wandb.init(project="nanoUpcycle", group=c.trunk, name=os.path.basename(c.out_dir),
                                  dir=c.out_dir, config=dataclasses.asdict(c))
-            except wandb.Error as error:
-                raise ConfigError(f"--loggers: wandb: {str(error).splitlines()[0]}; "
-                                  "WANDB_MODE=offline needs no account") from None
-            stack.callback(run.finish)
-            sinks.append(lambda line: run.log(scalars(line), step=line["step"]))
+                stack.callback(run.finish)
+                sinks.append(lambda line: run.log(scalars(line), step=line["step"]))
+        except Exception as error:  # a package is not installed, or wandb has no account
+            raise ConfigError(f"--loggers={','.join(c.loggers)}: {one_line(error)}") from None
         yield lambda line: [sink(line) for sink in sinks]

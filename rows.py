@@ -196,7 +196,7 @@ def read_rows(paths, skip_bad=False):
                     raise ConfigError(f"{path}:{line}: {error} (--skip_bad drops such rows)") from None
                 dropped.append(f"{path}:{line}: {error}")
     if not rows:
-        raise ConfigError(f"{', '.join(paths)}: no rows" + f" ({len(dropped)} bad ones dropped)" * bool(dropped))
+        raise ConfigError(f"{', '.join(paths)}: no rows ({len(dropped)} bad ones dropped)")
     return list(rows.values()), dropped
 
 

@@ -25,15 +25,6 @@ class Sample:
     tokenizer: str | None = setting(None, "bytes, gpt2 or a tokenizer.json; none: as in training")
 
 
-def find_tokenizer(directory):
-    """The name or path of the tokenizer that belongs to a checkpoint. Raises ConfigError."""
-    path = os.path.join(directory, "tokenizer.json")
-    name = path if os.path.exists(path) else checkpoint.read_state(directory).get("tokenizer")
-    if name:
-        return name
-    raise ConfigError(f"{directory}: names no tokenizer; give --tokenizer=bytes|gpt2|FILE")
-
-
 @torch.no_grad()
 def generate(model, ids, c, eos):
     """Yield new token ids after the list `ids`, each from as many of the last ids as the model takes, as the
@@ -41,12 +32,11 @@ def generate(model, ids, c, eos):
     generator = torch.Generator().manual_seed(c.seed)
     for _ in range(c.max_new_tokens):
         logits = model(torch.tensor([ids[-model.config.longest:]]))[0, -1]  # (V,)
-        if c.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            values, tokens = logits.topk(min(c.top_k or len(logits), len(logits)))
-            odds = (values / c.temperature).softmax(-1)
-            token = int(tokens[torch.multinomial(odds, 1, generator=generator)])
+        values, tokens = logits.topk(min(c.top_k or len(logits), len(logits)))
+        chosen = 0  # the likeliest
+        if c.temperature > 0:
+            chosen = torch.multinomial((values / c.temperature).softmax(-1), 1, generator=generator)
+        token = int(tokens[chosen])
         if token == eos:
             return
         ids = [*ids, token]
@@ -59,21 +49,18 @@ def main(c):
     model = checkpoint.load_model(directory).eval()
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ConfigError(f"{directory}: its weights are not finite")
-    tokenizer = load_tokenizer(c.tokenizer or find_tokenizer(directory))
+    beside = os.path.join(directory, "tokenizer.json")
+    known = beside if os.path.exists(beside) else checkpoint.read_state(directory).get("tokenizer")
+    name = c.tokenizer or known
+    if not name:
+        raise ConfigError(f"{directory}: names no tokenizer; give --tokenizer=bytes|gpt2|FILE")
+    tokenizer = load_tokenizer(name)
     ids = [int(i) for i in tokenizer.encode([c.prompt])[0]]
     if not ids:
         raise ConfigError("--prompt: is empty")
     if max(ids) >= model.config.vocab_size:
         raise ConfigError("--prompt: has tokens that the model lacks; is this its tokenizer?")
-    shown, new = "", []
-    print(c.prompt, end="", flush=True)
-    for token in generate(model, ids, c, tokenizer.eos_token_id):
-        new.append(token)
-        text = tokenizer.decode(new)  # all of them, since a character can be several tokens
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print()
+    print(c.prompt + tokenizer.decode(list(generate(model, ids, c, tokenizer.eos_token_id))))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-from configurator import (REQUIRED, ConfigError, check_file, one_line, parse_json, progress,  # noqa: E402
-                          read_json, run, setting)
+from configurator import (REQUIRED, ConfigError, check_file, naming, one_line, parse_json,  # noqa: E402
+                          progress, read_json, run, setting)
 from data.stream import DATA, load_tokens  # noqa: E402
 from files import atomic_directory  # noqa: E402
 
@@ -58,14 +58,6 @@ class Options:
     dataset_config: str | None = setting(None, "configuration of the Hugging Face dataset, e.g. sample-10BT")
     dataset_split: str = setting("train", "split of the Hugging Face dataset")
     max_bytes: int | None = setting(None, "reading stops after so many bytes of text", least=1)
-
-
-def need(module):
-    """An optional package. Raises ConfigError where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ConfigError(f"this needs the package {module}; run: pip install {module}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,7 +99,8 @@ def end_of_text(tokenizer, folder):
 
 def of_file(path):
     """The Tokenizer of a tokenizer.json. Raises ConfigError."""
-    tokenizers = need("tokenizers")
+    import tokenizers
+
     check_file(path, MOST_TOKENIZER)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -135,8 +128,10 @@ def load_tokenizer(name_or_path):
     if name_or_path == "bytes":
         return BYTES
     if name_or_path == "gpt2":
+        import tiktoken
+
         try:
-            return of_tiktoken(need("tiktoken").get_encoding("gpt2"))
+            return of_tiktoken(tiktoken.get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network; a damaged download
             raise ConfigError(f"tokenizer gpt2: no download ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
                               "to a folder that holds it, or use --tokenizer=bytes") from None
@@ -148,7 +143,8 @@ def load_tokenizer(name_or_path):
 
 def train_bpe(texts, vocab_size):
     """A byte-level BPE (tokenizers.Tokenizer) of `vocab_size` entries: end-of-text, 256 bytes, merges."""
-    tokenizers = need("tokenizers")
+    import tokenizers
+
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -197,7 +193,8 @@ def text_of(row, field):
 
 def read_datasets(field, *args, **kwargs):
     """The texts of datasets.load_dataset(*args, **kwargs), streamed."""
-    load_dataset = need("datasets").load_dataset
+    from datasets import load_dataset
+
     for library in ("datasets", "huggingface_hub"):  # they log each error that they raise, and each retry
         logging.getLogger(library).setLevel(logging.CRITICAL)
     for row in load_dataset(*args, **kwargs, streaming=True):
@@ -231,11 +228,9 @@ def read_file(path, field, piece_bytes):
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             for number, line in enumerate(pieces(file, path, 1), 1):
-                try:
+                with naming(f"{path}: line {number}"):
                     if line.strip():
                         yield text_of(parse_json(line.decode("utf-8", "surrogateescape")), field)
-                except ValueError as error:
-                    raise ConfigError(f"{path}: line {number}: {one_line(error)}") from None
         elif b"\0" in (file.peek(2**13)[:2**13] or b"\0"):  # an empty file counts as a binary one
             yield ""
         else:
@@ -257,7 +252,7 @@ def read_source(options):
             raise ConfigError(f"{name}: no such file or directory")
         else:
             yield from read_datasets(field, name, options.dataset_config, split=options.dataset_split)
-    except ConfigError:
+    except (ConfigError, ModuleNotFoundError):
         raise
     except Exception as error:  # each library under datasets raises its own kinds
         raise ConfigError(f"{name}: cannot be read: {one_line(error)}") from None
@@ -362,7 +357,7 @@ def prepare(options):
     settings["inputs"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     if options.source == "pysource":
         settings["versions"] = {"python": platform.python_version()} | pysource_versions()
-    if out.exists():
+    if os.path.exists(out):
         with contextlib.suppress(ConfigError):
             meta, _ = [load_tokens(out, part)[1] for part in ("train", "val")]
             if meta.get("settings") == settings:
@@ -377,10 +372,7 @@ def prepare(options):
 
 
 def main(options):
-    try:
-        meta, built = prepare(options)
-    except (OSError, ImportError) as error:  # no permission; a package of pysource is missing
-        raise ConfigError(one_line(error)) from None
+    meta, built = prepare(options)
     for key in ("documents", "tokens", "bytes", "duplicates", "empty", "bad_utf8", "data_sha256"):
         print(f"{key:12} {meta[key]}")
     print("built" if built else "already there with these settings: nothing to do")

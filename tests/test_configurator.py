@@ -315,6 +315,10 @@ def test_run_says_a_config_error_of_the_script_in_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_with([], monkeypatch, main)
     assert stop.value.code == 2 and capsys.readouterr().err == "script.py: no data\n"
+    with pytest.raises(SystemExit) as stop:
+        run_with([], monkeypatch, lambda settings: __import__("no_such_package"))
+    message = "script.py: No module named 'no_such_package'; run: pip install no_such_package\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == message
 
 
 def test_a_real_script(tmp_path):

@@ -358,7 +358,7 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="'gtp2': neither bytes, bpe, gpt2 nor"):
         load_tokenizer("gtp2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigError, match="^this needs .* run: pip install tokenizers$"):
+    with pytest.raises(ModuleNotFoundError, match="tokenizers"):
         load_tokenizer(tmp_path)
 
 
@@ -460,7 +460,7 @@ def test_bad_places(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"")
     for source in (tmp_path / "a.parquet", "some/name"):
-        with pytest.raises(ConfigError, match="run: pip install datasets"):
+        with pytest.raises(ModuleNotFoundError, match="datasets"):
             make(tmp_path, source)
 
 
