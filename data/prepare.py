@@ -37,6 +37,7 @@ from configurator import (REQUIRED, ConfigError, check_file, naming, one_line, p
 from data.stream import DATA, load_tokens  # noqa: E402
 from files import atomic_directory  # noqa: E402
 
+# tokenizers, tiktoken and datasets are imported where they are used, since most uses need none of them.
 END_OF_TEXT = "<|endoftext|>"
 MOST_TEXT = 2**26        # bytes of one text, and of a line of .jsonl
 MOST_TOKENIZER = 2**26   # bytes of a tokenizer.json
@@ -202,25 +203,23 @@ def read_datasets(field, *args, **kwargs):
 
 
 def pieces(file, path, piece_bytes):
-    """Yields the bytes of an open file in pieces of whole lines, each so long or longer; the whole file if
-    piece_bytes is 0. Raises ConfigError for a piece beyond MOST_TEXT, which a tiny archive can hold."""
-    while True:
-        lines, n = [], 0
-        while n < (piece_bytes or math.inf) and (line := file.readline(MOST_TEXT + 1 - n)):
-            lines.append(line)
-            n += len(line)
-            if n > MOST_TEXT:
-                raise ConfigError(f"{path}: holds a text of more than {MOST_TEXT:,} bytes; cut it by lines")
-        if not lines:
-            return
-        yield b"".join(lines)
+    """Yields an open file in pieces of whole lines, each of `piece_bytes` or more but for the last. Raises
+    ConfigError for a piece beyond MOST_TEXT, which a tiny archive can hold."""
+    piece = bytearray()
+    while line := file.readline(MOST_TEXT + 1):
+        piece += line
+        if len(piece) > MOST_TEXT:
+            raise ConfigError(f"{path}: holds a text of more than {MOST_TEXT:,} bytes; cut it by lines")
+        if len(piece) >= piece_bytes:
+            yield piece
+            piece = bytearray()
+    if piece:
+        yield piece
 
 
 def read_file(path, field, piece_bytes):
-    """The texts of a file. Bytes that are not UTF-8 become surrogates. A binary file is an empty text.
-
-    A text file is one text if `piece_bytes` is 0, and else texts of lines, each so long or longer.
-    """
+    """The texts of a file: a text file is cut into pieces of lines, each of `piece_bytes` or more. Bytes that
+    are not UTF-8 become surrogates. A binary file is an empty text."""
     check_file(path)
     if path.suffix in (".parquet", ".arrow"):
         yield from read_datasets(field, path.suffix[1:], data_files=str(path), split="train")
@@ -242,12 +241,15 @@ def read_source(options):
     """The texts of the source, in any order. Raises ConfigError for a source that cannot be read."""
     name, field = options.source, options.text_field
     try:
-        if name == "pysource" or os.path.exists(name):
-            for path in pysource_files() if name == "pysource" else local_files(Path(name)):
-                piece_bytes, name = 0, path
-                if path == Path(options.source):  # val gets one at least of the pieces of a single file
-                    piece_bytes = min(2**16, int(options.val_fraction * path.stat().st_size) + 1)
-                yield from read_file(path, field, piece_bytes)
+        if name == "pysource":
+            for name in pysource_files():
+                yield from read_file(name, field, math.inf)
+        elif os.path.isdir(name):
+            for name in local_files(Path(name)):
+                yield from read_file(name, field, math.inf)
+        elif os.path.exists(name):  # val gets one at least of the pieces of a single text file
+            piece_bytes = min(2**16, int(options.val_fraction * os.path.getsize(name)) + 1)
+            yield from read_file(Path(name), field, piece_bytes)
         elif re.search(r"^[./~]|/.*/|\.(txt|jsonl|parquet|gz)$", name):  # a path
             raise ConfigError(f"{name}: no such file or directory")
         else:
