@@ -16,14 +16,12 @@ A model is written as the first entry that has its features (`written_as`). Equa
 them does only where the weights of a token's experts sum to 1: hence norm_topk_prob.
 """
 from configurator import ConfigError
+from files import LIMITS
 
 LAYER = "model.layers.{i}."
-KEYS = {key: key for key in (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-    "rope_scaling", "tie_word_embeddings", "initializer_range", "eos_token_id")}
-WINDOW = {"sliding_window": "sliding_window"}
 MOE_KEYS = {key: key for key in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")}
+KEYS = {key: key for key in LIMITS if key not in MOE_KEYS}
+WINDOW = {"sliding_window": "sliding_window"}
 ONLY = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None),
         "use_qk_norm": (False, None), "pretraining_tp": (1, None), "attention_dropout": (0, None),
         "partial_rotary_factor": (1, None)}
