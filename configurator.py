@@ -165,6 +165,7 @@ def note(text):
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.Pow: math.pow, ast.USub: operator.neg}
+WORDS = {"true": True, "false": False, "none": None}
 UNIONS = (types.UnionType, typing.Union)
 MOST = {int: 2**53, float: sys.float_info.max}  # up to 2**53 floats are exact
 MAX_CONFIG = 100_000  # bytes of a config file
@@ -172,7 +173,7 @@ TOO_DEEP = (MemoryError, RecursionError)  # Python raises these for source that 
 
 
 def evaluate(node, names):
-    """The value of a syntax tree of literals, arithmetic and names of numbers. Raises ConfigError.
+    """The value of a syntax tree of literals, arithmetic and names {name: number}. Raises ConfigError.
 
     Arithmetic is that of floats, so its results do not grow without bound. Whole results are ints.
     """
@@ -183,7 +184,7 @@ def evaluate(node, names):
             return [evaluate(item, names) for item in items]
         case ast.Dict(keys, values) if all(isinstance(key, ast.Constant) for key in keys):
             return {key.value: evaluate(value, names) for key, value in zip(keys, values)}
-        case ast.Name(name) if isinstance(names.get(name), (int, float)):
+        case ast.Name(name) if isinstance(names.get(name, ()), int | float | None):
             return names[name]
         case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in OPERATORS:
             operands = [evaluate(child, names) for child in ast.iter_child_nodes(node) if child is not op]
@@ -268,11 +269,8 @@ def from_text(name, text, kind):
         item_kind, = typing.get_args(kind)
         items = text.split(",") if text else []
         return [from_text(f"{name}[{i}]", item.strip(), item_kind) for i, item in enumerate(items)]
-    words = {"true": True, "false": False, "none": None}
     with contextlib.suppress(SyntaxError, ValueError, ConfigError, *TOO_DEEP):
-        value = (words[text.lower()] if text.lower() in words
-                 else evaluate(ast.parse(text.strip(), mode="eval").body, {}))
-        return as_type(name, value, kind)
+        return as_type(name, evaluate(ast.parse(text.strip(), mode="eval").body, WORDS), kind)
     return as_type(name, text, kind)
 
 
@@ -343,7 +341,7 @@ def help_text(cls, script):
     kinds = typing.get_type_hints(cls)
     usage, lines = [f"usage: python {script}"], []
     for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        default = getattr(cls(), f.name)
         if f.metadata["positional"]:
             usage.append(shown_name(f) + "..." * (typing.get_origin(kinds[f.name]) is list))
         needed = "required" if default is REQUIRED else f"default {default!r}"

@@ -351,8 +351,6 @@ def prepare(options):
     source = Path(options.source)
     name = re.sub(r"(\.txt|\.jsonl|\.parquet)?(\.gz)?$", "", source.resolve().name)
     out = Path(options.out_dir or DATA / name)
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"out_dir: {out} lies in the source itself; choose another with --out_dir=DIR")
     settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
     inputs = [f for path in (source, Path(options.tokenizer)) if path.exists() for f in local_files(path)]
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in inputs]

@@ -36,15 +36,14 @@ def load_tokens(directory, split):
         path = folder / f"{split}.npy"
         check_file(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        if tokens.dtype != dtype or dtype.kind != "u" or tokens.shape != (count,):
+            raise ValueError(f"holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} ({count},)")
+        return tokens, meta
     except Exception as error:  # a damaged header can raise any kind
         if not path.exists():
             raise ConfigError(f"{path}: no such file; {fix}") from None
         problem = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: cut short or damaged ({problem:.200}); delete it and {fix}") from None
-    if tokens.dtype != dtype or dtype.kind != "u" or tokens.shape != (count,):
-        raise ConfigError(f"{path}: holds {tokens.dtype} {tokens.shape}, but meta.json says {dtype} "
-                          f"({count},); delete it and {fix}")
-    return tokens, meta
 
 
 def bits_per_byte(loss, meta):

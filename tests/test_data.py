@@ -439,11 +439,6 @@ def test_bad_places(tmp_path, monkeypatch):
     for missing in ("/no/such", "nothere.jsonl", "./nothere"):
         with pytest.raises(ConfigError, match=f"{missing}: no such file or directory"):
             make(tmp_path, missing)
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "a.txt").write_text("a")
-    with pytest.raises(ConfigError, match="lies in the source itself"):
-        prepare.prepare(Options(str(folder), out_dir=str(folder / "sub")))
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"")
     for source in (tmp_path / "a.parquet", "some/name"):
