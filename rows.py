@@ -12,9 +12,10 @@ MOST_LINES = 200_000  # of a file of rows
 # The columns that a row of each family must have, beside the loss.
 FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}
 
-# The columns that tell two ways of upcycling apart, beside `method`.
-KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std",
-         "optimizer")
+# The columns that tell two ways of upcycling apart, beside `method`: (usual value, words in a label).
+KNOBS = {"noise_std": (None, "{} σ"), "noise_fraction": (1, "on {}"), "drop_ratio": (None, "{}"),
+         "granularity": (None, "G = {}"), "merge_shared": ("average", "shared from {}"),
+         "router_std": (0.02, "router {}"), "optimizer": ("reset", "optimizer {}")}
 
 # Every setting that moves the loss: train.py writes them all to the row. A dense row has no ROUTING columns.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -101,23 +102,17 @@ def automatic_range(hidden_size):
     return 0.68 / math.sqrt(hidden_size) if known else None
 
 
-# Knobs with these values are left out of labels.
-USUAL = {"noise_fraction": 1, "merge_shared": "average", "router_std": 0.02, "optimizer": "reset"}
-WORDS = {"noise_std": "{} σ", "noise_fraction": "on {}", "drop_ratio": "{}", "granularity": "G = {}",
-         "merge_shared": "shared from {}", "router_std": "router {}", "optimizer": "optimizer {}"}
-
-
 def unusual_knobs(row):
     """{knob: value} of the knobs that tell a row's method apart from others of its name."""
     values = {key: plain(key, row.get(key)) for key in KNOBS}
-    return {key: value for key, value in values.items() if value not in (None, USUAL.get(key))}
+    return {key: value for key, value in values.items() if value not in (None, KNOBS[key][0])}
 
 
 def method_label(row):
     """A row's way of upcycling in words, as "drop 0.5", "virtual groups G = 2", "copy optimizer copy"."""
     words = [str(row.get("method")).replace("_", " ")]
     for key, value in unusual_knobs(row).items():
-        words.append(WORDS[key].format(f"{value:g}" if isinstance(value, (int, float)) else value))
+        words.append(KNOBS[key][1].format(f"{value:g}" if isinstance(value, (int, float)) else value))
     return " ".join(words)
 
 
@@ -130,11 +125,11 @@ def loss_text(row):
 # ---------------------------------------------------------------------------------------------------------
 # Reading and appending
 
-def number(value):
+def number(column, value):
     """A number of a size that can be meant, from JSON or CSV. Raises ValueError."""
-    found = plain("", value)
+    found = plain(column, value)
     if type(found) not in (int, float) or not 1e-6 <= found <= 1e16:
-        raise ValueError(f"{value!r:.40} is not a number within 1e-6 .. 1e16")
+        raise ValueError(f"{column}: {value!r:.40} is not a number within 1e-6 .. 1e16")
     return float(found)
 
 
@@ -150,16 +145,13 @@ def clean(raw):
     for key in (*FAMILIES[row["family"]], "loss"):
         if key not in row:
             raise ValueError(f"{key} is missing")
-        try:
-            row[key] = number(row[key])
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+        row[key] = number(key, row[key])
     for key in {"N_active", "N_total", "num_local_experts", "num_experts_per_tok"} & row.keys():
         try:
-            row[key] = number(row[key])
+            row[key] = number(key, row[key])
         except ValueError:  # not every law needs them
             del row[key]
-    return row | {key: plain(key, row[key]) for key in KNOBS + SETTINGS if key in row}
+    return row | {key: plain(key, row[key]) for key in (*KNOBS, *SETTINGS) if key in row}
 
 
 def raw_rows(path):
