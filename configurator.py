@@ -229,10 +229,9 @@ def as_type(name, value, kind):
             with contextlib.suppress(ConfigError):
                 return as_type(name, value, option)
     elif origin is typing.Literal:
-        for option in options:
-            if value == option and isinstance(value, bool) == isinstance(option, bool):
-                return option
-        raise ConfigError(f"{name}: {value!r:.100} is none of {', '.join(map(repr, options))}")
+        if value not in options:
+            raise ConfigError(f"{name}: {value!r:.100} is none of {', '.join(map(repr, options))}")
+        return value
     elif origin is list and isinstance(value, list):
         return [as_type(f"{name}[{i}]", item, options[0]) for i, item in enumerate(value)]
     elif kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):

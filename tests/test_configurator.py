@@ -21,7 +21,6 @@ class Settings:
     learning_rate: float = setting(3e-3, "peak")
     compile: bool = setting(False, "torch.compile")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the forward pass")
-    num_experts: Literal[2, 4, 8] = setting(8, "how many experts")
     decay_start: int | None = setting(None, "step")
     sizes: list[int] = setting([1, 2], "widths")
     names: list[str] = setting([], "labels")
@@ -74,7 +73,6 @@ def test_defaults_then_file_then_flags(tmp_path):
     ("--compile", "compile", True), ("--compile=True", "compile", True),
     ("--compile=false", "compile", False),
     ("--dtype=bfloat16", "dtype", "bfloat16"), ("--dtype='bfloat16'", "dtype", "bfloat16"),
-    ("--num_experts=4", "num_experts", 4), ("--num_experts=4.0", "num_experts", 4),
     ("--decay_start=10", "decay_start", 10), ("--decay_start=None", "decay_start", None),
     ("--decay_start=none", "decay_start", None),
     ("--sizes=3", "sizes", [3]), ("--sizes=3,4e2", "sizes", [3, 400]),
@@ -119,7 +117,7 @@ INTEGERS = st.integers(-2**53, 2**53)
 
 @given(st.builds(Settings, config=st.none(), max_tokens=INTEGERS,
                  learning_rate=st.floats(allow_nan=False, allow_infinity=False), compile=st.booleans(),
-                 dtype=st.sampled_from(["float32", "bfloat16"]), num_experts=st.sampled_from([2, 4, 8]),
+                 dtype=st.sampled_from(["float32", "bfloat16"]),
                  decay_start=st.none() | INTEGERS, sizes=st.lists(INTEGERS),
                  names=st.lists(TEXT), widths=st.dictionaries(TEXT, st.lists(INTEGERS)), out_dir=TEXT))
 def test_written_config_reads_back(tmp_path_factory, settings):
@@ -192,7 +190,6 @@ def test_any_config_file_is_read_or_refused(tmp_path_factory, text):
     (["--compile=1"], ["compile", "1", "bool"]),
     (["--compile=yes"], ["compile", "yes", "bool"]),
     (["--dtype=float16"], ["dtype", "'float16'", "'float32'", "'bfloat16'"]),
-    (["--num_experts=3"], ["num_experts", "3", "2, 4, 8"]),
     (["--decay_start=x"], ["decay_start", "'x'", "int|none"]),
     (["--sizes=1,x"], ["sizes", "x", "int"]),
     (["--sizes=[1,2.5]"], ["sizes", "2.5", "int"]),
