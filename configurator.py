@@ -6,8 +6,8 @@ A script starts with `run(main, Options)`. Each field of the dataclass Options i
     seed: int = setting(0, "random seed")
 
 The setting `config`, where there is one, names a file that assigns literals, and arithmetic (+ - * / **) on
-numbers and on names of numbers assigned above. A name that starts with _ is no setting but serves the lines
-below it.
+numbers and on names of numbers assigned above; `key = name` takes over any value. A name that starts with _ is
+no setting but serves the lines below it.
 
 Every script also reads, writes and locks files by the functions below.
 """
@@ -77,10 +77,10 @@ def check_file(path, most=math.inf):
             raise ValueError(f"has {status.st_size:,} bytes, at most {most:,} are read")
 
 
-def read_text(path, most=MAX_BYTES, errors="strict"):
+def read_text(path, most=MAX_BYTES):
     """The text of a UTF-8 file of `most` bytes at most. Raises ConfigError naming the file."""
     check_file(path, most)
-    with naming(path), open(path, encoding="utf-8-sig", errors=errors) as f:
+    with naming(path), open(path, encoding="utf-8-sig") as f:
         return f.read()
 
 
@@ -209,6 +209,8 @@ def read_config(path):
             match node:
                 case ast.Expr(ast.Constant(str())):
                     pass  # a docstring
+                case ast.Assign([ast.Name(key)], ast.Name(name)) if name in values:
+                    values[key] = values[name]  # only as a whole: lists of lists of names would grow
                 case ast.Assign([ast.Name(key)], value):
                     values[key] = evaluate(value, values)
                 case _:

@@ -55,7 +55,7 @@ def plain(column, value):
             return value or None
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, int) and abs(value) < 1e300 else str(value)
+    return value if value is None or isinstance(value, int) else str(value)
 
 
 def run_key(row, but=()):
@@ -156,7 +156,7 @@ def clean(raw):
 
 def raw_rows(path):
     """Yields (line number, what a file of rows holds there: JSON text, or the dict of a CSV line)."""
-    text = read_text(path, errors="replace")
+    text = read_text(path)
     if text.count("\n") > MOST_LINES:
         raise ConfigError(f"{path}: has more than {MOST_LINES:,} lines")
     if not path.endswith(".csv"):

@@ -93,8 +93,8 @@ def test_config_file_arithmetic(tmp_path):
     path = written(tmp_path, '"""Launch: python x.py"""\n'
                    "max_tokens = 20 * 2**10  # comment\nlearning_rate = 3e-3 / 2 - 1e-4\n"
                    "_third = max_tokens / 3\ndecay_start = _third * 3\n"
-                   "sizes = (1, -2 + 5, max_tokens)\nnames = ['a', 'b']\n"
-                   "widths = {'s': [2**5, 3], 'n': {7: None}}\n")
+                   "sizes = (1, -2 + 5, max_tokens)\nnames = ['a', 'b']\n_same = names\n"
+                   "names = _same\nwidths = {'s': [2**5, 3], 'n': {7: None}}\n")
     assert read_config(path) == {
         "max_tokens": 20480, "learning_rate": 3e-3 / 2 - 1e-4, "decay_start": 20480,
         "sizes": [1, 3, 20480], "names": ["a", "b"], "widths": {"s": [32, 3], "n": {7: None}}}
@@ -216,7 +216,7 @@ def test_missing_words():
     ("widths = [1]\n", ["widths", "[1]", "dict"]),
     ("max_tokens = 2**54\n", ["max_tokens", "18014398509481984 is too large"]),
     ("max_tokens = _unset\n", ["line 1", "'_unset'"]),
-    ("_a = [1]\nsizes = _a\n", ["line 2", "'_a'"]),
+    ("_a = [1]\nsizes = [_a]\n", ["line 2", "'_a'"]),
     ("max_tokens = " + " + ".join("1" * 1500), ["line 1", "nested too deep"]),
     ("sizes = 3\n", ["sizes", "3", "list[int]"]),
     ("compile = 1\n", ["compile", "1", "bool"]),
