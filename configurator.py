@@ -6,8 +6,8 @@ A script starts with `run(main, Options)`. Each field of the dataclass Options i
     seed: int = setting(0, "random seed")
 
 The setting `config`, where there is one, names a file that assigns literals, and arithmetic (+ - * / **) on
-numbers and on names of numbers assigned above; `key = name` takes over any value. A name that starts with _ is
-no setting but serves the lines below it.
+numbers and on names of numbers assigned above; `key = name` takes over any value. A name that starts with _
+is no setting but serves the lines below it.
 
 Every script also reads, writes and locks files by the functions below.
 """
