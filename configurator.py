@@ -418,10 +418,20 @@ def code_version():
         return None
 
 
+class PlainLines:
+    """A stream for tqdm that prints each refresh as a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip("\r\n"), file=sys.stderr, flush=True)
+
+
 def progress(total, label, unit, **options):
-    """A tqdm bar on stderr. Where that is no terminal, it is written every 15 seconds."""
-    rare = {} if sys.stderr.isatty() else {"mininterval": 15, "maxinterval": 15}
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, **rare, **options)
+    """A tqdm bar with the time left, on stderr. Where stderr is no terminal, a line every 15 seconds."""
+    look = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        look = {"file": PlainLines(), "mininterval": 15, "maxinterval": 15, "ncols": 110, "ascii": True}
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, **look, **options)
 
 
 def write_config(config, path):
