@@ -40,12 +40,13 @@ import torch.nn.functional as F
 from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors,
                         read_config, read_moments, read_state, stored_views, to_hf_config, tokens_seen,
                         write_json, write_moments, write_weights)
-from data.stream import load_tokens, locate
+from data.stream import bits_per_byte, load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
+            "bits_per_byte_before": "the first in bits a byte", "bits_per_byte_after": "the second",
             "relative_logit_difference": "logits, largest difference / largest",
             "kl": "KL(dense, result), nats a token", "channels_kept": "channels kept",
             "weight_change": "experts' change, RMS / std"}
@@ -246,13 +247,14 @@ def measure_weights(o, sources, directory, pieces):
 
 
 def check_ids(o, source):
-    """(ids (B, T + 1) on which to compare the models, where they are from). Raises ConfigError."""
+    """(ids (B, T + 1) on which to compare the models, where they are from, bits a byte of a loss of one nat
+    or None). Raises ConfigError."""
     T = min(source.config.longest, 512, o.check_tokens)
     dataset = o.dataset or source.state.get("dataset")
     if not o.dataset and not (dataset and locate(dataset).is_dir()):  # the source was trained elsewhere
         shape, g = (o.check_tokens // T, T + 1), generator(o.seed, "check")
-        return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens"
-    tokens, _ = load_tokens(dataset, "val")
+        return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens", None
+    tokens, meta = load_tokens(dataset, "val")
     rows = min(o.check_tokens, len(tokens) - 1) // T
     if rows < 1:
         raise ConfigError(f"{dataset}: fewer than {T + 1} validation tokens")
@@ -260,7 +262,7 @@ def check_ids(o, source):
     if ids.max() >= source.config.vocab_size:
         raise ConfigError(f"{dataset}: holds token {ids.max()}, the model has {source.config.vocab_size}; "
                           "give the data of the source with --dataset")
-    return ids, f"validation tokens of {dataset}"
+    return ids, f"validation tokens of {dataset}", bits_per_byte(1.0, meta)
 
 
 @torch.no_grad()
@@ -286,15 +288,18 @@ def measure(source, directory, dtype, ids):
             "effective_experts": effective_experts(sum(torch.stack(counts).chunk(len(ids)))).tolist()}
 
 
-def proof(o, sources, directory, pieces, ids, record):
-    """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run.
-    Raises ConfigError, unless forced, where theory says exact and they differ by more than rounding."""
+def proof(o, sources, directory, pieces, ids, ratio, record):
+    """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run. The
+    ratio is that of check_ids. Raises ConfigError, unless forced, where theory says exact and they differ by
+    more than rounding."""
     dtype, eps = pieces[0].dtype, torch.finfo(pieces[0].dtype).eps
     result = measure_weights(o, sources, directory, pieces)
     try:
         result |= measure(sources[0], directory, torch.promote_types(dtype, torch.float32), ids)
     except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
         return result | {"not_run": f"models not run: {str(error).splitlines()[0]}"}
+    if ratio:
+        result |= {f"bits_per_byte_{end}": ratio * result[f"loss_{end}"] for end in ("before", "after")}
     # G · down_proj is exact where G is a power of 2
     tolerance = max(1e-4, 8 * eps) if o.granularity & (o.granularity - 1) else 1e-4
     difference = result["relative_logit_difference"]
@@ -374,7 +379,7 @@ def upcycle(o):
     seen = tokens_seen(*(s.state for s in sources)) if all(s.state for s in sources) else None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
-    ids, origin = check_ids(o, first) if (fits if o.check is None else o.check) else (None, None)
+    ids, origin, ratio = check_ids(o, first) if (fits if o.check is None else o.check) else (None, "", None)
     record = {"N": parameter_counts(dense)["N"], "D1": seen if o.D1 is None else o.D1, "settings": asdict(o),
               "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs,
               "hints": hints_for(o.num_local_experts, written_as(moe))}
@@ -392,7 +397,7 @@ def upcycle(o):
                               "sha256": digest} for s, digest in zip(sources, digests)]
         write_json(directory, "trainer_state.json", result_state(o, first, record))
         if ids is not None:
-            measured = proof(o, sources, directory, pieces, ids, record)
+            measured = proof(o, sources, directory, pieces, ids, ratio, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
         with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:

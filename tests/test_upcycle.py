@@ -575,7 +575,8 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
     source = write(tmp_path / "dense", torch.float32)
     val = np.random.default_rng(0).integers(V, size=300).astype(np.uint16)
     np.save(tmp_path / "val.npy", val)
-    monkeypatch.setattr(u, "load_tokens", lambda directory, split: (np.load(tmp_path / f"{split}.npy"), {}))
+    meta = {"tokens": {"val": 300}, "bytes": {"val": 600}}
+    monkeypatch.setattr(u, "load_tokens", lambda directory, split: (np.load(tmp_path / f"{split}.npy"), meta))
     path, record = upcycled(tmp_path, source, method="drop", check=True, check_tokens=192, dataset="here")
     found, T = record["measured"], 64
     ids = torch.from_numpy(val[:193].astype(np.int64))
@@ -588,6 +589,8 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
                                                  rel=1e-5)
     assert found["loss_after"] == pytest.approx(F.cross_entropy(b.flatten(0, 1), y.flatten()).item(),
                                                 rel=1e-5)
+    for end in ("before", "after"):
+        assert found[f"bits_per_byte_{end}"] == pytest.approx(found[f"loss_{end}"] / math.log(2) / 2)
     assert found["kl"] == pytest.approx(kl.item(), rel=1e-4) and found["kl"] > 0.01
     assert found["relative_logit_difference"] == pytest.approx(difference(a, b), rel=1e-4)
     routers = AutoModelForCausalLM.from_pretrained(path)(x, output_router_logits=True).router_logits
