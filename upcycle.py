@@ -43,7 +43,7 @@ from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_mo
 from data.stream import bits_per_byte, load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of
-from model import Transformer, effective_experts, parameter_counts, wide
+from model import Transformer, effective_experts, is_finite, parameter_counts, wide
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
             "bits_per_byte_before": "the first in bits a byte", "bits_per_byte_after": "the second",
@@ -172,7 +172,7 @@ def pieces_of(source, moe):
 
 
 def make_piece(o, sources, p):
-    """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
+    """The finite tensor of a Piece, or the Span that has its very bytes. Raises ConfigError."""
     make = METHODS[o.method].weights
     if p.drawn:  # the router: a row for each group of `granularity` experts
         rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
@@ -187,12 +187,15 @@ def make_piece(o, sources, p):
         if p.expert is not None and make:
             t = make(o, slice_of(o, span.read(), p).clone(), p)
         elif span.dtype == p.dtype:
+            if (p.expert or 0) < len(sources) and not is_finite(span.read()):  # once, for all equal experts
+                raise ConfigError(f"{span.path}: {span.name} is not finite")
             return span
         else:  # a merged checkpoint may be of another type than the first
             t = span.read()
     t = t.to(p.dtype)
-    if p.dtype == torch.float16 and not t.isfinite().all():
-        raise ConfigError(f"{p.name}: overflows float16; convert the source to bfloat16 or float32 first")
+    if not is_finite(t):
+        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; bfloat16 "
+                          "or float32 weights overflow later")
     return t
 
 

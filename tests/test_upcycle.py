@@ -828,13 +828,22 @@ def test_broken_sources_are_refused(tmp_path, lie):
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
-    source = write(tmp_path / "dense")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name, place", [(NAME, "layers.0."), ("model.norm.weight", "model.norm.weight"),
+                                         ("model.layers.1.mlp.down_proj.weight", "layers.1.")])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, dtype, name, place, value):
+    good, source = write(tmp_path / "good", dtype, seed=1), write(tmp_path / "dense", dtype)
     t = load(Path(source) / "model.safetensors")
-    t[NAME][0, 0] = float("nan")
+    t[name].view(-1)[-1] = value
     save_file(t, Path(source) / "model.safetensors")
-    with pytest.raises(ConfigError, match="logits differ by nan"):
-        upcycled(tmp_path, source, check=True)
+    for method, options in METHODS.items():
+        merge = [[source, good], [good, source]] if method == "merge" else [[source]]
+        for first, *more in merge:
+            with pytest.raises(ConfigError, match="not finite") as error:
+                upcycled(tmp_path, first, method=method, merge_with=more, force=True, **options)
+            assert "\n" not in str(error.value) and place in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["dense", "good"]
 
 
 # ---------------------------------------------------------------------------------------------------------
