@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from configurator import ConfigError
 from model import wide
@@ -61,6 +62,24 @@ def generator(*key):
 def normal(t, *key):
     """N(0, 1) in the shape and type of t."""
     return torch.empty(t.shape, dtype=t.dtype).normal_(generator=generator(*key))
+
+
+def clusters(x, n, g):
+    """(n, D) unit rows, each the direction of a cluster of x (S, D) from its mean; g: a generator.
+
+    It is k-means on the sphere, so that a token's largest logit is that of its cluster. Rows are at right
+    angles to the mean of x, or all tokens would favour the same ones.
+    """
+    mean = F.normalize(x.mean(0), dim=0)
+    x = F.normalize(x - x.mean(0) - (x - x.mean(0)) @ torch.outer(mean, mean), dim=1)
+    some = x[torch.randint(len(x), (256,), generator=g)]  # few, or outliers would be the first rows
+    rows = some[:1]
+    for _ in range(n - 1):  # the token that is farthest from all rows
+        rows = torch.cat((rows, some[(some @ rows.T).amax(1).argmin()][None]))
+    for _ in range(20):
+        members = F.one_hot((x @ rows.T).argmax(1), n).to(x.dtype)  # (S, n)
+        rows = F.normalize(members.T @ x + 1e-6 * rows, dim=1)  # a row without members stays
+    return rows
 
 
 def add_noise(o, w, p):

@@ -13,8 +13,8 @@ MOST_LINES = 200_000  # of a file of rows
 FAMILIES = {"dense": ("N", "D"), "moe": ("N", "D"), "upcycled": ("N", "D1", "D2")}
 
 # The columns that tell two ways of upcycling apart, beside `method`.
-KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_std",
-         "optimizer")
+KNOBS = ("noise_std", "noise_fraction", "drop_ratio", "granularity", "merge_shared", "router_init",
+         "router_std", "optimizer")
 
 # Every setting that moves the loss: train.py writes them all to the row. A dense row has no ROUTING columns.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -106,9 +106,11 @@ def automatic_range(hidden_size):
 
 
 # Knobs with these values are left out of labels.
-USUAL = {"noise_fraction": 1, "merge_shared": "average", "router_std": 0.02, "optimizer": "reset"}
+USUAL = {"noise_fraction": 1, "merge_shared": "average", "router_init": "normal", "router_std": 0.02,
+         "optimizer": "reset"}
 WORDS = {"noise_std": "{} σ", "noise_fraction": "on {}", "drop_ratio": "{}", "granularity": "G = {}",
-         "merge_shared": "shared from {}", "router_std": "router {}", "optimizer": "optimizer {}"}
+         "merge_shared": "shared from {}", "router_init": "router from {}", "router_std": "router {}",
+         "optimizer": "optimizer {}"}
 
 
 def unusual_knobs(row):

@@ -1,8 +1,9 @@
-"""Which router should an upcycled model start with? Rows drawn N(0, std²) at three std, on three seeds.
+"""Which router should an upcycled model start with? Rows drawn N(0, std²) with an std that hardly breaks ties
+and with three others, and rows of clusters of the dense model's activations at two of them; three seeds.
 
     python sweep.py config/study_router.py
 
-About 6 core-minutes.
+About 10 core-minutes.
 """
 out_dir = "out/study_router"
 
@@ -13,8 +14,12 @@ D1 = [2 * _M]
 D2 = [_M / 4, _M, 4 * _M]
 D_dense = [2 * _M]
 D_moe = [_M / 4, _M, 4 * _M]
-methods = [{"method": "copy", "router_std": 0.002}, {"method": "copy"}, {"method": "copy", "router_std": 0.2},
-           {"method": "copy", "router_std": 2.0}]
+methods = [
+    {"method": "copy", "router_std": 1e-5}, {"method": "copy", "router_std": 0.002}, {"method": "copy"},
+    {"method": "copy", "router_std": 0.2}, {"method": "copy", "router_std": 2.0},
+    {"method": "copy", "router_init": "clusters"},
+    {"method": "copy", "router_init": "clusters", "router_std": 0.2},
+]
 
 train = {
     "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 8e-3,

@@ -18,7 +18,8 @@ FULL = {  # a row of an upcycled run, as train.py writes it
     "loss_se": 0.01, "bits_per_byte": 3.2, "num_local_experts": 8, "num_experts_per_tok": 2,
     "method": "merge", "noise_std": 0.1,
     "noise_fraction": 0.5, "drop_ratio": 0.5, "granularity": 2, "merge_shared": "average", "router_std": 0.02,
-    "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk", "dense_trunk": "dense-trunk",
+    "router_init": "clusters", "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk",
+    "dense_trunk": "dense-trunk",
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 10000.0, "initializer_range": 0.02,
     "decay_start": 100, "decay_steps": 28, "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3,
@@ -133,6 +134,9 @@ def test_rows_of_the_repository_read_older_ones_included(path):
     ({"method": "noise", "noise_std": 0.1, "noise_fraction": 0.5}, "noise 0.1 σ on 0.5"),
     ({"method": "copy", "optimizer": "copy"}, "copy optimizer copy"),
     ({"method": "copy", "router_std": 0.1}, "copy router 0.1"),
+    ({"method": "copy", "router_init": "normal"}, "copy"),
+    ({"method": "copy", "router_init": "clusters", "router_std": 0.2},
+     "copy router from clusters router 0.2"),
     ({"method": "merge", "merge_shared": "average"}, "merge"),
     ({"method": "merge", "merge_shared": "first"}, "merge shared from first")])
 def test_labels_tell_all_knobs_apart(row, label):
