@@ -59,9 +59,16 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def normal(t, *key):
-    """N(0, 1) in the shape and type of t."""
-    return torch.empty(t.shape, dtype=t.dtype).normal_(generator=generator(*key))
+def add_normal(t, std, g, share=1.0):
+    """Add std · N(0, 1) to a random share of the entries of a matrix t, in place; g: a generator. It takes a
+    few rows at a time, drawn in fp32 at least, so that they stay in the cache. Returns t."""
+    for rows in t.split(max(1, 2**17 // t.shape[1])):
+        delta = torch.empty(rows.shape, dtype=torch.promote_types(t.dtype, torch.float32))
+        delta.normal_(generator=g).mul_(std)
+        if share < 1:
+            delta *= torch.empty(rows.shape).uniform_(generator=g) < share
+        rows.copy_(delta.add_(rows))
+    return t
 
 
 def clusters(x, n, g):
@@ -84,12 +91,7 @@ def clusters(x, n, g):
 
 def add_noise(o, w, p):
     """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
-    w = wide(w)
-    delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.std())
-    if o.noise_fraction < 1:
-        uniform = torch.empty(w.shape).uniform_(generator=generator(o.seed, "entries", p.name))
-        delta *= uniform < o.noise_fraction
-    return delta.add_(w)
+    return add_normal(w, o.noise_std * wide(w).std(), generator(o.seed, p.name), o.noise_fraction)
 
 
 def dropped(o, t, p):
@@ -104,9 +106,9 @@ def drop(o, w, p):
     channels = dropped(o, w, p)
     if not len(channels):
         return w
-    block = wide(w.index_select(p.channels, channels))
-    fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
-    return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
+    block = w.index_select(p.channels, channels)
+    std, mean = torch.std_mean(wide(block))
+    return w.index_copy_(p.channels, channels, add_normal(block.fill_(mean), std, generator(o.seed, p.name)))
 
 
 def theory_of_drop(o, dense):

@@ -27,9 +27,10 @@ bf16 transformers rounds them, 5 to 40 tokens in 10,000 tie two groups (of 4 and
 import hashlib
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import Literal
 
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
@@ -42,7 +43,7 @@ from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_mo
                         write_json, write_moments, write_weights)
 from data.stream import bits_per_byte, gather, load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
-from methods import METHODS, Piece, clusters, generator, normal, slice_of
+from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
 from model import Transformer, effective_experts, is_finite, parameter_counts, wide
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
@@ -60,6 +61,7 @@ def knobs(o):
     values = {key: getattr(o, key) for key in (*METHODS[o.method].knobs, *KNOBS_OF_ALL)}
     return {key: value for key, value in values.items() if value != "normal"}
 
+THREADS = min(os.cpu_count() or 1, 4)  # that make tensors
 
 @dataclass
 class Options:
@@ -185,8 +187,8 @@ def make_piece(o, sources, routers, p):
     make = METHODS[o.method].weights
     if p.drawn:  # the router: a row for each group of `granularity` experts
         if (rows := routers.get(p.layer)) is None:
-            rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
-            rows = normal(wide(rows), o.seed, p.name)
+            rows = torch.zeros(math.ceil(p.shape[0] / o.granularity), p.shape[1])
+            add_normal(rows, 1.0, generator(o.seed, p.name))
         t = (rows * o.router_std).repeat_interleave(o.granularity, dim=0)[:p.shape[0]]
     elif p.dense_name is None:
         return torch.zeros(p.shape, dtype=p.dtype)
@@ -207,6 +209,17 @@ def make_piece(o, sources, routers, p):
         raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; bfloat16 "
                           "or float32 weights overflow later")
     return t
+
+
+def made_early(make, pieces, pool):
+    """A function that returns make(piece) of the pieces, called for each in turn. The pool makes
+    THREADS of them ahead, which bounds the memory."""
+    waiting, rest = deque(), iter(pieces)
+
+    def next_tensor(piece):
+        waiting.extend(pool.submit(make, p) for p in islice(rest, 1 + THREADS - len(waiting)))
+        return waiting.popleft().result()
+    return next_tensor
 
 
 @torch.no_grad()
@@ -421,10 +434,11 @@ def upcycle(o):
               "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs,
               "hints": hints_for(o.num_local_experts, written_as(moe))}
     size = sum(p.bytes for p in pieces)
-    with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(1) as pool:
+    with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
-            write_weights(directory, pieces, o.shard_size, lambda p: make_piece(o, sources, routers, p), bar)
+            make = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool)
+            write_weights(directory, pieces, o.shard_size, make, bar)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":

@@ -1006,7 +1006,8 @@ for method in ("copy", "drop"):
     grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     largest = 2048 * 1024 * 2
     assert sum(f.stat().st_size for f in (tmp_path / "copy").glob("*.safetensors")) > 8 * 3 * largest
-    assert grown["copy"] < 2 * largest and grown["drop"] < 8 * largest  # drop computes in fp32
+    # drop computes in fp32, on some tensors at a time
+    assert grown["copy"] < 2 * largest and grown["drop"] < 4 * (2 + u.THREADS) * largest
 
 
 def test_command_line(tmp_path, random_dense, capsys, monkeypatch):
