@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from configurator import ConfigError
 from model import wide
@@ -58,19 +59,39 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def normal(t, *key):
-    """N(0, 1) in the shape and type of t."""
-    return torch.empty(t.shape, dtype=t.dtype).normal_(generator=generator(*key))
+def add_normal(t, std, g, share=1.0):
+    """Add std · N(0, 1) to a random share of the entries of a matrix t, in place; g: a generator. It takes a
+    few rows at a time, drawn in fp32 at least, so that they stay in the cache. Returns t."""
+    for rows in t.split(max(1, 2**17 // t.shape[1])):
+        delta = torch.empty(rows.shape, dtype=torch.promote_types(t.dtype, torch.float32))
+        delta.normal_(generator=g).mul_(std)
+        if share < 1:
+            delta *= torch.empty(rows.shape).uniform_(generator=g) < share
+        rows.copy_(delta.add_(rows))
+    return t
+
+
+def clusters(x, n, g):
+    """(n, D) unit rows, each the direction of a cluster of x (S, D) from its mean; g: a generator.
+
+    It is k-means on the sphere, so that a token's largest logit is that of its cluster. Rows are at right
+    angles to the mean of x, or all tokens would favour the same ones.
+    """
+    mean = F.normalize(x.mean(0), dim=0)
+    x = F.normalize(x - x.mean(0) - (x - x.mean(0)) @ torch.outer(mean, mean), dim=1)
+    some = x[torch.randint(len(x), (256,), generator=g)]  # few, or outliers would be the first rows
+    rows = some[:1]
+    for _ in range(n - 1):  # the token that is farthest from all rows
+        rows = torch.cat((rows, some[(some @ rows.T).amax(1).argmin()][None]))
+    for _ in range(20):
+        members = F.one_hot((x @ rows.T).argmax(1), n).to(x.dtype)  # (S, n)
+        rows = F.normalize(members.T @ x + 1e-6 * rows, dim=1)  # a row without members stays
+    return rows
 
 
 def add_noise(o, w, p):
     """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
-    w = wide(w)
-    delta = normal(w, o.seed, p.name).mul_(o.noise_std * w.std())
-    if o.noise_fraction < 1:
-        uniform = torch.empty(w.shape).uniform_(generator=generator(o.seed, "entries", p.name))
-        delta *= uniform < o.noise_fraction
-    return delta.add_(w)
+    return add_normal(w, o.noise_std * wide(w).std(), generator(o.seed, p.name), o.noise_fraction)
 
 
 def dropped(o, t, p):
@@ -85,9 +106,9 @@ def drop(o, w, p):
     channels = dropped(o, w, p)
     if not len(channels):
         return w
-    block = wide(w.index_select(p.channels, channels))
-    fresh = normal(block, o.seed, p.name).mul_(block.std()).add_(block.mean())
-    return w.index_copy_(p.channels, channels, fresh.to(w.dtype))
+    block = w.index_select(p.channels, channels)
+    std, mean = torch.std_mean(wide(block))
+    return w.index_copy_(p.channels, channels, add_normal(block.fill_(mean), std, generator(o.seed, p.name)))
 
 
 def theory_of_drop(o, dense):

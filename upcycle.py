@@ -4,8 +4,8 @@
 
 DENSE is a Llama, Mistral, Phi-3, Qwen2, Qwen3 or OLMo-2 in Hugging Face's format, and MOE the mixture that
 belongs to it: see formats.py. Attention, norms and embeddings are copied, every MLP becomes num_local_experts
-experts, and the router is drawn from N(0, router_std²). A new method is a line of this table, an entry of
-METHODS in methods.py and its functions.
+experts, and the router is drawn, or made of clusters: see router_init. A new method is a line of this table,
+an entry of METHODS in methods.py and its functions.
 
 | method          | expert e                                                        | function preserved    |
 |-----------------|-----------------------------------------------------------------|-----------------------|
@@ -27,9 +27,10 @@ bf16 transformers rounds them, 5 to 40 tokens in 10,000 tie two groups (of 4 and
 import hashlib
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import Literal
 
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
@@ -40,22 +41,27 @@ import torch.nn.functional as F
 from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors,
                         read_config, read_moments, read_state, stored_views, to_hf_config, tokens_seen,
                         write_json, write_moments, write_weights)
-from data.stream import load_tokens, locate
+from data.stream import bits_per_byte, load_tokens, locate, sequences
 from formats import FORMATS, idle_tensors, written_as
-from methods import METHODS, Piece, generator, normal, slice_of
-from model import Transformer, effective_experts, parameter_counts, wide
+from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
+from model import Transformer, effective_experts, is_finite, parameter_counts, wide
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
+            "bits_per_byte_before": "the first in bits a byte", "bits_per_byte_after": "the second",
             "relative_logit_difference": "logits, largest difference / largest",
             "kl": "KL(dense, result), nats a token", "channels_kept": "channels kept",
             "weight_change": "experts' change, RMS / std"}
-KNOBS_OF_ALL = ("router_std", "optimizer")
+KNOBS_OF_ALL = ("router_init", "router_std", "optimizer")
+CLUSTER_TOKENS = 4096  # whose clusters give the rows of a router
 
 
 def knobs(o):
-    """{knob: value} of the settings that tell two ways of upcycling apart."""
-    return {key: getattr(o, key) for key in (*METHODS[o.method].knobs, *KNOBS_OF_ALL)}
+    """{knob: value} of the settings that tell two ways of upcycling apart. A router_init of "normal" is left
+    out, as in rows that are older than this setting."""
+    values = {key: getattr(o, key) for key in (*METHODS[o.method].knobs, *KNOBS_OF_ALL)}
+    return {key: value for key, value in values.items() if value != "normal"}
 
+THREADS = min(os.cpu_count() or 1, 4)  # that make tensors
 
 @dataclass
 class Options:
@@ -67,7 +73,10 @@ class Options:
     num_local_experts: int = setting(8, "experts in each layer of the result", least=1)
     num_experts_per_tok: int = setting(2, "experts that a token uses", least=1)
     granularity: int = setting(1, "virtual_groups: slices of the MLP; divides the numbers above", least=1)
-    router_std: float = setting(0.02, "standard deviation of the router's weights", least=0)
+    router_init: Literal["normal", "clusters"] = setting(
+        "normal", "router's rows: drawn, or towards clusters of what the dense model's MLP gets of the data")
+    router_std: float = setting(0.02, "standard deviation of the router's weights; 1e-5 hardly more than "
+                                "breaks ties", least=0)
     noise_std: float = setting(0.01, "noise: standard deviation, in units of the matrix's own", least=0)
     noise_fraction: float = setting(1.0, "noise: share of the entries that get it", least=0, most=1)
     drop_ratio: float = setting(0.5, "drop: share r of an expert's channels to draw anew", least=0, most=1)
@@ -80,7 +89,8 @@ class Options:
     D1: int | None = setting(None, "tokens the source saw; none: as its trainer_state.json says", least=0)
     check: bool | None = setting(None, "compare both models; none: if they fit into half the memory")
     check_tokens: int = setting(4096, "tokens of the comparison", least=2)
-    dataset: str | None = setting(None, "data of the comparison; none: the source's, or random tokens")
+    dataset: str | None = setting(None, "data of the comparison and of clusters; none: the source's; a "
+                                  "comparison takes random tokens where there are none")
     force: bool = setting(False, "write what breaks the method's promise, and say what it costs")
 
 
@@ -157,7 +167,8 @@ def pieces_of(source, moe):
     for parameter, views in layout(moe).items():
         dense_views = source.layout.get(parameter) or source.layout.get(parameter + ".weight")
         if not dense_views:
-            pieces += [Piece(name, shape, pieces[0].dtype, drawn=True) for name, shape in views]
+            layer = int(parameter.split(".")[1])
+            pieces += [Piece(name, shape, pieces[0].dtype, layer=layer, drawn=True) for name, shape in views]
             continue
         for i, (name, shape) in enumerate(views):
             expert, part = divmod(i, len(dense_views))  # gate and up in turn, or down alone
@@ -170,13 +181,15 @@ def pieces_of(source, moe):
     return pieces + [Piece(name, shape, pieces[0].dtype) for name, shape in idle_tensors(moe).items()]
 
 
-def make_piece(o, sources, p):
-    """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
+def make_piece(o, sources, routers, p):
+    """The finite tensor of a Piece, or the Span that has its very bytes. Raises ConfigError. routers: of
+    cluster_rows, or {}."""
     make = METHODS[o.method].weights
     if p.drawn:  # the router: a row for each group of `granularity` experts
-        rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
-        rows = normal(wide(rows), o.seed, p.name) * o.router_std
-        t = rows.repeat_interleave(o.granularity, dim=0)[:p.shape[0]]
+        if (rows := routers.get(p.layer)) is None:
+            rows = torch.zeros(math.ceil(p.shape[0] / o.granularity), p.shape[1])
+            add_normal(rows, 1.0, generator(o.seed, p.name))
+        t = (rows * o.router_std).repeat_interleave(o.granularity, dim=0)[:p.shape[0]]
     elif p.dense_name is None:
         return torch.zeros(p.shape, dtype=p.dtype)
     elif p.expert is None and len(sources) > 1 and o.merge_shared == "average":
@@ -186,13 +199,47 @@ def make_piece(o, sources, p):
         if p.expert is not None and make:
             t = make(o, slice_of(o, span.read(), p).clone(), p)
         elif span.dtype == p.dtype:
+            if (p.expert or 0) < len(sources) and not is_finite(span.read()):  # once, for all equal experts
+                raise ConfigError(f"{span.path}: {span.name} is not finite")
             return span
         else:  # a merged checkpoint may be of another type than the first
             t = span.read()
     t = t.to(p.dtype)
-    if p.dtype == torch.float16 and not t.isfinite().all():
-        raise ConfigError(f"{p.name}: overflows float16; convert the source to bfloat16 or float32 first")
+    if not is_finite(t):
+        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; bfloat16 "
+                          "or float32 weights overflow later")
     return t
+
+
+def made_early(make, pieces, pool):
+    """A function that returns make(piece) of the pieces, called for each in turn. The pool makes
+    THREADS of them ahead, which bounds the memory."""
+    waiting, rest = deque(), iter(pieces)
+
+    def next_tensor(piece):
+        waiting.extend(pool.submit(make, p) for p in islice(rest, 1 + THREADS - len(waiting)))
+        return waiting.popleft().result()
+    return next_tensor
+
+
+@torch.no_grad()
+def cluster_rows(o, source):
+    """{layer: (groups, D) rows of the router, of mean square 1} towards clusters of the inputs of the dense
+    model's MLP on tokens spread over the training data. Raises ConfigError where there is no data."""
+    ids, origin, _ = ids_of(o, source, "train", CLUSTER_TOKENS)
+    if origin == "random tokens":
+        raise ConfigError("--router_init=clusters needs the data of the source; give it with --dataset")
+    model = load_model(source.path)
+    inputs = [[] for _ in model.layers]  # of each layer's MLP: (T, D) for each sequence
+    for layer, seen in zip(model.layers, inputs):
+        layer.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0][0]))
+    with progress(len(ids), "clusters", "sequence", delay=2) as bar:
+        for row in ids.split(1):
+            model(row[:, :-1])
+            bar.update()
+    groups, width = math.ceil(o.num_local_experts / o.granularity), math.sqrt(source.config.hidden_size)
+    return {i: width * clusters(torch.cat(seen), groups, generator(o.seed, "clusters", i))
+            for i, seen in enumerate(inputs)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -245,22 +292,25 @@ def measure_weights(o, sources, directory, pieces):
             "weight_change": math.sqrt(change / there) if there else 0.0}
 
 
-def check_ids(o, source):
-    """(ids (B, T + 1) on which to compare the models, where they are from). Raises ConfigError."""
-    T = min(source.config.longest, 512, o.check_tokens)
+def ids_of(o, source, split, count):
+    """(ids (B, T + 1) of `count` tokens of a split, where they are from, bits a byte of a loss of one nat or
+    None). Raises ConfigError."""
+    T = min(source.config.longest, 512, count)
     dataset = o.dataset or source.state.get("dataset")
     if not o.dataset and not (dataset and locate(dataset).is_dir()):  # the source was trained elsewhere
-        shape, g = (o.check_tokens // T, T + 1), generator(o.seed, "check")
-        return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens"
-    tokens, _ = load_tokens(dataset, "val")
-    rows = min(o.check_tokens, len(tokens) - 1) // T
-    if rows < 1:
-        raise ConfigError(f"{dataset}: fewer than {T + 1} validation tokens")
-    ids = torch.from_numpy(tokens[:rows * T + 1].astype("int64")).unfold(0, T + 1, T)
+        shape, g = (count // T, T + 1), generator(o.seed, "check")
+        return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens", None
+    tokens, meta = load_tokens(dataset, split)
+    there = (len(tokens) - 1) // T
+    if there < 1:
+        raise ConfigError(f"{dataset}: fewer than {T + 1} tokens in {split}.npy")
+    places = range(0, there, max(1, there * T // count))[:count // T]
+    inputs, targets = sequences(tokens, places, T, torch.device("cpu"))
+    ids = torch.cat((inputs, targets[:, -1:]), 1)
     if ids.max() >= source.config.vocab_size:
         raise ConfigError(f"{dataset}: holds token {ids.max()}, the model has {source.config.vocab_size}; "
                           "give the data of the source with --dataset")
-    return ids, f"validation tokens of {dataset}"
+    return ids, f"{split} tokens of {dataset}", bits_per_byte(1.0, meta)
 
 
 @torch.no_grad()
@@ -286,15 +336,18 @@ def measure(source, directory, dtype, ids):
             "effective_experts": effective_experts(sum(torch.stack(counts).chunk(len(ids)))).tolist()}
 
 
-def proof(o, sources, directory, pieces, ids, record):
-    """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run.
-    Raises ConfigError, unless forced, where theory says exact and they differ by more than rounding."""
+def proof(o, sources, directory, pieces, ids, ratio, record):
+    """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run. The
+    ratio is that of ids_of. Raises ConfigError, unless forced, where theory says exact and they differ by
+    more than rounding."""
     dtype, eps = pieces[0].dtype, torch.finfo(pieces[0].dtype).eps
     result = measure_weights(o, sources, directory, pieces)
     try:
         result |= measure(sources[0], directory, torch.promote_types(dtype, torch.float32), ids)
     except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
         return result | {"not_run": f"models not run: {str(error).splitlines()[0]}"}
+    if ratio:
+        result |= {f"bits_per_byte_{end}": ratio * result[f"loss_{end}"] for end in ("before", "after")}
     # G · down_proj is exact where G is a power of 2
     tolerance = max(1e-4, 8 * eps) if o.granularity & (o.granularity - 1) else 1e-4
     difference = result["relative_logit_difference"]
@@ -374,15 +427,19 @@ def upcycle(o):
     seen = tokens_seen(*(s.state for s in sources)) if all(s.state for s in sources) else None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
-    ids, origin = check_ids(o, first) if (fits if o.check is None else o.check) else (None, None)
+    ids = None
+    if fits if o.check is None else o.check:
+        ids, origin, ratio = ids_of(o, first, "val", o.check_tokens)
+    routers = cluster_rows(o, first) if o.router_init == "clusters" else {}
     record = {"N": parameter_counts(dense)["N"], "D1": seen if o.D1 is None else o.D1, "settings": asdict(o),
               "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs,
               "hints": hints_for(o.num_local_experts, written_as(moe))}
     size = sum(p.bytes for p in pieces)
-    with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(1) as pool:
+    with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
-            write_weights(directory, pieces, o.shard_size, lambda p: make_piece(o, sources, p), bar)
+            make = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool)
+            write_weights(directory, pieces, o.shard_size, make, bar)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
@@ -392,7 +449,7 @@ def upcycle(o):
                               "sha256": digest} for s, digest in zip(sources, digests)]
         write_json(directory, "trainer_state.json", result_state(o, first, record))
         if ids is not None:
-            measured = proof(o, sources, directory, pieces, ids, record)
+            measured = proof(o, sources, directory, pieces, ids, ratio, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
         with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:

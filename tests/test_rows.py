@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from configurator import ConfigError
-from rows import (CONDITIONS, DECAY, FAMILIES, KNOBS, RUN, SETTINGS, SIZES, append_row, differences,
-                  loss_text, method_label, mixed_conditions, read_row, read_rows, run_key, same_but)
+from rows import (CONDITIONS, DECAY, FAMILIES, KNOBS, RUN, SETTINGS, SIZES, append_row, bits_per_nat,
+                  differences, loss_columns, loss_text, method_label, mixed_conditions, read_row, read_rows,
+                  run_key, same_but)
 from simulated import TABLE2, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,8 @@ FULL = {  # a row of an upcycled run, as train.py writes it
     "loss_se": 0.01, "bits_per_byte": 3.2, "num_local_experts": 8, "num_experts_per_tok": 2,
     "method": "merge", "noise_std": 0.1,
     "noise_fraction": 0.5, "drop_ratio": 0.5, "granularity": 2, "merge_shared": "average", "router_std": 0.02,
-    "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk", "dense_trunk": "dense-trunk",
+    "router_init": "clusters", "optimizer": "reset", "seed": 0, "flops": 10**12, "trunk": "moe-trunk",
+    "dense_trunk": "dense-trunk",
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 10000.0, "initializer_range": 0.02,
     "decay_start": 100, "decay_steps": 28, "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3,
@@ -70,7 +72,17 @@ def test_a_row_counts_once_whether_it_says_bits_a_byte_or_not(tmp_path):
     rows = [FULL, older, FULL | {"bits_per_byte": None}]
     assert len(read_rows([write(tmp_path / "rows.jsonl", rows)])[0]) == 1
     assert loss_text(FULL) == "2.5000 nats a token (3.2000 bits a byte)"
-    assert loss_text(older) == "2.5000 nats a token"
+    assert loss_text(older) == loss_text(loss_columns(2.5, None)) == "2.5000 nats a token"
+    other_run = older | {"seed": 5, "loss": 2.0}
+    ratio = bits_per_nat([older, FULL, other_run | {"bits_per_byte": 2.56}])
+    assert ratio == pytest.approx(1.28) and loss_text(loss_columns(2.5, ratio)) == loss_text(FULL)
+    assert bits_per_nat([older]) is bits_per_nat([FULL, other_run | {"bits_per_byte": 2.57}]) is None
+
+
+@pytest.mark.parametrize("bits", ["many", -1.0, [], True])
+def test_bits_a_byte_that_are_no_number_are_refused(tmp_path, bits):
+    with pytest.raises(ConfigError, match="rows.jsonl:1: bits_per_byte: "):
+        read_rows([write(tmp_path / "rows.jsonl", [FULL | {"bits_per_byte": bits}])])
 
 
 def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():
@@ -124,6 +136,9 @@ def test_rows_of_the_repository_read_older_ones_included(path):
     ({"method": "noise", "noise_std": 0.1, "noise_fraction": 0.5}, "noise 0.1 σ on 0.5"),
     ({"method": "copy", "optimizer": "copy"}, "copy optimizer copy"),
     ({"method": "copy", "router_std": 0.1}, "copy router 0.1"),
+    ({"method": "copy", "router_init": "normal"}, "copy"),
+    ({"method": "copy", "router_init": "clusters", "router_std": 0.2},
+     "copy router from clusters router 0.2"),
     ({"method": "merge", "merge_shared": "average"}, "merge"),
     ({"method": "merge", "merge_shared": "first"}, "merge shared from first")])
 def test_labels_tell_all_knobs_apart(row, label):
