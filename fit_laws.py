@@ -200,8 +200,7 @@ def entries_of(laws, system, rows, options, tick):
             left = errors(fitted, law, explained)
         entry = short_entry(law, rows, fitted, held_out | {"trunk": counted(left)}) | of_system | fit_of(law)
         entry["ci95"] = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}
-        fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
-        entry["not_identified"] = fixed | unidentified(fitted, law, theta)
+        entry["not_identified"] = problem.fixed[law] | unidentified(fitted, law, theta)
         entry["params_at_delta_0.001"] = rounded(narrow.params(law))
         if law in AT_ONE_DATA:
             entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}

@@ -327,8 +327,9 @@ def standard_errors(fitted, law):
                          fitted.prior)
     error = np.sqrt(np.maximum(np.diag(problem.to_raw @ centred @ problem.to_raw.T), 0.0))
     places = problem.places(law)
-    return {name: float(error[places[name]] * (value if problem.is_log[places[name]] else 1.0))
-            if name in places else 0.0 for name, value in fitted.params(law).items()}
+    return {name: 0.0 if places[name] is None else
+            float(error[places[name]] * (value if problem.is_log[places[name]] else 1.0))
+            for name, value in fitted.params(law).items()}
 
 
 def aicc(fitted):
@@ -394,7 +395,7 @@ def unidentified(fitted, law, theta):
     places = problem.places(law)
     for name, values in fitted.params(law, theta).items():
         low, high = np.quantile(values, [0.025, 0.975])
-        if name not in places:
+        if places[name] is None:
             continue
         if bound[places[name]]:
             why[name] = "not identified: it or its interval at a bound of the fit"
