@@ -19,7 +19,7 @@ import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
 from problem import levels, levels_of_N, missing, variable, variables_of
-from rows import EXPERTS, FAMILIES, method_label, mixed_conditions, read_rows, run_key
+from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
                          profile_E, standard_errors, unidentified)
 
@@ -442,6 +442,7 @@ def main(options):
         print(f"{os.path.join(options.out, 'report.md')} and its figure written")
         return
     rows, dropped = read_rows(options.rows, options.skip_bad)
+    ratio = bits_per_nat(rows)
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
     rows, said = resolve_repeats(rows, options.repeats)
     fits = planned(rows, options)
@@ -469,8 +470,8 @@ def main(options):
         for name in FAMILIES[members[0]["family"]]})
     out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges,
            "origin": by_family(rows, lambda members: values_of(members, ORIGIN)), "models": models(rows),
-           "claims": claimed, "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
-           "git": code_version()}
+           "bits_per_nat": ratio, "claims": claimed, "git": code_version(),
+           "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
     report.write(rows, out, profiles, notes, options.out)
     path = os.path.join(options.out, "laws.json")
     write_text_atomically(path, json.dumps(out, allow_nan=False))

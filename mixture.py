@@ -28,7 +28,7 @@ MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that
 # the B of a law for one N. A misfit has its family as the key.
 TINY = 5e-324  # the smallest positive number
 LEAST = dict.fromkeys(("A", "A1", "A2", "c", "H", "H_max", "N", "D", "D1", "D2", "flops_per_token",
-                       "active_ratio"), TINY)
+                       "active_ratio", "bits_per_nat"), TINY)
 LEAST |= dict.fromkeys(("B", "E", "rms", "beyond", "rmse_log", "relative_error", *FAMILIES, *MOE), 0.0)
 
 
@@ -72,7 +72,7 @@ def check_laws(path, content):
     have all their parameters, numbers are finite, and all are of one origin."""
     if content["version"] not in (1, 2):
         raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
-    for part in ("laws", "ranges", "models", "origin", "active_ratio"):
+    for part in ("laws", "ranges", "models", "origin", "active_ratio", "bits_per_nat"):
         check_numbers(f"{path}: {part}", content.get(part, {}), part)
     check_origin(path, content.get("origin", {}))
     for law, entry in content["laws"].items():
@@ -183,9 +183,9 @@ def make_book(path, content, wanted=""):
     {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
     [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "models":
     {family: {N: FLOPs of a token / 6 N}}, "methods": of upcycling, "draws": their number, "normal": {family:
-    standard normal deviates, one a draw}}
+    standard normal deviates, one a draw}, "bits_per_nat": of rows.bits_per_nat}
     """
-    laws, origin = content["laws"], content.get("origin", {})
+    laws, origin, ratio = content["laws"], content.get("origin", {}), content.get("bits_per_nat")
     names = [law for law in RIVALS if law in laws]
     if wanted and wanted not in names:
         has = ", ".join(names) or "no upcycled law"
@@ -219,7 +219,7 @@ def make_book(path, content, wanted=""):
             "models": {family: {model["N"]: model["flops_per_token"] / (6 * model["N"])
                                 for model in content.get("models", ()) if model["family"] == family}
                        for family in FAMILIES},
-            "methods": methods[names[0]] if names else [],
+            "methods": methods[names[0]] if names else [], "bits_per_nat": ratio and float(ratio),
             "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILIES}}
 
 

@@ -6,8 +6,9 @@
     python plan.py --design=config/study_quick.py         what will this study find, were the laws true?
 
 --laws names the laws file; by default it is the published table. N and tokens are raw counts, losses are nats
-per token. A verdict is "clear", "mixed" or "void". A void verdict ranks nothing: it says why the laws cannot
-tell, and it lists the cheapest runs that would.
+per token, with bits per byte beside them where the laws' rows have them. A verdict is "clear", "mixed" or
+"void". A void verdict ranks nothing: it says why the laws cannot tell, and it lists the cheapest runs that
+would.
 """
 import dataclasses
 import json
@@ -23,7 +24,7 @@ from laws import head_start, short
 from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, quantile,
                      read_laws, sample)
 from plan_page import WORDS, folded, percent, say, say_answer, write_page
-from rows import FAMILIES
+from rows import FAMILIES, loss_columns
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
 ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
@@ -111,16 +112,14 @@ def mix(book, kept, points):
     return options, methods
 
 
-def summary(found, weights, count):
-    """{name: {"loss", "interval", "probability_best"}} of {name: (losses by the laws, draws)}.
-
-    weights are those of the laws, each of which has count draws.
-    """
-    weight = np.repeat(weights, count) / count
+def summary(found, weights, book):
+    """{name: {"loss", "bits_per_byte" where it is known, "interval", "probability_best"}} of
+    {name: (losses by the laws, draws)}. weights are those of the laws."""
+    weight = np.repeat(weights, book["draws"]) / book["draws"]
     best = np.stack([draws for _, draws in found.values()]).argmin(axis=0) if found else None
-    return {name: {"loss": float(np.dot(weights, losses)),
-                   "interval": [quantile(draws, weight, q) for q in INTERVAL],
-                   "probability_best": float(weight[best == i].sum())}
+    return {name: loss_columns(float(np.dot(weights, losses)), book["bits_per_nat"])
+            | {"interval": [quantile(draws, weight, q) for q in INTERVAL],
+               "probability_best": float(weight[best == i].sum())}
             for i, (name, (losses, draws)) in enumerate(found.items())}
 
 
@@ -166,7 +165,7 @@ def compare(book, points, reasons=()):
                 "options": {}, "methods": {}, "method": None, "laws": {}, "warnings": warnings}
     weights = [law["weight"] / total for law in kept]
     found, by_method = mix(book, kept, points)
-    options, methods = (summary(each, weights, book["draws"]) for each in (found, by_method))
+    options, methods = (summary(each, weights, book) for each in (found, by_method))
     losses = [{option: found[option][0][i] for option in found} for i in range(len(kept))]
     laws = {law["name"]: {"label": law["label"], "weight": weight, "losses": by_option,
                           "best": min(by_option, key=by_option.get)}

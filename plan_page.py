@@ -6,6 +6,7 @@ import textwrap
 
 from configurator import ConfigError
 from laws import TIE, short
+from rows import loss_text
 
 WORDS = {  # plan.html says the same sentences
     "unknown": "the fitted range of {name} ({family}) is not known",
@@ -58,7 +59,7 @@ def say_star(star):
 
 def say_options(options, what, cell):
     return columns([("option", what, "loss", "90 % interval", "best with probability")] + [
-        (name, cell(found), f"{found['loss']:.4f}", "{:.4f} .. {:.4f}".format(*found["interval"]),
+        (name, cell(found), loss_text(found), "{:.4f} .. {:.4f}".format(*found["interval"]),
          percent(found["probability_best"])) for name, found in options.items()])
 
 

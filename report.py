@@ -14,7 +14,7 @@ import figures
 from configurator import ConfigError, read_json
 from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
-from rows import KNOBS, method_label, same_but
+from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
@@ -302,9 +302,12 @@ def write(rows, content, profiles, notes, directory):
     profiles is {title: profile of E, as fit_laws.profile_E gives it}, notes are warnings, [text].
     """
     laws, first = content["laws"], next(iter(content["laws"].values()))
-    spans = [f"- {FAMILY_STYLES[family][0]}: "
-             + ", ".join(f"{name} {short(low)} to {short(high)}" for name, (low, high) in limits.items())
-             for family, limits in content["ranges"].items()]
+    spans = []
+    for family, limits in content["ranges"].items():
+        lowest = min(row["loss"] for row in of_family(rows, family))
+        said = [f"{name} {short(low)} to {short(high)}" for name, (low, high) in limits.items()]
+        said.append(f"lowest loss {loss_text(loss_columns(lowest, content.get('bits_per_nat')))}")
+        spans.append(f"- {FAMILY_STYLES[family][0]}: {', '.join(said)}")
     draws = len(next(iter(first["draws"].values())))
     sections = {
         "What was measured": [f"There are {len(rows)} rows, in these ranges:", "", *spans],

@@ -128,7 +128,19 @@ def method_label(row):
 def loss_text(row):
     """A row's loss in words, as "1.4800 nats a token (2.1352 bits a byte)"."""
     bits = row.get("bits_per_byte")
-    return f"{row['loss']:.4f} nats a token" + (f" ({bits:.4f} bits a byte)" if bits else "")
+    return f"{float(row['loss']):.4f} nats a token" + (f" ({float(bits):.4f} bits a byte)" if bits else "")
+
+
+def bits_per_nat(rows):
+    """Bits a byte of a loss of one nat a token, a constant of the data set and its tokenizer. None where no
+    row has bits_per_byte, or where two rows disagree."""
+    ratios = [row["bits_per_byte"] / row["loss"] for row in rows if "bits_per_byte" in row]
+    return ratios[0] if ratios and max(ratios) - min(ratios) < 1e-6 * max(ratios) else None
+
+
+def loss_columns(loss, ratio):
+    """{"loss": in nats a token, "bits_per_byte": the same loss, unless the ratio of bits_per_nat is None}."""
+    return {"loss": loss} | ({"bits_per_byte": loss * ratio} if ratio else {})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -158,7 +170,7 @@ def clean(raw):
     foreign = {"D", "D1", "D2"} - set(FAMILIES[raw["family"]])  # a table gives them a 0 or nan
     row = {key: value for key, value in raw.items()
            if isinstance(key, str) and key not in foreign and value not in (None, "")}
-    for key in (*FAMILIES[row["family"]], "loss"):
+    for key in (*FAMILIES[row["family"]], "loss", *{"bits_per_byte"} & row.keys()):
         if key not in row:
             raise ValueError(f"{key} is missing")
         try:

@@ -301,13 +301,13 @@ def skip(run, measured):
 def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext(),
              stop=()):
     """(mean cross-entropy in nats a token, its standard error over sequences) of eval_tokens of `tokens`;
-    (nan, nan) where a rank found something in the list `stop` and left off."""
+    (-inf, nan) where a rank found something in the list `stop` and left off."""
     rank, world = ranks()
     n = min(eval_tokens, len(tokens) - 1) // seq_len
     losses, share = torch.zeros(n, dtype=torch.float64, device=device), range(rank, n, world)
     for start in range(0, len(share), batch_size):
         if stop:
-            losses.fill_(math.nan)
+            losses.fill_(-math.inf)
             break
         places = share[start:start + batch_size]
         ids, targets = sequences(tokens, places, seq_len, device)
@@ -433,8 +433,11 @@ def loop(run, signals, report):
             if c.eval_every_steps and state["step"] % c.eval_every_steps == 0:
                 line["val_loss"] = validate_run(run, signals.caught)[0]
                 clock = time.perf_counter()  # tokens_per_s is that of training
-                if math.isnan(line["val_loss"]):  # left off, or weights that saving refuses
+                if line["val_loss"] == -math.inf:  # a signal came
                     measured["stop"] = line.pop("val_loss")
+                elif not math.isfinite(line["val_loss"]):
+                    raise ConfigError(f"{c.out_dir}: the validation loss is {line['val_loss']:g} after step "
+                                      f"{state['step']}; try a learning_rate below {c.learning_rate:g}")
                 else:
                     line["val_bits_per_byte"] = bits_per_byte(line["val_loss"], run.meta)
             save_now = state["step"] in kept or measured["save"] or measured["stop"]

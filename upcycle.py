@@ -40,12 +40,13 @@ import torch.nn.functional as F
 from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors,
                         read_config, read_moments, read_state, stored_views, to_hf_config, tokens_seen,
                         write_json, write_moments, write_weights)
-from data.stream import load_tokens, locate
+from data.stream import bits_per_byte, load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of
-from model import Transformer, effective_experts, parameter_counts, wide
+from model import Transformer, effective_experts, is_finite, parameter_counts, wide
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
+            "bits_per_byte_before": "the first in bits a byte", "bits_per_byte_after": "the second",
             "relative_logit_difference": "logits, largest difference / largest",
             "kl": "KL(dense, result), nats a token", "channels_kept": "channels kept",
             "weight_change": "experts' change, RMS / std"}
@@ -171,7 +172,7 @@ def pieces_of(source, moe):
 
 
 def make_piece(o, sources, p):
-    """The tensor of a Piece, or the Span that has its very bytes. Raises ConfigError on overflow."""
+    """The finite tensor of a Piece, or the Span that has its very bytes. Raises ConfigError."""
     make = METHODS[o.method].weights
     if p.drawn:  # the router: a row for each group of `granularity` experts
         rows = torch.empty(math.ceil(p.shape[0] / o.granularity), p.shape[1], dtype=p.dtype)
@@ -186,12 +187,15 @@ def make_piece(o, sources, p):
         if p.expert is not None and make:
             t = make(o, slice_of(o, span.read(), p).clone(), p)
         elif span.dtype == p.dtype:
+            if (p.expert or 0) < len(sources) and not is_finite(span.read()):  # once, for all equal experts
+                raise ConfigError(f"{span.path}: {span.name} is not finite")
             return span
         else:  # a merged checkpoint may be of another type than the first
             t = span.read()
     t = t.to(p.dtype)
-    if p.dtype == torch.float16 and not t.isfinite().all():
-        raise ConfigError(f"{p.name}: overflows float16; convert the source to bfloat16 or float32 first")
+    if not is_finite(t):
+        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; bfloat16 "
+                          "or float32 weights overflow later")
     return t
 
 
@@ -246,13 +250,14 @@ def measure_weights(o, sources, directory, pieces):
 
 
 def check_ids(o, source):
-    """(ids (B, T + 1) on which to compare the models, where they are from). Raises ConfigError."""
+    """(ids (B, T + 1) on which to compare the models, where they are from, bits a byte of a loss of one nat
+    or None). Raises ConfigError."""
     T = min(source.config.longest, 512, o.check_tokens)
     dataset = o.dataset or source.state.get("dataset")
     if not o.dataset and not (dataset and locate(dataset).is_dir()):  # the source was trained elsewhere
         shape, g = (o.check_tokens // T, T + 1), generator(o.seed, "check")
-        return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens"
-    tokens, _ = load_tokens(dataset, "val")
+        return torch.randint(source.config.vocab_size, shape, generator=g), "random tokens", None
+    tokens, meta = load_tokens(dataset, "val")
     rows = min(o.check_tokens, len(tokens) - 1) // T
     if rows < 1:
         raise ConfigError(f"{dataset}: fewer than {T + 1} validation tokens")
@@ -260,7 +265,7 @@ def check_ids(o, source):
     if ids.max() >= source.config.vocab_size:
         raise ConfigError(f"{dataset}: holds token {ids.max()}, the model has {source.config.vocab_size}; "
                           "give the data of the source with --dataset")
-    return ids, f"validation tokens of {dataset}"
+    return ids, f"validation tokens of {dataset}", bits_per_byte(1.0, meta)
 
 
 @torch.no_grad()
@@ -286,15 +291,18 @@ def measure(source, directory, dtype, ids):
             "effective_experts": effective_experts(sum(torch.stack(counts).chunk(len(ids)))).tolist()}
 
 
-def proof(o, sources, directory, pieces, ids, record):
-    """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run.
-    Raises ConfigError, unless forced, where theory says exact and they differ by more than rounding."""
+def proof(o, sources, directory, pieces, ids, ratio, record):
+    """What was kept in the files, and what both models make of ids (B, T + 1), or why they could not run. The
+    ratio is that of check_ids. Raises ConfigError, unless forced, where theory says exact and they differ by
+    more than rounding."""
     dtype, eps = pieces[0].dtype, torch.finfo(pieces[0].dtype).eps
     result = measure_weights(o, sources, directory, pieces)
     try:
         result |= measure(sources[0], directory, torch.promote_types(dtype, torch.float32), ids)
     except (ConfigError, RuntimeError) as error:  # the files may have a RoPE that only other tools can run
         return result | {"not_run": f"models not run: {str(error).splitlines()[0]}"}
+    if ratio:
+        result |= {f"bits_per_byte_{end}": ratio * result[f"loss_{end}"] for end in ("before", "after")}
     # G · down_proj is exact where G is a power of 2
     tolerance = max(1e-4, 8 * eps) if o.granularity & (o.granularity - 1) else 1e-4
     difference = result["relative_logit_difference"]
@@ -374,7 +382,7 @@ def upcycle(o):
     seen = tokens_seen(*(s.state for s in sources)) if all(s.state for s in sources) else None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
-    ids, origin = check_ids(o, first) if (fits if o.check is None else o.check) else (None, None)
+    ids, origin, ratio = check_ids(o, first) if (fits if o.check is None else o.check) else (None, "", None)
     record = {"N": parameter_counts(dense)["N"], "D1": seen if o.D1 is None else o.D1, "settings": asdict(o),
               "predicted": dict.fromkeys(MEASURED) | theory, "measured": {}, "costs": costs,
               "hints": hints_for(o.num_local_experts, written_as(moe))}
@@ -392,7 +400,7 @@ def upcycle(o):
                               "sha256": digest} for s, digest in zip(sources, digests)]
         write_json(directory, "trainer_state.json", result_state(o, first, record))
         if ids is not None:
-            measured = proof(o, sources, directory, pieces, ids, record)
+            measured = proof(o, sources, directory, pieces, ids, ratio, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
         with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:

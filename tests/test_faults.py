@@ -333,6 +333,16 @@ def test_weights_that_are_not_finite_are_never_named(tiny):  # noqa: F811
     assert os.listdir(c.out_dir).count(".checkpoint-1.tmp") == 0
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_validation_loss_that_is_not_finite_is_an_error_and_no_signal(tiny, every):  # noqa: F811
+    """The weights are finite, but so large that the next forward pass overflows."""
+    c = dataclasses.replace(tiny, learning_rate=1e15, warmup_steps=0, max_tokens=STEP, decay_steps=0,
+                            eval_every_steps=every)
+    with pytest.raises(ConfigError, match="the validation loss is (nan|inf)") as error:
+        train(c, report=quiet)
+    assert not os.path.exists(c.rows) and ("step 1" in str(error.value)) == bool(every)
+
+
 @pytest.mark.parametrize("allowed", [0, 2, 3])
 def test_so_many_steps_that_are_not_finite_are_skipped(tiny, monkeypatch, allowed):  # noqa: F811
     """Three steps whose gradient is infinite: they change nothing, and the log counts them."""

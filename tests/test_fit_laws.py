@@ -271,11 +271,11 @@ def study_rows():
 
 
 def test_command_writes_laws_report_and_figures(tmp_path, capsys):
-    rows, out = study_rows(), tmp_path / "a"
+    rows, out = [row | {"bits_per_byte": 0.36 * row["loss"]} for row in study_rows()], tmp_path / "a"
     F.main(F.Options(rows=[write(tmp_path / "rows.jsonl", rows)], out=str(out), draws=20))
     assert "skipped moe.joint" in capsys.readouterr().out
     content = json.loads((out / "laws.json").read_text())
-    assert content["version"] == 2
+    assert content["version"] == 2 and content["bits_per_nat"] == pytest.approx(0.36)
     assert set(content["laws"]) == {"dense", "moe", *laws.RIVALS} - {"upcycled.head_start"}
     assert content["ranges"]["upcycled"]["D1"] == pytest.approx([5e5, 8e6])
     assert {model["family"] for model in content["models"]} == set(FAMILIES)

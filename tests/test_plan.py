@@ -561,6 +561,22 @@ def test_command_answers(capsys):
     assert "Cannot say" in run(capsys, N=8e9, D1=15e12, tokens=1e11)
 
 
+def test_losses_are_also_in_bits_a_byte_where_the_laws_say_how_many_a_nat_is(tmp_path, capsys):
+    path = tmp_path / "laws.json"
+    asked = {"N": 3e4, "D1": 1e6, "tokens": 1e6, "laws": str(path)}
+    texts, answers = [], []
+    for content in (BY_METHOD, BY_METHOD | {"bits_per_nat": 0.3}):
+        path.write_text(json.dumps(content))
+        texts.append(run(capsys, **asked))
+        answers.append(json.loads(run(capsys, json=True, **asked)))
+    without, found = answers
+    for part in ("options", "methods"):
+        for name, one in found[part].items():
+            assert one.pop("bits_per_byte") == pytest.approx(0.3 * one["loss"], rel=1e-12)
+            assert f"{one['loss']:.4f} nats a token ({0.3 * one['loss']:.4f} bits a byte)" in texts[1]
+    assert found == without and "bits a byte" not in texts[0]
+
+
 def opened(path, fragment=""):
     """(the answer that the page shows as JSON, the verdict it shows, its console's lines)."""
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
@@ -599,7 +615,7 @@ BY_METHOD = version2(KNOWN[3:], methods={"copy": {}, "drop_0.5": {"c": 20.0}})
 @pytest.mark.parametrize("content, options, moved", [
     (CONTENT, {"N": 1e9, "D1": 1e11, "tokens": 5e10}, {"D1": 9e12, "N": 1.2e9}),
     (M.read_laws(QUICK)[0], {"N": 3e4, "D1": 1e6, "tokens": 1e6}, {"flops": 2e12, "num_local_experts": 16}),
-    (BY_METHOD, {"N": 3e4, "D1": 5e6, "tokens": 1e6}, {"N": 2e5}),
+    (BY_METHOD | {"bits_per_nat": 0.3}, {"N": 3e4, "D1": 5e6, "tokens": 1e6}, {"N": 2e5}),
     (PILOT, {"N": 3e4, "D1": 1e6, "tokens": 1e6}, {"flops": 4e11}),
     (DENSE_AND_MOE, {"N": 1e9, "D1": 1e11, "tokens": 5e10}, {"flops": 1e22})])
 def test_the_page_says_what_the_command_says(tmp_path, capsys, content, options, moved):
@@ -695,7 +711,8 @@ def changed(*keys, value):
     (("ranges", "dense", "N"), [-1e5, 1e4], "ranges.dense.N"), (("ranges", "dense", "N"), 5, "not of a laws"),
     (("ranges",), [], "not of a laws file"), (("version",), 3, "version 3"),
     (("models", 0, "flops_per_token"), -1, "flops_per_token = -1 must be positive"),
-    (("models", 0, "N"), [], "not of a laws file"),
+    (("models", 0, "N"), [], "not of a laws file"), (("bits_per_nat",), "x", "not of a laws file"),
+    (("bits_per_nat",), -1, "bits_per_nat = -1 must be positive"),
     (("laws", "moe", "misfit", "moe"), 1e308, "misfit.moe"),
     (("laws", "upcycled", "methods"), {"copy": {"params": UPCYCLED_PARAMS["upcycled.additive"]}},
      "methods.copy"),

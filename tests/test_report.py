@@ -377,6 +377,7 @@ def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
     rows = simulate(TABLE2, noise=0.01)
     content = content_of(rows, TABLE2, THREE)
     content["claims"] = {"a claim": {"all rows": {"holds": True, "value": "3"}}}
+    content["bits_per_nat"] = 0.5
     report.write(rows, content, {}, ["something is odd"], str(tmp_path))
     text = (tmp_path / "report.md").read_text()
     headings = [line[3:] for line in text.split("\n") if line.startswith("## ")]
@@ -384,6 +385,8 @@ def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
                         "Claims under variations of the analysis", "How well the laws predict",
                         "Noise and misfit", "Parameters"]
     assert all(f"`{law}`" in text and law_name(law) in text for law in LAWS)  # under The laws
+    lowest = min(row["loss"] for row in rows if row["family"] == "moe")
+    assert f", lowest loss {lowest:.4f} nats a token ({lowest / 2:.4f} bits a byte)\n" in text
     assert "- something is odd" in text and f"There are {len(rows)} rows" in text
     for name in ("loss_against_tokens", "exponent_against_D1", "residuals"):
         for kind in ("png", "pdf"):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from configurator import ConfigError
-from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, differences,
-                  loss_text, method_label, mixed_conditions, read_row, read_rows, run_key, same_but)
+from rows import (CONDITIONS, DECAY, KNOBS, RUN, SETTINGS, SIZES, RowError, append_row, bits_per_nat,
+                  differences, loss_columns, loss_text, method_label, mixed_conditions, read_row, read_rows,
+                  run_key, same_but)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}
@@ -68,7 +69,17 @@ def test_a_row_counts_once_whether_it_says_bits_a_byte_or_not(tmp_path):
     rows = [FULL, older, FULL | {"bits_per_byte": None}]
     assert len(read_rows([write(tmp_path / "rows.jsonl", rows)])[0]) == 1
     assert loss_text(FULL) == "2.5000 nats a token (3.2000 bits a byte)"
-    assert loss_text(older) == "2.5000 nats a token"
+    assert loss_text(older) == loss_text(loss_columns(2.5, None)) == "2.5000 nats a token"
+    other_run = older | {"seed": 5, "loss": 2.0}
+    ratio = bits_per_nat([older, FULL, other_run | {"bits_per_byte": 2.56}])
+    assert ratio == pytest.approx(1.28) and loss_text(loss_columns(2.5, ratio)) == loss_text(FULL)
+    assert bits_per_nat([older]) is bits_per_nat([FULL, other_run | {"bits_per_byte": 2.57}]) is None
+
+
+@pytest.mark.parametrize("bits", ["many", -1.0, [], True])
+def test_bits_a_byte_that_are_no_number_are_refused(tmp_path, bits):
+    with pytest.raises(RowError, match="rows.jsonl:1: bits_per_byte: "):
+        read_rows([write(tmp_path / "rows.jsonl", [FULL | {"bits_per_byte": bits}])])
 
 
 def test_conditions_are_all_settings_but_those_that_vary_with_size_and_length():

@@ -575,7 +575,8 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
     source = write(tmp_path / "dense", torch.float32)
     val = np.random.default_rng(0).integers(V, size=300).astype(np.uint16)
     np.save(tmp_path / "val.npy", val)
-    monkeypatch.setattr(u, "load_tokens", lambda directory, split: (np.load(tmp_path / f"{split}.npy"), {}))
+    meta = {"tokens": {"val": 300}, "bytes": {"val": 600}}
+    monkeypatch.setattr(u, "load_tokens", lambda directory, split: (np.load(tmp_path / f"{split}.npy"), meta))
     path, record = upcycled(tmp_path, source, method="drop", check=True, check_tokens=192, dataset="here")
     found, T = record["measured"], 64
     ids = torch.from_numpy(val[:193].astype(np.int64))
@@ -588,6 +589,8 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
                                                  rel=1e-5)
     assert found["loss_after"] == pytest.approx(F.cross_entropy(b.flatten(0, 1), y.flatten()).item(),
                                                 rel=1e-5)
+    for end in ("before", "after"):
+        assert found[f"bits_per_byte_{end}"] == pytest.approx(found[f"loss_{end}"] / math.log(2) / 2)
     assert found["kl"] == pytest.approx(kl.item(), rel=1e-4) and found["kl"] > 0.01
     assert found["relative_logit_difference"] == pytest.approx(difference(a, b), rel=1e-4)
     routers = AutoModelForCausalLM.from_pretrained(path)(x, output_router_logits=True).router_logits
@@ -825,13 +828,22 @@ def test_broken_sources_are_refused(tmp_path, lie):
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_weights_that_are_not_numbers_prove_nothing(tmp_path):
-    source = write(tmp_path / "dense")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name, place", [(NAME, "layers.0."), ("model.norm.weight", "model.norm.weight"),
+                                         ("model.layers.1.mlp.down_proj.weight", "layers.1.")])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, dtype, name, place, value):
+    good, source = write(tmp_path / "good", dtype, seed=1), write(tmp_path / "dense", dtype)
     t = load(Path(source) / "model.safetensors")
-    t[NAME][0, 0] = float("nan")
+    t[name].view(-1)[-1] = value
     save_file(t, Path(source) / "model.safetensors")
-    with pytest.raises(ConfigError, match="logits differ by nan"):
-        upcycled(tmp_path, source, check=True)
+    for method, options in METHODS.items():
+        merge = [[source, good], [good, source]] if method == "merge" else [[source]]
+        for first, *more in merge:
+            with pytest.raises(ConfigError, match="not finite") as error:
+                upcycled(tmp_path, first, method=method, merge_with=more, force=True, **options)
+            assert "\n" not in str(error.value) and place in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["dense", "good"]
 
 
 # ---------------------------------------------------------------------------------------------------------
