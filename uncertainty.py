@@ -10,10 +10,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import block_diag
+from scipy.linalg import block_diag, solve_triangular
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from engine import Fit, descend, evaluate, fit, starts
 from problem import levels_of_N, missing
@@ -28,14 +27,9 @@ INTERVALS = (
 
 # The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
-PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 0.8), "dense_trunk": (0.005, 0.8), "cell": (0.005, 1.5)}
-MOE_TRUNK = (0.009, 0.8)
+PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 0.8), "dense_trunk": (0.005, 0.8), "cell": (0.005, 1.5),
+         ("trunk", "moe"): (0.009, 0.8)}
 LEAST_SD = 1e-6
-
-
-def prior(kinds):
-    """(c, 2) the median and the width of the prior of each (kind, family)."""
-    return np.array([MOE_TRUNK if kind == ("trunk", "moe") else PRIOR[kind[0]] for kind in kinds])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -74,6 +68,7 @@ def cell_of(row):
 class Effects:
     """Which random effects rows have: n rows, q effects, c variance components."""
     kinds: list              # (c,) (kind, family); the dense_trunk's family is ""
+    prior: np.ndarray        # (c, 2) the median and the width of the prior of each
     row_kind: np.ndarray     # (n,) the component of a row's own noise
     columns: np.ndarray      # (n, q) whether a row has an effect
     column_kind: np.ndarray  # (q,) the component of an effect
@@ -114,7 +109,8 @@ def effects_of(rows):
             column_kind += [len(kinds)] * len(counts)
             kinds.append(kind)
     columns = np.array(columns, float).reshape(-1, len(rows)).T
-    return Effects(kinds, row_kind, columns, np.array(column_kind, int))
+    prior = np.array([PRIOR.get(kind, PRIOR[kind[0]]) for kind in kinds])
+    return Effects(kinds, prior, row_kind, columns, np.array(column_kind, int))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -153,9 +149,13 @@ class Noise:
         logs += 2 * log_sd[:, kinds].sum(axis=1) + 2 * np.log(root[:, :-1 if restricted else q]).sum(axis=1)
         return logs + root[:, -1] ** 2
 
+    def covariance(self):
+        """(n, n) of ln loss."""
+        return self.effects.covariance(np.exp(self.log_sd))
+
     def penalty(self, log_sd):
         """(S,) -2 ln prior."""
-        median, width = prior(self.effects.kinds).T
+        median, width = self.effects.prior.T
         return (((log_sd - np.log(median)) / width) ** 2).sum(axis=1)
 
     def minimised(self, deviance):
@@ -226,23 +226,21 @@ def noise_of(problem, theta):
     parts = [columns[families == k] for k in range(len(counts))]
     products = np.array([part.T @ part for part in parts])
     products[:, -1, -1] += 1e-13 * counts
-    cells, start = cell_products(effects, columns), np.log(prior(effects.kinds)[:, 0])
-    noise = Noise(effects, products, cells, counts.astype(float), start)
-    spread = [math.log(max(residual[families == k].std(), LEAST_SD)) for k in range(len(counts))]
-    noise.log_sd[:len(counts)] = spread
+    noise = Noise(effects, products, cell_products(effects, columns), counts.astype(float),
+                  np.log(effects.prior[:, 0]))
+    for k in range(len(counts)):
+        noise.log_sd[k] = math.log(max(residual[families == k].std(), LEAST_SD))
     noise.log_sd = noise.minimised(lambda log_sd: noise.deviance(log_sd) + noise.penalty(log_sd))[0]
     return noise
 
 
 def whitening(covariance, kept=None):
     """(n, n) the matrix that makes noise of that covariance white, sparse where rows are many; rows that
-    are not kept get zeros. Rows that share no luck are treated apart."""
+    are not kept get zeros."""
     n = len(covariance)
-    kept, whiten = np.ones(n, bool) if kept is None else kept, np.zeros((n, n))
-    group = connected_components(csr_array(covariance != 0))[1]
-    for number in np.unique(group[kept]):
-        block = np.ix_(*[np.flatnonzero((group == number) & kept)] * 2)
-        whiten[block] = np.linalg.inv(np.linalg.cholesky(covariance[block]))
+    block = np.ix_(*[np.arange(n) if kept is None else np.flatnonzero(kept)] * 2)
+    whiten, root = np.zeros((n, n)), np.linalg.cholesky(covariance[block])
+    whiten[block] = solve_triangular(root, np.eye(len(root)), lower=True)
     return csr_array(whiten) if n > 400 else whiten
 
 
@@ -258,7 +256,7 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior
     prior = prior and (problem.places(system["moe"])["alpha"], *prior)
     theta = np.concatenate([fitted.theta[None], starts(problem)[:2]])
     for _ in range(2):
-        whiten = whitening(fitted.noise.effects.covariance(np.exp(fitted.noise.log_sd)))
+        whiten = whitening(fitted.noise.covariance())
         theta, cost = descend(problem, theta, 1.345, whiten=whiten, prior=prior)
         theta = theta[[np.argmin(cost)]]
         residual = problem.y - evaluate(problem, theta)[0][0]
@@ -321,10 +319,8 @@ def covariance(jacobian, noise, whiten=None, prior=None):
 
 def standard_errors(fitted, law):
     """{parameter: asymptotic standard error} of a law of the fit."""
-    problem, noise = fitted.problem, fitted.noise
-    jacobian = evaluate(problem, fitted.theta[None])[1][0]
-    centred = covariance(jacobian, noise.effects.covariance(np.exp(noise.log_sd)), fitted.whiten,
-                         fitted.prior)
+    problem, jacobian = fitted.problem, evaluate(fitted.problem, fitted.theta[None])[1][0]
+    centred = covariance(jacobian, fitted.noise.covariance(), fitted.whiten, fitted.prior)
     error = np.sqrt(np.maximum(np.diag(problem.to_raw @ centred @ problem.to_raw.T), 0.0))
     places = problem.places(law)
     return {name: 0.0 if places[name] is None else
@@ -347,9 +343,7 @@ def leave_trunk_out(fitted, most=40):
     problem = fitted.problem
     trunks = trunk_of(problem.rows) % most
     sizes, error = levels_of_N(problem.rows, problem.system), np.full(len(trunks), np.nan)
-    noise = np.eye(len(trunks))
-    if fitted.whiten is not None:
-        noise = fitted.noise.effects.covariance(np.exp(fitted.noise.log_sd))
+    noise = np.eye(len(trunks)) if fitted.whiten is None else fitted.noise.covariance()
     for number in np.unique(trunks):
         kept = [row for row, t in zip(problem.rows, trunks) if t != number]
         if missing(kept, problem.system) or levels_of_N(kept, problem.system) != sizes:
