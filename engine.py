@@ -96,14 +96,13 @@ def huber(residual, delta):
     return np.where(size <= delta, 0.5 * size * size, delta * (size - 0.5 * delta))
 
 
-def marquardt_step(problem, theta, gradient, jacobian, weight, damping, free):
+def marquardt_step(problem, theta, gradient, jacobian, weight, damping):
     """(trial theta (S, p), decrease promised by the quadratic model (S,)) of one Levenberg-Marquardt step.
 
     A parameter at a bound that the step would cross is held. A coefficient steps linearly in its raw value,
     which takes 20 times fewer steps than in its logarithm.
     """
-    held = ((theta <= problem.low) & (gradient < 0)) | ((theta >= problem.high) & (gradient > 0))
-    movable = ~held if free is None else ~held & free
+    movable = ~((theta <= problem.low) & (gradient < 0) | (theta >= problem.high) & (gradient > 0))
     jacobian, gradient = jacobian * movable[:, :, None], gradient * movable
     hessian = (jacobian * weight[:, None, :]) @ jacobian.transpose(0, 2, 1)
     diagonal = np.einsum("sii->si", hessian)
@@ -123,14 +122,12 @@ def whitened(values, whiten):
     return (whiten @ values.reshape(-1, values.shape[-1]).T).T.reshape(values.shape)
 
 
-def descend(problem, theta, delta, y=None, whiten=None, free=None, prior=None, max_steps=400,
-            tolerance=1e-11):
+def descend(problem, theta, delta, y=None, whiten=None, prior=None, max_steps=400, tolerance=1e-11):
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
     y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
-    by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). free: (p,) False holds a
-    parameter. prior: (place of an exponent, its mean, a number or (S,), its standard deviation) counts as one
-    more whitened residual.
+    by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). prior: (place of a
+    parameter, its mean, a number or (S,), its standard deviation) counts as one more whitened residual.
     """
     theta = np.array(theta, float)
     count, n = len(theta), len(problem.y)
@@ -154,7 +151,7 @@ def descend(problem, theta, delta, y=None, whiten=None, free=None, prior=None, m
         cost = huber(residual, delta).sum(axis=1)
         weight = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
         gradient = (jacobian @ (weight * residual)[:, :, None])[:, :, 0]
-        target, gain = marquardt_step(problem, theta[live], gradient, jacobian, weight, damping[live], free)
+        target, gain = marquardt_step(problem, theta[live], gradient, jacobian, weight, damping[live])
         trial, trial_jacobian = tried(target, live)
         with np.errstate(invalid="ignore"):
             trial_cost = huber(trial, delta).sum(axis=1)

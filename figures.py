@@ -11,7 +11,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import RIVALS, law_name, predict, short
-from problem import variable
+from problem import point_of
 from rows import method_label
 
 plt.rcParams.update({
@@ -24,7 +24,6 @@ RIVAL_STYLES = dict(zip(RIVALS, (  # colour and dashes
     ("#c0392b", "-"), ("#7f8c8d", ":"), ("#b8860b", "-."), ("#27874a", "--"), ("#5b3b9c", (0, (4, 1, 1, 1))),
     ("#0f8b8d", (0, (5, 2))), ("#d35400", (0, (6, 1))), ("#2c3e90", (0, (2, 1))), ("#7fb3d5", (0, (1, 1))),
     ("#d35400", "-"))))
-VARIABLES = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
 
 
 def of_family(rows, family, **values):
@@ -60,9 +59,7 @@ def predicted_losses(rows, law, entry):
         fitted = entry if row_law == law else entry.get("beside", {}).get(row_law)
         if fitted and all(row.get(name) == value for name, value in entry.get("at", {}).items()):
             fitted = entry.get("methods", {}).get(method_label(row), entry) if own else fitted
-            values = {name: variable(row, name) for name in VARIABLES}
-            values = {name: value for name, value in values.items() if not np.isnan(value)}
-            losses[i] = predict(row_law, fitted["params"], **values)
+            losses[i] = predict(row_law, fitted["params"], **point_of(row))
     return losses
 
 
@@ -257,30 +254,26 @@ def alpha3_along_E(profiles):
 def against_copy(differences):
     """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
 
-    differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
+    differences is that of report.method_differences.
     """
-    alone = len({label for label, _, _ in differences}) == 1
-    names = {key: f"{key[0]},\nD1 = {short(key[2])}" if alone else key[0] for key in differences}
-    labels = list(dict.fromkeys(names.values()))
-    places = few(sorted({(n, 0 if alone else d1) for _, n, d1 in differences}))
+    labels = list(dict.fromkeys(label for label, _, _ in differences))
+    places = few(sorted({(n, d1) for _, n, d1 in differences}))
     figure, axes = panels(len(places), sharey=True)
     for axis, (n, d1) in zip(axes, places):
-        here = {key: cells for key, cells in differences.items() if key[1] == n and (alone or key[2] == d1)}
+        here = {key[0]: cells for key, cells in differences.items() if key[1:] == (n, d1)}
         tokens = sorted({d2 for cells in here.values() for d2 in cells})
-        for key, cells in here.items():
-            place = labels.index(names[key])
+        for label, cells in here.items():
+            place = labels.index(label)
             x = np.array(list(cells)) * aside(tokens, place, len(labels))
             mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
-            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
-                          label=names[key])
+            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10), label=label)
         axis.axhline(0, color="black", lw=0.8, ls=":")
         log_axis(axis, tokens)
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.set(xlabel="D2 (tokens after upcycling)",
-                 title=f"N = {short(n)}" + f", D1 = {short(d1)}" * (d1 > 0))
+        axis.set(xlabel="D2 (tokens after upcycling)", title=f"N = {short(n)}, D1 = {short(d1)}")
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
     legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
     return figure

@@ -36,6 +36,13 @@ def variable(row, name):
         return math.nan
 
 
+def point_of(row):
+    """{variable: its value} of all variables that a row has, for laws.predict."""
+    names = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
+    values = {name: variable(row, name) for name in names}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
 def factors_of(terms):
     """The names in the features of a law's terms."""
     return {name for exponents in terms.values() for feature in exponents.values()

@@ -19,18 +19,14 @@ from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
             "experts": "most experts"}
-TOKENS = (1e9, 1e10, 1e11, 1e12)  # D1 and D2 of published laws that do not say where they were fitted
+D1_OF_CURVES = (1e9, 1e10, 1e11, 1e12)  # of published laws, which do not say where they were fitted
 MATCHING_WORDS = """
 Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
-on along the MoE's own curve, from where that curve has the loss of the dense model. The difference is this
-prediction less that of the published upcycled law, in %.
-
-- start: the published law lies above its own dense start. It is not valid there, since a copied model starts
-  with the loss of its dense checkpoint.
-- scratch: the published law lies above a MoE from scratch on D = D2 tokens. Loss matching never does, since
-  an upcycled model has seen more tokens.""".split("\n")
-
-MATCHING_CAPTION = ("Loss matching against the published upcycled law. Lines are dashed where that law lies "
+on along the MoE's own curve, from where that curve has the loss of the dense model. The published law is not
+valid where it lies above its own dense start, since a copied model starts with the loss of its dense
+checkpoint. Loss matching never lies above a MoE from scratch on D = D2 tokens, since an upcycled model has
+seen more tokens; the published law does in places."""
+MATCHING_CAPTION = ("Loss matching less the published upcycled law. Lines are dashed where that law lies "
                     "above its dense start or above a MoE from scratch.")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,28 +337,15 @@ def compared(params, N, D1, D2):
             published > predict("moe", params["moe"], N=N, D=D2))
 
 
-def matching_table(params, sizes):
-    """Loss matching against a published law: one line a size and D1, one column a D2."""
-    lines = []
-    for n, d1 in itertools.product(sizes, TOKENS):
-        cells = [compared(params, n, d1, d2) for d2 in TOKENS]
-        lines.append([short(n), short(d1), *(
-            f"{100 * difference:+.1f}" + " start" * bool(above_start) + " scratch" * bool(above_scratch)
-            for difference, above_start, above_scratch in cells)])
-    return aligned(["N", "D1", *(f"D2 = {short(d2)}" for d2 in TOKENS)], lines)
-
-
 def write_published(path, directory):
     """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
     try:
         content = read_json(path)
         params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
-        sizes, fine = np.geomspace(*content["ranges"]["upcycled"]["N"], 3), np.geomspace(1e9, 1e12, 61)
-        table = matching_table(params, sizes)
-        curves = {n: {d1: (fine, *compared(params, n, d1, fine)) for d1 in TOKENS} for n in sizes}
+        sizes, D2 = np.geomspace(*content["ranges"]["upcycled"]["N"], 3), np.geomspace(1e9, 1e12, 61)
+        curves = {n: {d1: (D2, *compared(params, n, d1, D2)) for d1 in D1_OF_CURVES} for n in sizes}
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
-    source = f"Source: {content.get('source', path)}"
     write_report("Loss matching against a published law",
-                 {"What was compared": [source, *MATCHING_WORDS], "Differences": table},
+                 {"What was compared": [f"Source: {content.get('source', path)}", MATCHING_WORDS]},
                  {"loss_matching": (figures.loss_matching(curves), MATCHING_CAPTION)}, directory)

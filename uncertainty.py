@@ -354,11 +354,6 @@ def leave_trunk_out(fitted, most=40):
     return error
 
 
-def of_family(left_out, fitted, family):
-    """What there is of the errors of left-out trunks (n,) in the fit's rows of one family."""
-    return left_out[np.isfinite(left_out) & [row["family"] == family for row in fitted.problem.rows]]
-
-
 def profile_E(fitted, law):
     """E held on a grid and all else refitted: {"E", "alpha3", "objective" (relative, above its minimum):
     lists, "fit": [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood
@@ -370,8 +365,8 @@ def profile_E(fitted, law):
     values = np.linspace(0.02, 0.98, 33) * math.exp(problem.y.min())
     theta = np.tile(fitted.theta, (len(values), 1))
     theta[:, place] = np.log(values) - problem.to_raw0[place]
-    free = np.arange(theta.shape[1]) != place
-    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=free)
+    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten,
+                          prior=(place, theta[:, place], 1e-6))
     params = fitted.params(law)
     return {"E": values.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
             "objective": (cost / max(fitted.cost, 1e-300) - 1).tolist(),

@@ -180,8 +180,8 @@ def test_a_prior_on_alpha_is_one_more_observation(sd):
 # Rows that the fit did not see
 
 def test_profile_of_E_passes_through_the_fit():
-    for fitted in (engine.fit(simulate(TABLE2, noise=0.001), THREE),
-                   uncertainty.fit_with_noise(simulate(TABLE2, noise=0.001), THREE)):
+    for delta in (0.002, "auto"):
+        fitted = uncertainty.fit_with_noise(simulate(TABLE2, noise=0.001), THREE, delta=delta)
         profile = uncertainty.profile_E(fitted, "upcycled")
         assert min(profile["objective"]) > -1e-9
         between = np.interp(fitted.params("upcycled")["E"], profile["E"], profile["alpha3"])
