@@ -126,7 +126,7 @@ def descend(problem, theta, delta, y=None, whiten=None, prior=None, max_steps=40
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
     y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
-    by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). prior: (place of a
+    by; a row of zeros leaves a row out. delta: Huber's. prior: (place of a
     parameter, its mean, a number or (S,), its standard deviation) counts as one more whitened residual.
     """
     theta = np.array(theta, float)
@@ -212,25 +212,12 @@ def grid_of_exponents(problem, law):
     return [j for j, name in enumerate(grid_name) if name in used & grid.keys()], theta
 
 
-def family_deltas(problem, residual):
-    """(n,) Huber's delta of each row: 1.345 robust standard deviations of its family's residuals (n,).
-
-    The standard deviation is the median absolute residual times 1.4826, corrected for the fitted parameters.
-    """
-    families, delta = np.array([row["family"] for row in problem.rows]), np.zeros(len(residual))
-    correction = math.sqrt(len(residual) / max(len(residual) - len(problem.names), 1))
-    for family in problem.system:
-        members = families == family
-        delta[members] = 1.345 * 1.4826 * correction * np.median(np.abs(residual[members]))
-    return np.maximum(delta, 1e-7)
-
-
 @dataclass
 class Fit:
     """A fitted system of laws."""
     problem: Problem
     theta: np.ndarray      # (p,) centred
-    delta: object          # Huber's: one number or (n,), on log residuals, or on whitened ones
+    delta: float           # Huber's, on log residuals, or on whitened ones
     cost: float
     residual: np.ndarray   # (n,) ln measured - ln fitted
     whiten: object = None  # (n, n) what residuals were multiplied by, or None
@@ -250,19 +237,11 @@ class Fit:
                 for name, place in problem.places(law, method).items()}
 
 
-def fit(rows, system, share=("E",), delta="auto", A_of_N=False):
+def fit(rows, system, share=("E",), delta=0.01, A_of_N=False):
     """The Fit of a system {family: law}: starts, then Huber least squares on ln loss with the analytic
-    Jacobian.
-
-    delta is Huber's on log residuals; "auto" is 1.345 robust standard deviations of each family's residuals.
-    """
-    problem, auto = build(rows, system, share, A_of_N), delta == "auto"
-    theta, cost = descend(problem, starts(problem), 0.02 if auto else max(delta, 0.005), max_steps=7,
-                          tolerance=1e-4)
-    theta = theta[np.argsort(cost)[:2]]
-    for tolerance in (1e-5, 1e-5, 1e-11) if auto else (1e-11,):
-        if auto:
-            delta = family_deltas(problem, problem.y - evaluate(problem, theta[:1])[0][0])
-        theta, cost = descend(problem, theta, delta, tolerance=tolerance)
-        theta = theta[[np.argmin(cost)]]
+    Jacobian. delta is Huber's, on log residuals."""
+    problem = build(rows, system, share, A_of_N)
+    theta, cost = descend(problem, starts(problem), max(delta, 0.01), max_steps=7, tolerance=1e-4)
+    theta, cost = descend(problem, theta[np.argsort(cost)[:2]], delta)
+    theta = theta[[np.argmin(cost)]]
     return Fit(problem, theta[0], delta, float(cost.min()), problem.y - evaluate(problem, theta)[0][0])

@@ -227,27 +227,25 @@ def residuals(rows, law, entry):
     return figure
 
 
-def alpha3_along_E(profiles):
-    """alpha3 with E held at each value, and how much worse that fit is: one panel a {title: profile}."""
-    figure, axes = panels(len(profiles), height=3.0)
-    for axis, (title, profile) in zip(axes, profiles.items()):
-        near = np.array(profile["objective"]) < 1
-        E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
-        axis.plot(E, alpha3, color="#c0392b", label="alpha3")
-        axis.plot(*profile["fit"], "o", color="#c0392b", label="the fit")
-        axis.axhline(0, color="black", lw=0.8)
-        likely = E[objective < profile["inside"]]
-        if len(likely):
-            axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0,
-                         label="95 % likelihood\ninterval of E")
-        axis.set(xlabel="E held at (nats per token)", title=title)
-        right = axis.twinx()
-        right.plot(E, 100 * objective, color="#888888", ls="--",
-                   label="objective above its\nleast (%, right axis)")
-        right.set_ylim(0, 105)
-        right.spines["right"].set_visible(True)
-    axes[0].set_ylabel("alpha3, all else refitted")
-    legend_outside(figure, [axes[0], right])
+def alpha3_along_E(profile):
+    """alpha3 with E held at each value, and how much worse that fit is; profile is that of profile_E."""
+    figure, (axis,) = panels(1, height=3.0)
+    near = np.array(profile["objective"]) < 1
+    E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
+    axis.plot(E, alpha3, color="#c0392b", label="alpha3")
+    axis.plot(*profile["fit"], "o", color="#c0392b", label="the fit")
+    axis.axhline(0, color="black", lw=0.8)
+    likely = E[objective < profile["inside"]]
+    if len(likely):
+        axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0,
+                     label="95 % likelihood\ninterval of E")
+    axis.set(xlabel="E held at (nats per token)", ylabel="alpha3, all else refitted")
+    right = axis.twinx()
+    right.plot(E, 100 * objective, color="#888888", ls="--",
+               label="objective above its\nleast (%, right axis)")
+    right.set_ylim(0, 105)
+    right.spines["right"].set_visible(True)
+    legend_outside(figure, [axis, right])
     return figure
 
 

@@ -241,8 +241,8 @@ def findings(rows, content):
 # ---------------------------------------------------------------------------------------------------------
 # report.md
 
-def draw_figures(rows, laws, profiles):
-    """{file name: (figure, caption)} of all that these rows and laws allow."""
+def draw_figures(rows, laws, profile):
+    """{file name: (figure, caption)} of all that these rows and laws allow; profile is None or that of E."""
     method, one_method = main_method_rows(rows)
     rivals = [law for law in RIVALS if law in laws and of_family(rows, "upcycled")]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
@@ -261,9 +261,9 @@ def draw_figures(rows, laws, profiles):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         found[name] = (figures.residuals(rows, law, laws[law]),
                        f"What the law '{law_name(law)}' leaves unexplained.")
-    if profiles:
+    if profile:
         found["alpha3_along_E"] = (
-            figures.alpha3_along_E(profiles),
+            figures.alpha3_along_E(profile),
             "alpha3 of the interaction law, with E held at each value and all else refitted.")
     if differences := method_differences(rows):
         found["methods_against_copy"] = (
@@ -292,10 +292,10 @@ def write_report(title, sections, found, directory):
         raise ConfigError(f"{directory}: the report cannot be written: {error.strerror}") from None
 
 
-def write(rows, content, profiles, notes, directory):
+def write(rows, content, profile, notes, directory):
     """Write report.md and its figures (PNG and PDF) of rows and laws.
 
-    profiles is {title: profile of E, as fit_laws.profile_E gives it}, notes are warnings, [text].
+    profile is that of uncertainty.profile_E, or None; notes are warnings, [text].
     """
     laws, first = content["laws"], next(iter(content["laws"].values()))
     spans = []
@@ -317,7 +317,7 @@ def write(rows, content, profiles, notes, directory):
                        f"The intervals come from {draws} draws: {content['intervals']}.",
                        f"Huber's delta is {first['huber_delta']:.2g}."],
         "Methods against copying": methods_table(method_differences(rows))}
-    write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profiles), directory)
+    write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profile), directory)
 
 
 # ---------------------------------------------------------------------------------------------------------

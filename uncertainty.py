@@ -248,7 +248,7 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior
     """The Fit of a system {family: law} with its Noise. With delta "auto" it is generalised least squares:
     Huber's loss, delta 1.345, of residuals whitened by the estimated noise; else plain Huber on log
     residuals. prior: (mean, standard deviation) of the alpha of the MoE law, in generalised least squares."""
-    fitted = fit(rows, system, share, delta, A_of_N)
+    fitted = fit(rows, system, share, 0.01 if delta == "auto" else delta, A_of_N)
     problem = fitted.problem
     fitted.noise = noise_of(problem, fitted.theta)
     if delta != "auto":
