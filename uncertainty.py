@@ -73,11 +73,6 @@ class Effects:
     columns: np.ndarray      # (n, q) whether a row has an effect
     column_kind: np.ndarray  # (q,) the component of an effect
 
-    @property
-    def is_cell(self):
-        """(q,) whether an effect is the misfit of a design cell."""
-        return np.array([self.kinds[k][0] == "cell" for k in self.column_kind], bool)
-
     def covariance(self, sd):
         """(n, n) of ln loss, for standard deviations (c,)."""
         return np.diag(sd[self.row_kind] ** 2) + (self.columns * sd[self.column_kind] ** 2) @ self.columns.T
@@ -122,7 +117,6 @@ class Noise:
     are the effects of trunks, directions of the parameters, and the residual."""
     effects: Effects
     products: np.ndarray   # (families, m, m) of the columns over each family's rows
-    cells: list            # (family, component, rows of a cell, number of such cells, (m, m) of column sums)
     counts: np.ndarray     # (families,) rows
     log_sd: np.ndarray     # (c,) the estimate
 
@@ -131,17 +125,12 @@ class Noise:
         order; restricted (REML): the parameters integrated out.
 
         One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it.
-        Cells do not overlap within a family, so they are eliminated beforehand.
         """
         families = len(self.counts)
         precision = np.exp(-2 * log_sd)
         matrix = np.tensordot(precision[:, :families], self.products, 1)
         logs = 2 * log_sd[:, :families] @ self.counts
-        for family, component, size, count, sums in self.cells:
-            pivot = size * precision[:, family] + precision[:, component]
-            matrix -= (precision[:, family] ** 2 / pivot)[:, None, None] * sums
-            logs += count * (np.log(pivot) + 2 * log_sd[:, component])
-        kinds = self.effects.column_kind[~self.effects.is_cell]
+        kinds = self.effects.column_kind
         q = len(kinds)
         matrix[:, np.arange(q), np.arange(q)] += precision[:, kinds]
         np.einsum("sii->si", matrix)[:] *= 1 + 1e-12  # positive definite after rounding too
@@ -198,16 +187,6 @@ class Noise:
         return noise, {family: sd.get(("cell", family)) for family in families}
 
 
-def cell_products(effects, columns):
-    """Noise.cells of the columns (n, m): cells grouped by family and number of rows."""
-    found = {}
-    for k in np.flatnonzero(effects.is_cell):
-        members = effects.columns[:, k] > 0
-        key = (int(effects.row_kind[members][0]), int(effects.column_kind[k]), int(members.sum()))
-        found.setdefault(key, []).append(columns[members].sum(axis=0))
-    return [(*key, len(sums), np.transpose(sums) @ np.array(sums)) for key, sums in found.items()]
-
-
 def noise_of(problem, theta):
     """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its
     family counts as 4 of them."""
@@ -220,14 +199,12 @@ def noise_of(problem, theta):
     jacobian = jacobian[0]
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300),
                                    full_matrices=False)
-    trunks, directions = effects.columns[:, ~effects.is_cell], basis[size > 1e-7 * size[0]].T
-    columns = np.hstack([trunks, directions, residual[:, None]])
+    columns = np.hstack([effects.columns, basis[size > 1e-7 * size[0]].T, residual[:, None]])
     counts = np.bincount(families)
     parts = [columns[families == k] for k in range(len(counts))]
     products = np.array([part.T @ part for part in parts])
     products[:, -1, -1] += 1e-13 * counts
-    noise = Noise(effects, products, cell_products(effects, columns), counts.astype(float),
-                  np.log(effects.prior[:, 0]))
+    noise = Noise(effects, products, counts.astype(float), np.log(effects.prior[:, 0]))
     for k in range(len(counts)):
         noise.log_sd[k] = math.log(max(residual[families == k].std(), LEAST_SD))
     noise.log_sd = noise.minimised(lambda log_sd: noise.deviance(log_sd) + noise.penalty(log_sd))[0]
