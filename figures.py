@@ -20,10 +20,7 @@ plt.rcParams.update({
 FAMILY_STYLES = {  # name, marker and colour
     "dense": ("dense", "o", "#888888"), "moe": ("MoE from scratch", "s", "#222222"),
     "upcycled": ("upcycled", "D", "#3b6fb6")}
-RIVAL_STYLES = dict(zip(RIVALS, (  # colour and dashes
-    ("#c0392b", "-"), ("#7f8c8d", ":"), ("#b8860b", "-."), ("#27874a", "--"), ("#5b3b9c", (0, (4, 1, 1, 1))),
-    ("#0f8b8d", (0, (5, 2))), ("#d35400", (0, (6, 1))), ("#2c3e90", (0, (2, 1))), ("#7fb3d5", (0, (1, 1))),
-    ("#d35400", "-"))))
+RIVAL_STYLES = {law: (plt.cm.tab10(i), ("-", "--", "-.")[i % 3]) for i, law in enumerate(RIVALS)}
 
 
 def of_family(rows, family, **values):
@@ -72,9 +69,8 @@ def t_interval(values):
 
 def local_exponent(tokens, loss):
     """d ln loss / d ln tokens by least squares over (n,) points, and its standard error."""
-    x, y = (np.log(values) - np.log(values).mean() for values in (tokens, loss))
-    slope = (x * y).sum() / (x * x).sum()
-    return slope, np.sqrt(((y - slope * x) ** 2).sum() / max(len(x) - 2, 1) / (x * x).sum())
+    line = stats.linregress(np.log(tokens), np.log(loss))
+    return line.slope, line.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------

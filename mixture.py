@@ -258,9 +258,10 @@ def weights_of_draws(book, weights):
     return np.repeat(weights, book["draws"]) / book["draws"]
 
 
-def has_route(book, family):
-    """Whether all laws of the mixture come with a law of a family."""
-    return all(law["routes"][family] for law in book["laws"])
+def routes(book, options):
+    """Those of the {option: family} for whose family all laws of the mixture come with a law."""
+    return {option: family for option, family in options.items()
+            if all(law["routes"][family] for law in book["laws"])}
 
 
 def quantile(values, weights, q):

@@ -19,15 +19,18 @@ from configurator import ConfigError, run, setting
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import expit
 
 from laws import head_start, short
-from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, has_route,
-                     losses, quantile, read_laws, weights_of_draws)
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, losses,
+                     quantile, read_laws, routes, weights_of_draws)
 from plan_page import WORDS, folded, percent, say, say_answer, write_page
 from rows import FAMILIES, loss_columns
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
-ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
+ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"
+NOW = {UPCYCLE: "upcycled", DENSE: "dense", SCRATCH: "moe"}        # {option: its family} from a checkpoint
+FRESH = {ONLY_DENSE: "dense", SCRATCH: "moe", SPLIT: "upcycled"}   # the same from nothing
 COLORS = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222", DENSE: "#888888", ONLY_DENSE: "#888888"}
 INTERVAL = (0.05, 0.95)
 SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of loss
@@ -166,14 +169,17 @@ def flops_per_token(book, family, N):
     return 6 * N * np.interp(np.log(N), np.log(sizes), factors)
 
 
-def points_now(book, question):
-    """({option: (family, {variable: value})}, {option: tokens}) at equal FLOPs from now on."""
-    N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
-    dense, mixture = (float(question["flops"] / flops_per_token(book, name, N)) for name in ("dense", "moe"))
-    points = {UPCYCLE: ("upcycled", {"N": N, "D1": D1, "D2": mixture} | moe),
-              DENSE: ("dense", {"N": N, "D": D1 + dense}), SCRATCH: ("moe", {"N": N, "D": mixture} | moe)}
-    points = {option: point for option, point in points.items() if has_route(book, point[0])}
-    return points, {option: dense if option == DENSE else mixture for option in points}
+def spent(book, question, family, N, share=None):
+    """The variables of a family on which the budget is spent: all of it after the D1 dense tokens of the
+    question, or, with a share, from nothing: an upcycled model spends that share on dense training."""
+    dense, mixture = (question["flops"] / flops_per_token(book, name, N) for name in ("dense", "moe"))
+    D1, moe = question["D1"] if share is None else 0.0, {name: question[name] for name in MOE}
+    if family == "dense":
+        return {"N": N, "D": D1 + dense}
+    if family == "moe":
+        return {"N": N, "D": mixture} | moe
+    D1, D2 = (D1, mixture) if share is None else (share * dense, (1 - share) * mixture)
+    return {"N": N, "D1": D1, "D2": D2} | moe
 
 
 def finite(value):
@@ -220,17 +226,19 @@ def pilot(book, question, result):
 
 def answer_now(book, question):
     """What `compare` says of {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, H, kappa, pilot."""
-    points, tokens = points_now(book, question)
+    points = {option: (family, spent(book, question, family, question["N"]))
+              for option, family in routes(book, NOW).items()}
     result = question | compare(book, points) | {"overtaking": None}
     for option, found in result["options"].items():
-        found["tokens"] = tokens[option]
+        cost = flops_per_token(book, "dense" if option == DENSE else "moe", question["N"])
+        found["tokens"] = float(question["flops"] / cost)
     if result["method"] and SCRATCH in points:
         stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
-        routes = {law["name"]: law["routes"] for law in book["laws"]}
-        for name, star in stars.items():
-            params, found = routes[name]["upcycled"][result["method"]]["params"], result["laws"][name]
-            found["D2_star"] = star
-            if params.get("alpha") == routes[name]["moe"]["params"]["alpha"]:  # one curve for both
+        for law in (law for law in book["laws"] if law["name"] in stars):
+            name, of_law = law["name"], law["routes"]
+            params, found = of_law["upcycled"][result["method"]]["params"], result["laws"][name]
+            found["D2_star"] = stars[name]
+            if params.get("alpha") == of_law["moe"]["params"]["alpha"]:  # one curve for both
                 found["head_start"] = float(head_start(name, params, question["N"], question["D1"]))
                 found["kappa"] = params.get("kappa", 0.0)
     return result | {"pilot": pilot(book, question, result)}
@@ -252,19 +260,9 @@ def lowest(loss, grid):
     return float(found.x)
 
 
-def variables_fresh(book, question, family, N, logit=0.0):
-    """The variables of a family that spends the whole budget; an upcycled model splits it by the logit."""
-    dense, mixture = (question["flops"] / flops_per_token(book, name, N) for name in ("dense", "moe"))
-    if family == "dense":
-        return {"N": N, "D": dense}
-    share, moe = 1 / (1 + np.exp(-logit)), {name: question[name] for name in MOE}
-    tokens = {"D": mixture} if family == "moe" else {"D1": share * dense, "D2": (1 - share) * mixture}
-    return {"N": N} | tokens | moe
-
-
 def expected_loss(book, question, family, N, logit=0.0):
     """Loss by the mixture of laws and the best method, when the whole budget goes to one family."""
-    variables = variables_fresh(book, question, family, N, logit)
+    variables = spent(book, question, family, N, expit(logit))
     methods = book["methods"] if family == "upcycled" else [""]
     return np.min([sum(law["weight"] * estimate(law, family, variables, method) for law in book["laws"])
                    for method in methods], axis=0)
@@ -275,9 +273,7 @@ def points_fresh(book, question):
     points, refused = {}, {}
     fitted = [n for family in FAMILIES for n in book["ranges"][family].get("N", ())]
     low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, question["flops"] / 6e3)
-    for route, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe"), (SPLIT, "upcycled")):
-        if not has_route(book, family):
-            continue
+    for route, family in routes(book, FRESH).items():
         N, logit = question["N"] or None, 0.0
         if not N:
             splits = LOGITS if family == "upcycled" else np.zeros(1)
@@ -292,7 +288,7 @@ def points_fresh(book, question):
         elif logit is None:
             refused[route] = "the expected loss falls up to one end of the split"
         else:
-            points[route] = family, variables_fresh(book, question, family, N, logit)
+            points[route] = family, spent(book, question, family, N, expit(logit))
     return points, refused
 
 
@@ -404,8 +400,8 @@ def uncertainty(options, content, book):
     else:
         said = "Intervals hold assumed errors of these published laws"
     said += f", and {percent(FORM_ERROR)} of the loss per factor e beyond the data."
-    for option, family in ((DENSE, "dense"), (SCRATCH, "moe"), (UPCYCLE, "upcycled")):
-        if not has_route(book, family):
+    for option, family in NOW.items():
+        if option not in routes(book, NOW):
             said += f" The laws file has no {family} law of the same fit, so an option is left out: {option}."
     if "source" in content:
         said = f"{content['source']} {said}"
@@ -439,7 +435,7 @@ def main(options):
         constants = {"WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": [*MOE],
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
-                     "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
+                     "NAMES": {family: option for option, family in NOW.items()}}
         budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
         answers = None  # the page finds them itself
         if options.fresh:
