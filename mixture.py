@@ -96,12 +96,12 @@ def check_params(where, law, entry):
         raise ConfigError(f"{where}: its params or draws cannot be used ({error!r:.80})") from None
 
 
-def read_laws(path, wanted=""):
-    """(the laws file as a dict, its book for the wanted upcycled law or for all). Raises ConfigError."""
+def read_laws(path):
+    """(the laws file as a dict, its book). Raises ConfigError."""
     content = read_json(path)
     try:
         check_laws(path, content)
-        return content, make_book(path, content, wanted)
+        return content, make_book(path, content)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path}: not of a laws file ({error!r:.80})") from None
 
@@ -174,7 +174,8 @@ def misfit(laws, name, family):
 
 
 def make_book(path, content, wanted=""):
-    """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
+    """All that an answer needs of a laws file, by one wanted upcycled law or by all of them, as a dict that
+    the page gets as JSON. Raises ConfigError.
 
     {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
     [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "models":
@@ -183,9 +184,6 @@ def make_book(path, content, wanted=""):
     """
     laws, origin, ratio = content["laws"], content.get("origin", {}), content.get("bits_per_nat")
     names = [law for law in RIVALS if law in laws]
-    if wanted and wanted not in names:
-        has = ", ".join(names) or "no upcycled law"
-        raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {has}")
     if not names and not {"dense", "moe"} <= set(laws):
         raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
     names = [wanted] if wanted else names

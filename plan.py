@@ -45,7 +45,6 @@ MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size i
 class Options:
     """Compare upcycling, a MoE from scratch and continued dense training at equal FLOPs from now on."""
     laws: str = setting("laws/liew2025.json", "laws.json of fit_laws.py, or published laws")
-    law: str = setting("", "one upcycled law to plan by; empty: all laws, weighted by their held-out errors")
     checkpoint: str = setting("", "dense checkpoint directory; it gives N, D1 and the FLOPs of a token")
     N: float = setting(0.0, "non-embedding parameters of the dense model, a raw count", least=0)
     D1: float = setting(0.0, "tokens the dense model has seen, a raw count", least=0)
@@ -412,7 +411,7 @@ def uncertainty(options, content, book):
 
 def main(options):
     check(options)
-    content, book = read_laws(options.laws, options.law)
+    content, book = read_laws(options.laws)
     if options.design:
         from plan_design import print_design  # it needs torch
         return print_design(content["laws"], options)

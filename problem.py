@@ -32,7 +32,7 @@ def variable(row, name):
         if name == "effective":  # but for the head start
             return row.get("D2", row.get("D"))
         return row[{"experts": "num_local_experts"}.get(name, name)]
-    except KeyError:
+    except (KeyError, ZeroDivisionError):  # a dense model has no or 0 experts
         return math.nan
 
 

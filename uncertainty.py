@@ -7,7 +7,6 @@ noise.
 """
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import block_diag, solve_triangular
@@ -59,78 +58,66 @@ def dense_trunks(rows):
     return found
 
 
-def cell_of(row):
-    """The design cell of a row: what repeated seeds have in common."""
-    return run_key(row, but=("seed", "trunk", "dense_trunk"))
-
-
-@dataclass
-class Effects:
-    """Which random effects rows have: n rows, q effects, c variance components."""
-    kinds: list              # (c,) (kind, family); the dense_trunk's family is ""
-    prior: np.ndarray        # (c, 2) the median and the width of the prior of each
-    row_kind: np.ndarray     # (n,) the component of a row's own noise
-    columns: np.ndarray      # (n, q) whether a row has an effect
-    column_kind: np.ndarray  # (q,) the component of an effect
-
-    def covariance(self, sd):
-        """(n, n) of ln loss, for standard deviations (c,)."""
-        return np.diag(sd[self.row_kind] ** 2) + (self.columns * sd[self.column_kind] ** 2) @ self.columns.T
-
-    def redraw(self, sd, random):
-        """(S, n) noise of ln loss, for standard deviations (S, c)."""
-        rows = sd[:, self.row_kind] * random.standard_normal((len(sd), len(self.row_kind)))
-        effects = sd[:, self.column_kind] * random.standard_normal((len(sd), len(self.column_kind)))
-        return rows + effects @ self.columns.T
-
-
-def effects_of(rows):
-    """The Effects of rows. A component is there where at least two rows share one of its effects. That of
-    misfit, "cell", is there where a family repeats a design cell with other seeds."""
-    present = list(dict.fromkeys(row["family"] for row in rows))
-    kinds = [("row", family) for family in present]
-    row_kind = np.array([present.index(row["family"]) for row in rows])
-    keys = {("dense_trunk", ""): dense_trunks(rows)}  # what rows with the same effect have in common, or None
-    for family in present:
+def shared_luck(rows):
+    """{(kind, family): [what rows with the same effect have in common, or None]}. A dense trunk has the
+    family "". The misfit of a "cell" of the design is what its repeated seeds share."""
+    found = {("dense_trunk", ""): dense_trunks(rows)}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        here = [row if row["family"] == family else {} for row in rows]
         if family != "dense":
-            keys["trunk", family] = [str(row["trunk"]) if row["family"] == family and "trunk" in row else None
-                                     for row in rows]
-        keys["cell", family] = [cell_of(row) if row["family"] == family else None for row in rows]
-    columns, column_kind = [], []
-    for kind, of_row in keys.items():
-        counts = Counter(key for key in of_row if key is not None)
-        if max(counts.values(), default=0) > 1:
-            columns += [[key == effect for key in of_row] for effect in counts]
-            column_kind += [len(kinds)] * len(counts)
-            kinds.append(kind)
-    columns = np.array(columns, float).reshape(-1, len(rows)).T
-    prior = np.array([PRIOR.get(kind, PRIOR[kind[0]]) for kind in kinds])
-    return Effects(kinds, prior, row_kind, columns, np.array(column_kind, int))
+            found["trunk", family] = [str(row["trunk"]) if "trunk" in row else None for row in here]
+        found["cell", family] = [run_key(row, but=("seed", "trunk", "dense_trunk")) if row else None
+                                 for row in here]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Variances
+# Noise and its variances
 
-@dataclass
 class Noise:
-    """The noise of a fit: standard deviations of ln loss, with what their likelihood needs. The m columns
-    are the effects of trunks, directions of the parameters, and the residual."""
-    effects: Effects
-    products: np.ndarray   # (families, m, m) of the columns over each family's rows
-    counts: np.ndarray     # (families,) rows
-    log_sd: np.ndarray     # (c,) the estimate
+    """The noise of ln loss: each of n rows has its own, and shares q random effects with other rows. Its c
+    standard deviations are those of rows, by family, and of the kinds of effects that two rows share."""
+
+    def __init__(self, rows):
+        families = list(dict.fromkeys(row["family"] for row in rows))
+        self.kinds = [("row", family) for family in families]             # (c,) (kind, family)
+        self.row_kind = np.array([families.index(row["family"]) for row in rows])  # (n,)
+        columns, column_kind = [], []
+        for kind, of_row in shared_luck(rows).items():
+            counts = Counter(key for key in of_row if key is not None)
+            if max(counts.values(), default=0) > 1:
+                columns += [[key == effect for key in of_row] for effect in counts]
+                column_kind += [len(self.kinds)] * len(counts)
+                self.kinds.append(kind)
+        self.columns = np.array(columns, float).reshape(-1, len(rows)).T  # (n, q) a row has an effect
+        self.column_kind = np.array(column_kind, int)                     # (q,)
+        self.prior = np.array([PRIOR.get(kind, PRIOR[kind[0]]) for kind in self.kinds])  # (c, 2)
+        self.log_sd = np.log(self.prior[:, 0])                            # (c,) the estimate
+
+    def covariance(self, log_sd=None):
+        """(n, n) of ln loss, for log standard deviations (c,), by default the estimate."""
+        sd = np.exp(self.log_sd if log_sd is None else log_sd)
+        return np.diag(sd[self.row_kind] ** 2) + (self.columns * sd[self.column_kind] ** 2) @ self.columns.T
+
+    def redraw(self, log_sd, random):
+        """(S, n) noise of ln loss, for log standard deviations (S, c)."""
+        sd = np.exp(log_sd)
+        rows = sd[:, self.row_kind] * random.standard_normal((len(sd), len(self.row_kind)))
+        effects = sd[:, self.column_kind] * random.standard_normal((len(sd), len(self.column_kind)))
+        return rows + effects @ self.columns.T
 
     def deviance(self, log_sd, restricted=True):
         """(S,) -2 ln likelihood of ln loss at log standard deviations (S, c), the parameters fitted to first
         order; restricted (REML): the parameters integrated out.
 
-        One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it.
+        One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it:
+        self.products (families, m, m) are those of the effects, directions of the parameters and residual.
         """
         families = len(self.counts)
         precision = np.exp(-2 * log_sd)
         matrix = np.tensordot(precision[:, :families], self.products, 1)
         logs = 2 * log_sd[:, :families] @ self.counts
-        kinds = self.effects.column_kind
+        kinds = self.column_kind
         q = len(kinds)
         matrix[:, np.arange(q), np.arange(q)] += precision[:, kinds]
         np.einsum("sii->si", matrix)[:] *= 1 + 1e-12  # positive definite after rounding too
@@ -138,13 +125,9 @@ class Noise:
         logs += 2 * log_sd[:, kinds].sum(axis=1) + 2 * np.log(root[:, :-1 if restricted else q]).sum(axis=1)
         return logs + root[:, -1] ** 2
 
-    def covariance(self):
-        """(n, n) of ln loss."""
-        return self.effects.covariance(np.exp(self.log_sd))
-
     def penalty(self, log_sd):
         """(S,) -2 ln prior."""
-        median, width = self.effects.prior.T
+        median, width = self.prior.T
         return (((log_sd - np.log(median)) / width) ** 2).sum(axis=1)
 
     def minimised(self, deviance):
@@ -179,8 +162,8 @@ class Noise:
 
     def table(self):
         """({family: {"row", "trunk", "dense_trunk": sd of ln loss}}, {family: sd of misfit, or None})."""
-        sd = {kind: float(value) for kind, value in zip(self.effects.kinds, np.exp(self.log_sd))}
-        families = [family for kind, family in self.effects.kinds if kind == "row"]
+        sd = {kind: float(value) for kind, value in zip(self.kinds, np.exp(self.log_sd))}
+        families = [family for kind, family in self.kinds if kind == "row"]
         shared = sd.get(("dense_trunk", ""), 0.0)
         noise = {family: {"row": sd["row", family], "trunk": sd.get(("trunk", family), 0.0),
                           "dense_trunk": 0.0 if family == "moe" else shared} for family in families}
@@ -190,23 +173,20 @@ class Noise:
 def noise_of(problem, theta):
     """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its
     family counts as 4 of them."""
-    effects = effects_of(problem.rows)
-    predicted, jacobian = evaluate(problem, theta[None])
-    residual, families = problem.y - predicted[0], effects.row_kind
+    noise, (predicted, jacobian) = Noise(problem.rows), evaluate(problem, theta[None])
+    residual, jacobian, families = problem.y - predicted[0], jacobian[0], noise.row_kind
     for k in np.unique(families):
-        limit = 4 * 1.4826 * np.median(np.abs(residual[families == k])) + 1e-12
-        residual = np.where(families == k, np.clip(residual, -limit, limit), residual)
-    jacobian = jacobian[0]
+        own = families == k
+        limit = 4 * 1.4826 * np.median(np.abs(residual[own])) + 1e-12
+        residual[own] = np.clip(residual[own], -limit, limit)
+        noise.log_sd[k] = math.log(max(residual[own].std(), LEAST_SD))
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300),
                                    full_matrices=False)
-    columns = np.hstack([effects.columns, basis[size > 1e-7 * size[0]].T, residual[:, None]])
-    counts = np.bincount(families)
-    parts = [columns[families == k] for k in range(len(counts))]
-    products = np.array([part.T @ part for part in parts])
-    products[:, -1, -1] += 1e-13 * counts
-    noise = Noise(effects, products, counts.astype(float), np.log(effects.prior[:, 0]))
-    for k in range(len(counts)):
-        noise.log_sd[k] = math.log(max(residual[families == k].std(), LEAST_SD))
+    columns = np.hstack([noise.columns, basis[size > 1e-7 * size[0]].T, residual[:, None]])
+    noise.counts = np.bincount(families).astype(float)
+    parts = [columns[families == k] for k in range(len(noise.counts))]
+    noise.products = np.array([part.T @ part for part in parts])
+    noise.products[:, -1, -1] += 1e-13 * noise.counts
     noise.log_sd = noise.minimised(lambda log_sd: noise.deviance(log_sd) + noise.penalty(log_sd))[0]
     return noise
 
@@ -271,7 +251,7 @@ def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
     log_sd = fitted.noise.posterior(draws, random)
     for first in range(0, draws, 100):
         part = log_sd[first:first + 100]
-        y = fitted.problem.y - fitted.residual + fitted.noise.effects.redraw(np.exp(part), random)
+        y = fitted.problem.y - fitted.residual + fitted.noise.redraw(part, random)
         if fitted.prior:  # the prior is an observation, and is redrawn as the others are
             place, mean, sd = fitted.prior
             prior = (place, fitted.theta[place] + sd * random.standard_normal(len(part)), sd)
@@ -309,7 +289,7 @@ def aicc(fitted):
     """Akaike's criterion with its small-sample correction, over all rows of the system: the likelihood has
     the nested noise in it, and its variances count as parameters."""
     noise = fitted.noise
-    n, k = noise.counts.sum(), len(fitted.theta) + len(noise.effects.kinds)
+    n, k = noise.counts.sum(), len(fitted.theta) + len(noise.kinds)
     deviance = noise.minimised(lambda log_sd: noise.deviance(log_sd, restricted=False))[1]
     return float(deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1))
 

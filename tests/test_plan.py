@@ -673,7 +673,6 @@ def test_help_into_a_closed_pipe_is_silent():
     (dict(N=1e9, D1=1e11, flops=1e12), "100 tokens at N = 1e+09, too few"),
     (dict(fresh=True, flops=1e7), "too few to plan N"), (dict(design="x", noise=0.0), "noise: 0.0"),
     (dict(fresh=True, tokens=1e10), "--tokens as a budget needs --N="),
-    (dict(N=1e9, D1=1e11, tokens=1e9, law="nonsense"), "nonsense"),
     (dict(N=1e9, D1=1e11, tokens=1e9, num_experts_per_tok=9), "num_experts_per_tok"),
     (dict(checkpoint="/nowhere"), "/nowhere"),
     (dict(N=1e9, D1=1e11, tokens=5e10, html="/proc/none/a.html"), "--html=/proc/none")])
