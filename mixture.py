@@ -68,32 +68,18 @@ def check_origin(path, origin):
 
 
 def check_laws(path, content):
-    """Raises ConfigError, or another error where the structure is not that of a laws file, unless the laws
-    have all their parameters, numbers are finite, and all are of one origin."""
+    """Raises ConfigError, or another error where the structure is not that of a laws file, unless all laws
+    are known and of one origin and numbers are finite."""
     if content["version"] not in (1, 2):
         raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
     for part in ("laws", "ranges", "models", "origin", "bits_per_nat"):
         check_numbers(f"{path}: {part}", content.get(part, {}), part)
     check_origin(path, content.get("origin", {}))
-    for law, entry in content["laws"].items():
+    for law in content["laws"]:
         if law not in LAWS:
             raise ConfigError(f"{path}: laws.{law} is no law that this program knows")
-        fits = {law: (law, entry)}
-        fits |= {f"{law}.beside.{other}": (other, fit) for other, fit in entry.get("beside", {}).items()}
-        fits |= {f"{law}.methods.{method}": (law, fit) for method, fit in entry.get("methods", {}).items()}
-        for where, (name, fit) in fits.items():
-            check_params(f"{path}: laws.{where}", name, fit)
     if not content["laws"]:
         raise ConfigError(f"{path}: holds no laws")
-
-
-def check_params(where, law, entry):
-    """Raises ConfigError where params or draws of a law are missing, are no numbers, or differ in number."""
-    try:
-        names, draws = {**dict.fromkeys(parameter_names(law)), **entry["params"]}, entry.get("draws")
-        np.array([[entry["params"][name], *(draws[name] if draws else ())] for name in names], float)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: its params or draws cannot be used ({error!r:.80})") from None
 
 
 def read_laws(path):
@@ -130,34 +116,40 @@ def weigh(entries):
     return {law: w / sum(kept.values()) for law, w in kept.items()}
 
 
-def drawn(law, entry, wanted):
+def drawn(where, law, entry, wanted):
     """{"law", "params", "draws"} of a law's parameters in an entry, with the wanted number of draws, or with
-    one where the entry has none."""
-    params = {name: float(entry["params"][name]) for name in parameter_names(law, A_of_N=True)
-              if name in entry["params"]}
-    draws = entry.get("draws") or {name: [value] for name, value in params.items()}
-    count = len(next(iter(draws.values())))
+    one where the entry has none. Raises ConfigError where some are missing or no numbers."""
+    try:
+        names = [name for name in parameter_names(law, A_of_N=True)
+                 if name in entry["params"] or name in parameter_names(law)]
+        params = {name: float(entry["params"][name]) for name in names}
+        draws = entry.get("draws") or {name: [value] for name, value in params.items()}
+        draws = np.array([draws[name] for name in names], float)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: its params or draws cannot be used ({error!r:.80})") from None
+    count = draws.shape[1]
     pick = [i * count // wanted if count > wanted else i % count for i in range(wanted)] if count > 1 else [0]
-    return {"law": law, "params": params,
-            "draws": {name: np.array([draws[name][i] for i in pick], float) for name in params}}
+    return {"law": law, "params": params, "draws": dict(zip(names, draws[:, pick]))}
 
 
-def routes_of(laws, name, wanted):
+def routes_of(path, laws, name, wanted):
     """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name.
 
     Without a name it is the pair of the dense and the MoE law. Published laws do not name their fit.
     """
-    entry = laws.get(name, {})
+    entry, where = laws.get(name, {}), f"{path}: laws.{name}"
     methods = (entry.get("methods") or {"copy": entry}) if name else {}
     system, fit = {"dense": "dense", "moe": "moe"}, laws
     if "fitted_with" in entry:
         system, fit = entry["fitted_with"], entry.get("beside", {}) | {name: entry}
     elif not name and laws["dense"].get("fitted_with") != laws["moe"].get("fitted_with"):
         fit = {}
-    routes = {"upcycled": {method: drawn(name, of_method, wanted) for method, of_method in methods.items()}}
+    routes = {"upcycled": {method: drawn(f"{where}.methods.{method}", name, of_method, wanted)
+                           for method, of_method in methods.items()}}
     for family in ("dense", "moe"):
         law = system.get(family)  # the upcycled law itself where one curve serves both families
-        routes[family] = drawn(family if law == name else law, fit[law], wanted) if law in fit else None
+        routes[family] = drawn(f"{where}.beside.{law}", family if law == name else law, fit[law],
+                               wanted) if law in fit else None
     return routes
 
 
@@ -202,7 +194,7 @@ def make_book(path, content, wanted=""):
     draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
     random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
     return {"laws": [{"name": law, "label": law_name(law) or "dense and MoE", "weight": weight,
-                      "routes": routes_of(laws, law, draws),
+                      "routes": routes_of(path, laws, law, draws),
                       "misfit": {family: misfit(laws, law, family) for family in FAMILIES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,
