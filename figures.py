@@ -223,28 +223,6 @@ def residuals(rows, law, entry):
     return figure
 
 
-def alpha3_along_E(profile):
-    """alpha3 with E held at each value, and how much worse that fit is; profile is that of profile_E."""
-    figure, (axis,) = panels(1, height=3.0)
-    near = np.array(profile["objective"]) < 1
-    E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
-    axis.plot(E, alpha3, color="#c0392b", label="alpha3")
-    axis.plot(*profile["fit"], "o", color="#c0392b", label="the fit")
-    axis.axhline(0, color="black", lw=0.8)
-    likely = E[objective < profile["inside"]]
-    if len(likely):
-        axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0,
-                     label="95 % likelihood\ninterval of E")
-    axis.set(xlabel="E held at (nats per token)", ylabel="alpha3, all else refitted")
-    right = axis.twinx()
-    right.plot(E, 100 * objective, color="#888888", ls="--",
-               label="objective above its\nleast (%, right axis)")
-    right.set_ylim(0, 105)
-    right.spines["right"].set_visible(True)
-    legend_outside(figure, [axis, right])
-    return figure
-
-
 def against_copy(differences):
     """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
 

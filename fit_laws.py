@@ -411,7 +411,7 @@ def main(options):
         os.makedirs(options.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
-    systems, entries, profile = {}, {}, None
+    systems, entries, profile = {}, {}, {}
     for law, (system, chosen) in fits.items():
         systems.setdefault(tuple(system.items()), (system, chosen, []))[2].append(law)
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:

@@ -151,6 +151,13 @@ def methods_table(differences):
     return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (pairs)" for d2 in tokens)], lines)
 
 
+def profile_table(profile):
+    """alpha3 with E held at each value and all else refitted, and how much worse that fit is."""
+    return aligned(["E held at", "alpha3", "objective above its least", "in the 95 % interval of E"], [
+        [f"{E:.3f}", f"{alpha3:.4f}", percent(above), "yes" if inside else ""]
+        for E, alpha3, above, inside in zip(*profile.values()) if above < 1])
+
+
 def claims_table(claims):
     """Each claim and variation of the analysis: {claim: {variation: {"holds": bool, "value": text}}}."""
     lines = [[claim, variation, "yes" if found["holds"] else "no", found["value"]]
@@ -241,8 +248,8 @@ def findings(rows, content):
 # ---------------------------------------------------------------------------------------------------------
 # report.md
 
-def draw_figures(rows, laws, profile):
-    """{file name: (figure, caption)} of all that these rows and laws allow; profile is None or that of E."""
+def draw_figures(rows, laws):
+    """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
     rivals = [law for law in RIVALS if law in laws and of_family(rows, "upcycled")]
     comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
@@ -261,10 +268,6 @@ def draw_figures(rows, laws, profile):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         found[name] = (figures.residuals(rows, law, laws[law]),
                        f"What the law '{law_name(law)}' leaves unexplained.")
-    if profile:
-        found["alpha3_along_E"] = (
-            figures.alpha3_along_E(profile),
-            "alpha3 of the interaction law, with E held at each value and all else refitted.")
     if differences := method_differences(rows):
         found["methods_against_copy"] = (
             figures.against_copy(differences), "Methods of upcycling, and a MoE from scratch on D = D2 "
@@ -295,7 +298,7 @@ def write_report(title, sections, found, directory):
 def write(rows, content, profile, notes, directory):
     """Write report.md and its figures (PNG and PDF) of rows and laws.
 
-    profile is that of uncertainty.profile_E, or None; notes are warnings, [text].
+    profile is that of uncertainty.profile_E; notes are warnings, [text].
     """
     laws, first = content["laws"], next(iter(content["laws"].values()))
     spans = []
@@ -316,8 +319,9 @@ def write(rows, content, profile, notes, directory):
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
                        f"Huber's delta is {first['huber_delta']:.2g}."],
+        "alpha3 of the interaction law along E": profile_table(profile),
         "Methods against copying": methods_table(method_differences(rows))}
-    write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profile), directory)
+    write_report("Scaling laws of this study", sections, draw_figures(rows, laws), directory)
 
 
 # ---------------------------------------------------------------------------------------------------------

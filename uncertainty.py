@@ -312,23 +312,21 @@ def leave_trunk_out(fitted, most=40):
 
 
 def profile_E(fitted, law):
-    """E held on a grid and all else refitted: {"E", "alpha3", "objective" (relative, above its minimum):
-    lists, "fit": [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood
-    interval}; None where the fit has no E of its own."""
+    """E held at 17 values and all else refitted: {"E", "alpha3", "objective": relative, above its minimum,
+    "inside": whether E is in its 95 % likelihood interval}, lists; {} where the fit has no E of its own."""
     problem = fitted.problem
     place = problem.places(law).get("E")
     if place is None:
-        return None
-    values = np.linspace(0.02, 0.98, 33) * math.exp(problem.y.min())
-    theta = np.tile(fitted.theta, (len(values), 1))
-    theta[:, place] = np.log(values) - problem.to_raw0[place]
+        return {}
+    E = np.linspace(0.02, 0.98, 17) * math.exp(problem.y.min())
+    theta = np.tile(fitted.theta, (len(E), 1))
+    theta[:, place] = np.log(E) - problem.to_raw0[place]
     theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten,
                           prior=(place, theta[:, place], 1e-6))
-    params = fitted.params(law)
-    return {"E": values.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
-            "objective": (cost / max(fitted.cost, 1e-300) - 1).tolist(),
-            "fit": [float(params["E"]), float(params["alpha3"])],
-            "inside": 3.84 / max(len(fitted.residual) - len(fitted.theta), 1)}
+    objective = cost / max(fitted.cost, 1e-300) - 1
+    inside = objective < 3.84 / max(len(fitted.residual) - len(fitted.theta), 1)
+    return {"E": E.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
+            "objective": objective.tolist(), "inside": inside.tolist()}
 
 
 def unidentified(fitted, law, theta):

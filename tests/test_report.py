@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -326,11 +327,8 @@ def test_every_figure_of_a_study_has_labels_that_do_not_overlap(tmp_path):
     rows += [row | {"method": "drop", "drop_ratio": 0.5, "loss": row["loss"] * 1.01} for row in rows
              if row["family"] == "upcycled"]
     content = content_of(rows, TABLE2, THREE)
-    profile = {"E": [0.1, 0.2, 0.3], "alpha3": [1e-3, 2e-3, 3e-3], "objective": [0.0, 0.1, 0.5],
-               "fit": [0.1, 1e-3], "inside": 0.2}
-    found = report.draw_figures(rows, content["laws"], profile)
-    assert set(found) == {"loss_against_tokens", "exponent_against_D1", "residuals", "alpha3_along_E",
-                          "methods_against_copy"}
+    found = report.draw_figures(rows, content["laws"])
+    assert set(found) == {"loss_against_tokens", "exponent_against_D1", "residuals", "methods_against_copy"}
     for figure, _ in found.values():
         assert_labels_do_not_overlap(figure)
 
@@ -351,7 +349,7 @@ def moe_rows():
 def test_residuals_of_a_planted_moe_law_are_zero_against_the_number_of_experts():
     rows, truth = moe_rows()
     content = content_of(rows, truth, {"moe": "moe.joint"})
-    found = report.draw_figures(rows, content["laws"], None)
+    found = report.draw_figures(rows, content["laws"])
     assert set(found) == {"loss_against_tokens", "residuals"}
     against_experts = {axis.get_xlabel(): axis for axis in found["residuals"][0].axes}["experts per layer"]
     points = against_experts.lines[0].get_xydata()
@@ -369,17 +367,22 @@ def test_residuals_of_a_planted_moe_law_are_zero_against_the_number_of_experts()
 
 # report.md
 
+PROFILE = {"E": [0.1, 0.2, 0.3], "alpha3": [1e-3, 2e-3, 3e-3], "objective": [0.0, 0.1, 1.5],
+           "inside": [True, False, False]}
+
+
 def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
     rows = simulate(TABLE2, noise=0.01)
     content = content_of(rows, TABLE2, THREE)
     content["claims"] = {"a claim": {"all rows": {"holds": True, "value": "3"}}}
     content["bits_per_nat"] = 0.5
-    report.write(rows, content, None, ["something is odd"], str(tmp_path))
+    report.write(rows, content, PROFILE, ["something is odd"], str(tmp_path))
     text = (tmp_path / "report.md").read_text()
     headings = [line[3:] for line in text.split("\n") if line.startswith("## ")]
     assert headings == ["Terms", "The laws", "What was measured", "Warnings", "What was found",
                         "Claims under variations of the analysis", "How well the laws predict",
-                        "Noise and misfit", "Parameters"]
+                        "Noise and misfit", "Parameters", "alpha3 of the interaction law along E"]
+    assert re.search(r"\| 0.200 +\| 0.0020 +\| 10.00 % +\|  ", text) and "0.0030" not in text
     assert all(f"`{law}`" in text and law_name(law) in text for law in LAWS)  # under The laws
     lowest = min(row["loss"] for row in rows if row["family"] == "moe")
     assert f", lowest loss {lowest:.4f} nats a token ({lowest / 2:.4f} bits a byte)\n" in text
@@ -394,7 +397,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
     rows = simulate(TABLE2, {"dense": "dense"})
     (tmp_path / "residuals.png").mkdir()
     with pytest.raises(ConfigError, match="the report cannot be written"):
-        report.write(rows, content_of(rows, TABLE2, {"dense": "dense"}), None, [], str(tmp_path))
+        report.write(rows, content_of(rows, TABLE2, {"dense": "dense"}), {}, [], str(tmp_path))
 
 
 def test_a_random_design_makes_no_more_panels_and_curves_than_can_be_told_apart():
@@ -404,7 +407,7 @@ def test_a_random_design_makes_no_more_panels_and_curves_than_can_be_told_apart(
         rows += simulate(TABLE2, {"upcycled": "upcycled"}, N=[float(random.uniform(1e7, 1e9))],
                          D1=random.uniform(1e9, 1e11, 1), D2=random.uniform(1e9, 1e11, 1))
     system = {"upcycled": "upcycled"}
-    found = report.draw_figures(rows, content_of(rows, TABLE2, system)["laws"], None)
+    found = report.draw_figures(rows, content_of(rows, TABLE2, system)["laws"])
     for figure, _ in found.values():
         figure.canvas.draw()
         assert min(axis.get_window_extent().width / figure.dpi for axis in figure.axes) > 1.5  # inches
