@@ -313,23 +313,18 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """[warning] on parameters that these rows do not identify, and on laws that hold at one horizon D, or at
-    one D, D1 and D2 by their definition."""
-    unclear, folded, notes = [], [], []
+    """[warning] on parameters that these rows do not identify or that are fixed, and on laws that hold at one
+    D, D1 and D2 by their definition."""
+    found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
-        why = entry["not_identified"]
-        names = [name for name in why if why[name].endswith(("bound of the fit", "sign is open"))]
-        unclear += [f"{law} ({', '.join(names)})"] if names else []
-        folded += [law] if "one level of D" in why.get("A", "") else []
+        for name, why in entry["not_identified"].items():
+            found.setdefault(why, {}).setdefault(law, []).append(name)
+    notes = [", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
+             for why, of_laws in found.items()]
+    for law, entry in entries.items():
         if "at" in entry:
             tokens = ", ".join(f"{name} = {short(value)}" for name, value in entry["at"].items())
             notes.append(f"{law} is fitted at {tokens} alone")
-    if folded:
-        notes.insert(0, f"{', '.join(folded)}: the rows have one horizon D, whose term is part of E; "
-                        "the law says nothing of other horizons")
-    if unclear:
-        notes.insert(0, f"these rows do not identify {', '.join(unclear)}; outside the data those laws say "
-                        "little")
     return notes
 
 

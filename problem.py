@@ -157,7 +157,7 @@ def identified_terms(rows, law_of_row, share, A_of_N):
         experts = levels(variable(row, "experts") / (row.get("granularity") or 1) for row in members)
         one_D = law in ("dense", "moe") and count_levels(members, "D") == 1
         if one_D:
-            why = "one level of D: A D^-alpha is part of E"
+            why = "one level of D: A D^-alpha is part of E, and nothing is known of another D"
             fixed[law] |= dict.fromkeys(("A", *terms.pop("A")), why)
         if sizes[law] == 1:
             fixed[law] |= dict.fromkeys(("B", *terms.pop("B")), "one level of N: B N^-beta is part of E")

@@ -318,7 +318,7 @@ def test_command_says_at_which_data_a_sparsity_law_and_a_single_horizon_hold(tmp
     F.main(F.Options(rows=[path], out=str(tmp_path), draws=20, laws=["dense", "moe.sparsity"]))
     printed = capsys.readouterr().out
     assert "moe.sparsity is fitted at D = 131B alone" in printed
-    assert "warning: dense: the rows have one horizon D" in printed
+    assert "warning: dense (A alpha): one level of D" in printed
     entry = json.loads((tmp_path / "laws.json").read_text())["laws"]["moe.sparsity"]
     assert entry["at"] == {"D": 131072000000} and entry["held_out"]["sparsity"]["rows"] == 11
 
