@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
+from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
                           write_text_atomically)
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
+from mixture import read_laws
 from problem import levels, levels_of_N, missing, point_of, variable, variables_of
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
@@ -136,17 +137,12 @@ def alpha_prior(path):
     """
     if not path:
         return None
-    content = read_json(path)
-    try:
-        law = next(law for law in ("upcycled.effective_data_shared", "moe") if law in content["laws"])
-        entry = content["laws"][law]
-        alpha, draws = float(entry["params"]["alpha"]), np.array(entry["draws"]["alpha"], float)
-        sd = math.hypot(draws.std(), 0.12 * alpha)
-        if not 0 < sd < 10:
-            raise ValueError("no spread of an exponent")
-    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
-        raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha") from None
-    return alpha, sd
+    laws = read_laws(path)[0]["laws"]
+    entry = laws.get("upcycled.effective_data_shared") or laws.get("moe") or {}
+    if "draws" not in entry:
+        raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha")
+    alpha = entry["params"]["alpha"]
+    return alpha, math.hypot(np.std(entry["draws"]["alpha"]), 0.12 * alpha)
 
 
 # ---------------------------------------------------------------------------------------------------------

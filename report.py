@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from configurator import ConfigError, read_json
+from configurator import ConfigError
 from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
+from mixture import read_laws
 from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
@@ -343,13 +344,14 @@ def compared(params, N, D1, D2):
 
 def write_published(path, directory):
     """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
-    try:
-        content = read_json(path)
-        params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
-        sizes, D2 = np.geomspace(*content["ranges"]["upcycled"]["N"], 3), np.geomspace(1e9, 1e12, 61)
-        curves = {n: {d1: (D2, *compared(params, n, d1, D2)) for d1 in D1_OF_CURVES} for n in sizes}
-    except (ConfigError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
+    content, laws = read_laws(path)[0], ("dense", "moe", "upcycled")
+    sizes = content.get("ranges", {}).get("upcycled", {}).get("N")
+    if not sizes or not set(laws) <= set(content["laws"]):
+        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled laws and their range of N")
+    params = {law: content["laws"][law]["params"] for law in laws}
+    D2 = np.geomspace(1e9, 1e12, 61)
+    curves = {n: {d1: (D2, *compared(params, n, d1, D2)) for d1 in D1_OF_CURVES}
+              for n in np.geomspace(*sizes, 3)}
     write_report("Loss matching against a published law",
                  {"What was compared": [f"Source: {content.get('source', path)}", MATCHING_WORDS]},
                  {"loss_matching": (figures.loss_matching(curves), MATCHING_CAPTION)}, directory)

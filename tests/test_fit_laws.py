@@ -171,10 +171,11 @@ def test_pilots_of_the_quick_study_predict_longer_training_of_every_checkpoint(t
     for n in sizes:
         others, law = [row for row in rows if row["N"] != n], "upcycled.effective_data_shared"
         fitted = uncertainty.fit_with_noise(others, shared_system(law))
-        alpha = float(fitted.params(law)["alpha"])
-        entry = {"params": {"alpha": alpha}, "draws": {"alpha": [alpha - 0.02, alpha + 0.02]}}
+        params = {name: float(value) for name, value in fitted.params(law).items()}
+        alpha, draws = params["alpha"], {name: [value, value] for name, value in params.items()}
+        entry = {"params": params, "draws": draws | {"alpha": [alpha - 0.02, alpha + 0.02]}}
         path = tmp_path / f"{n}.json"
-        path.write_text(json.dumps({"laws": {law: entry}}))
+        path.write_text(json.dumps({"version": 2, "laws": {law: entry}}))
         priors[n] = F.alpha_prior(str(path))
         assert priors[n] == pytest.approx((alpha, math.hypot(0.02, 0.12 * alpha)))
     assert F.rms(short) == pytest.approx(0.0296, abs=0.002)

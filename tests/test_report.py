@@ -233,16 +233,17 @@ def test_loss_matching_of_the_published_laws_and_where_it_agrees(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    None, "{", "[]", "{}", '{"laws": {"dense": {"params": {}}}}', '{"laws": 3}',
-    json.dumps({"laws": {law: {"params": params} for law, params in TABLE2.items()},
+    None, "{", "[]", '{"version": 1, "laws": {"dense": {"params": {}}}}', '{"version": 1, "laws": 3}',
+    json.dumps({"version": 1, "laws": {law: {"params": TABLE2[law]} for law in ("dense", "moe")}}),
+    json.dumps({"version": 1, "laws": {law: {"params": params} for law, params in TABLE2.items()},
                 "ranges": {"upcycled": {"N": 3}}}),
-    json.dumps({"laws": {law: {"params": {"A": "x"}} for law in TABLE2},
+    json.dumps({"version": 1, "laws": {law: {"params": {"A": "x"}} for law in TABLE2},
                 "ranges": {"upcycled": {"N": [1e6, 1e9]}}})])
 def test_a_file_of_no_published_laws_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "laws.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match="no laws file with dense, moe and upcycled") as error:
+    with pytest.raises(ConfigError, match="laws.json: ") as error:
         report.write_published(str(path), str(tmp_path / "out"))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
