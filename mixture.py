@@ -75,9 +75,10 @@ def check_laws(path, content):
     for part in ("laws", "ranges", "models", "origin", "bits_per_nat"):
         check_numbers(f"{path}: {part}", content.get(part, {}), part)
     check_origin(path, content.get("origin", {}))
-    for law in content["laws"]:
+    for law, entry in content["laws"].items():
         if law not in LAWS:
             raise ConfigError(f"{path}: laws.{law} is no law that this program knows")
+        drawn(f"{path}: laws.{law}", law, entry, 1)
     if not content["laws"]:
         raise ConfigError(f"{path}: holds no laws")
 
