@@ -125,9 +125,9 @@ def whitened(values, whiten):
 def descend(problem, theta, delta, y=None, whiten=None, prior=None, max_steps=400, tolerance=1e-11):
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
-    y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
-    by; a row of zeros leaves a row out. delta: Huber's. prior: (place of a
-    parameter, its mean, a number or (S,), its standard deviation) counts as one more whitened residual.
+    delta: Huber's. y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals
+    are multiplied by; a row of zeros leaves a row out. prior: (place of a parameter, its mean, a number or
+    (S,), its standard deviation) counts as one more whitened residual.
     """
     theta = np.array(theta, float)
     count, n = len(theta), len(problem.y)

@@ -76,11 +76,11 @@ def local_exponent(tokens, loss):
 # ---------------------------------------------------------------------------------------------------------
 # Axes
 
-def panels(count, height=3.4, sharey=False):
+def panels(count, sharey=False):
     """A figure with `count` axes, at most three side by side, and room for a legend right of them."""
     columns = 2 if count == 4 else min(count, 3)
     lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns + 2.2, height * lines),
+    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns + 2.2, 3.4 * lines),
                                 squeeze=False, sharey=sharey)
     for axis in axes.flat[count:]:
         axis.set_axis_off()

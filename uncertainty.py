@@ -227,7 +227,7 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior
 
 def refits(fitted, count, **changes):
     """(count, p) refits from the estimate; where a parameter of it is at a bound, which a descent from
-    there cannot leave, also from the best start of the grid. `changes` go to laws.descend."""
+    there cannot leave, also from the best start of the grid. `changes` go to engine.descend."""
     problem, arguments = fitted.problem, {"whiten": fitted.whiten, "prior": fitted.prior} | changes
     theta, cost = descend(problem, np.tile(fitted.theta, (count, 1)), fitted.delta, **arguments)
     if ((fitted.theta > problem.low) & (fitted.theta < problem.high)).all():
