@@ -226,8 +226,11 @@ def residuals(rows, law, entry):
 def against_copy(differences):
     """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
 
-    differences is that of report.method_differences.
+    differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
     """
+    if len({label for label, _, _ in differences}) == 1:
+        differences = {(f"{label},\nD1 = {short(d1)}", n, ""): cells
+                       for (label, n, d1), cells in differences.items()}
     labels = list(dict.fromkeys(label for label, _, _ in differences))
     places = few(sorted({(n, d1) for _, n, d1 in differences}))
     figure, axes = panels(len(places), sharey=True)
@@ -245,7 +248,8 @@ def against_copy(differences):
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.set(xlabel="D2 (tokens after upcycling)", title=f"N = {short(n)}, D1 = {short(d1)}")
+        title = f"N = {short(n)}" + (f", D1 = {short(d1)}" if d1 else "")
+        axis.set(xlabel="D2 (tokens after upcycling)", title=title)
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
     legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
     return figure

@@ -475,8 +475,8 @@ def test_of_the_clear_verdicts_95_percent_are_right(tmp_path, capsys):
         book = book_of(M.read_laws(str(out / "laws.json"))[0], 1.6)
         for _ in range(150):
             N, D1, tokens = np.exp(random.uniform(np.log([1e4, 2e5, 1e5]), np.log([2e5, 3e7, 3e7])))
-            asked = question(N, D1, 6 * N * 1.6 * tokens)
-            found = P.compare(book, {option: (family, P.spent(book, asked, family, N))
+            here = question(N, D1, 6 * N * 1.6 * tokens)
+            found = P.compare(book, {option: (family, P.spent(book, here, family, N))
                                      for option, family in P.NOW.items()})
             true = {P.DENSE: losses["dense"](N, D1 + 1.6 * tokens), P.SCRATCH: losses["moe"](N, tokens),
                     P.UPCYCLE: losses["upcycled"](N, D1, tokens)}
