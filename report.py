@@ -155,7 +155,7 @@ def methods_table(differences):
 def profile_table(profile):
     """alpha3 with E held at each value and all else refitted, and how much worse that fit is."""
     return aligned(["E held at", "alpha3", "objective above its least", "in the 95 % interval of E"], [
-        [f"{E:.3f}", f"{alpha3:.4f}", percent(above), "yes" if inside else ""]
+        [f"{E:.3f}", f"{alpha3:.3g}", percent(above), "yes" if inside else ""]
         for E, alpha3, above, inside in zip(*profile.values()) if above < 1])
 
 

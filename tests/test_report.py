@@ -383,7 +383,7 @@ def test_report_has_a_section_for_all_that_is_known_and_each_figure(tmp_path):
     assert headings == ["Terms", "The laws", "What was measured", "Warnings", "What was found",
                         "Claims under variations of the analysis", "How well the laws predict",
                         "Noise and misfit", "Parameters", "alpha3 of the interaction law along E"]
-    assert re.search(r"\| 0.200 +\| 0.0020 +\| 10.00 % +\|  ", text) and "0.0030" not in text
+    assert re.search(r"\| 0.200 +\| 0.002 +\| 10.00 % +\|  ", text) and "| 0.003 " not in text
     assert all(f"`{law}`" in text and law_name(law) in text for law in LAWS)  # under The laws
     lowest = min(row["loss"] for row in rows if row["family"] == "moe")
     assert f", lowest loss {lowest:.4f} nats a token ({lowest / 2:.4f} bits a byte)\n" in text
