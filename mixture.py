@@ -238,7 +238,7 @@ def sample(book, law, family, variables, method="copy"):
     return losses * np.exp(error * book["normal"][family].reshape((-1,) + (1,) * (losses.ndim - 1)))
 
 
-def losses(book, laws, family, variables, method="copy"):
+def losses_of(book, laws, family, variables, method="copy"):
     """((laws, ...) losses of one family by some laws, (laws * draws, ...) draws of them)."""
     return (np.array([estimate(law, family, variables, method) for law in laws]),
             np.concatenate([sample(book, law, family, variables, method) for law in laws]))

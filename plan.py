@@ -22,7 +22,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from laws import head_start, short
-from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, losses,
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, losses_of,
                      quantile, read_laws, routes, weights_of_draws)
 from plan_page import WORDS, folded, percent, say, say_answer, write_page
 from rows import FAMILIES, loss_columns
@@ -145,11 +145,11 @@ def compare(book, points, reasons=()):
     weights, method, methods, found = [law["weight"] / total for law in kept], None, {}, {}
     for option, (family, variables) in points.items():
         if family == "upcycled":
-            methods = {name: losses(book, kept, family, variables, name) for name in book["methods"]}
+            methods = {name: losses_of(book, kept, family, variables, name) for name in book["methods"]}
             method = min(methods, key=lambda name: np.dot(weights, methods[name][0]))
             found[option] = methods[method]
         else:
-            found[option] = losses(book, kept, family, variables)
+            found[option] = losses_of(book, kept, family, variables)
     options, laws = summary(found, weights, book), {}
     for i, law in enumerate(kept):
         of_law = {option: float(estimates[i]) for option, (estimates, _) in found.items()}
@@ -194,8 +194,8 @@ def overtaking(book, question, laws, method):
     """
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
     x, kept = D1 * np.geomspace(1e-4, 1e4, 161), [law for law in book["laws"] if law["name"] in laws]
-    scratch = losses(book, kept, "moe", {"N": N, "D": x} | moe)
-    upcycled = losses(book, kept, "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
+    scratch = losses_of(book, kept, "moe", {"N": N, "D": x} | moe)
+    upcycled = losses_of(book, kept, "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
     stars, draws = (first_crossing(x, one - other) for one, other in zip(scratch, upcycled))
     weights = weights_of_draws(book, [laws[law["name"]]["weight"] for law in kept])
     return ({law["name"]: finite(star) for law, star in zip(kept, stars)},
