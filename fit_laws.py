@@ -309,12 +309,13 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """[warning] on parameters that these rows do not identify or that are fixed, and on laws that hold at one
-    D, D1 and D2 by their definition."""
+    """[warning] on parameters that these rows do not identify, and on laws that hold at one D, or at one D,
+    D1 and D2 by their definition."""
     found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
         for name, why in entry["not_identified"].items():
-            found.setdefault(why, {}).setdefault(law, []).append(name)
+            if why.endswith(("bound of the fit", "sign is open", "another D")):
+                found.setdefault(why, {}).setdefault(law, []).append(name)
     notes = [", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
              for why, of_laws in found.items()]
     for law, entry in entries.items():
