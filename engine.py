@@ -8,11 +8,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
 
-from laws import LEAST_GAP, SHARED_CURVE, parameter_names
+from laws import LEAST_GAP, MATCHING
 from problem import Problem, build
-from rows import KNOBS
 
 # ---------------------------------------------------------------------------------------------------------
 # Loss and Jacobian
@@ -32,7 +30,7 @@ def log_head_start(problem, theta, terms):
     H is c D1^gamma, or saturates at H_max, or is where the MoE's loss from scratch equals the dense model's.
     """
     head, alpha = problem.head, theta[:, problem.head.alpha, None]
-    if head.dense is not None:
+    if len(head.dense):
         dense, portion = log_sum(np.matmul(theta, head.dense))
         slope = sum(portion[k][:, None, :] * head.dense[k] for k in range(len(head.dense)))
         if head.delta is not None:
@@ -98,14 +96,13 @@ def huber(residual, delta):
     return np.where(size <= delta, 0.5 * size * size, delta * (size - 0.5 * delta))
 
 
-def marquardt_step(problem, theta, gradient, jacobian, weight, damping, free):
+def marquardt_step(problem, theta, gradient, jacobian, weight, damping):
     """(trial theta (S, p), decrease promised by the quadratic model (S,)) of one Levenberg-Marquardt step.
 
     A parameter at a bound that the step would cross is held. A coefficient steps linearly in its raw value,
     which takes 20 times fewer steps than in its logarithm.
     """
-    held = ((theta <= problem.low) & (gradient < 0)) | ((theta >= problem.high) & (gradient > 0))
-    movable = ~held if free is None else ~held & free
+    movable = ~((theta <= problem.low) & (gradient < 0) | (theta >= problem.high) & (gradient > 0))
     jacobian, gradient = jacobian * movable[:, :, None], gradient * movable
     hessian = (jacobian * weight[:, None, :]) @ jacobian.transpose(0, 2, 1)
     diagonal = np.einsum("sii->si", hessian)
@@ -125,14 +122,12 @@ def whitened(values, whiten):
     return (whiten @ values.reshape(-1, values.shape[-1]).T).T.reshape(values.shape)
 
 
-def descend(problem, theta, delta, y=None, whiten=None, free=None, prior=None, max_steps=400,
-            tolerance=1e-11):
+def descend(problem, theta, delta, y=None, whiten=None, prior=None, max_steps=400, tolerance=1e-11):
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
-    y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals are multiplied
-    by; a row of zeros leaves a row out. delta: Huber's, one number or (n,). free: (p,) False holds a
-    parameter. prior: (place of an exponent, its mean, a number or (S,), its standard deviation) counts as one
-    more whitened residual.
+    delta: Huber's. y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals
+    are multiplied by; a row of zeros leaves a row out. prior: (place of a parameter, its mean, a number or
+    (S,), its standard deviation) counts as one more whitened residual.
     """
     theta = np.array(theta, float)
     count, n = len(theta), len(problem.y)
@@ -156,7 +151,7 @@ def descend(problem, theta, delta, y=None, whiten=None, free=None, prior=None, m
         cost = huber(residual, delta).sum(axis=1)
         weight = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
         gradient = (jacobian @ (weight * residual)[:, :, None])[:, :, 0]
-        target, gain = marquardt_step(problem, theta[live], gradient, jacobian, weight, damping[live], free)
+        target, gain = marquardt_step(problem, theta[live], gradient, jacobian, weight, damping[live])
         trial, trial_jacobian = tried(target, live)
         with np.errstate(invalid="ignore"):
             trial_cost = huber(trial, delta).sum(axis=1)
@@ -174,83 +169,47 @@ def descend(problem, theta, delta, y=None, whiten=None, free=None, prior=None, m
     return theta, final
 
 
-def starts(problem):
-    """Starts (S, p): the grid's, or what a simpler law of the same rows is fitted to, with new parameters
-    on a grid."""
-    head = problem.head
-    plain = head is None or head.H_max is None and head.dense is None
-    if plain and not problem.methods and not problem.shift.any():
-        return grid_starts(problem)
-    rows = [{name: row[name] for name in row if name not in ("method", *KNOBS)} for row in problem.rows]
-    system = {family: "upcycled.effective_data_shared" if law in SHARED_CURVE else law
-              for family, law in problem.system.items()}
-    if head.dense is not None:  # loss matching starts from the dense and MoE laws alone
-        system = {"dense": "dense", "moe": "moe"}
-    simple = fit(rows, system, problem.options["share"], 0.01, problem.options["A_of_N"], quick=True)
-    known = {law: simple.params(law) for law in set(system.values())}
-    found = []
-    for ceiling in (0.3, 3.0, 100.0) if head.H_max is not None else (1.0,):
-        raw = []
-        for name, is_log in zip(problem.names, problem.is_log):
-            owner, _, short = name.rpartition(":")
-            short = short.partition("|")[0]
-            laws = [owner, "upcycled.effective_data_shared", "moe", *known]
-            value = next((known[law][short] for law in laws if short in known.get(law, ())), 0.0)
-            if short == "H_max":
-                value = ceiling * max(row["D1"] for row in rows if "D1" in row)
-            raw.append(math.log(max(value, 1e-300)) if is_log else value)
-        found.append(np.linalg.solve(problem.to_raw, np.array(raw) - problem.to_raw0))
-    return np.clip(found, problem.low + 1e-6, problem.high - 1e-6)
-
-
-def grid_starts(problem, keep=3):
+def starts(problem, keep=3):
     """Starts (S, p) by variable projection: with exponents on a grid and E a share of the lowest loss, the
     other coefficients are a linear least-squares problem, solved in closed form and kept positive. The
     best of each law and each E are joined."""
-    low = math.exp(problem.y.min())
-    has_constant = any(not exponents for _, terms in problem.layout.values() for exponents in terms.values())
-    shares = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95) if has_constant else (0.0,)
-    starts = np.zeros((len(shares), keep, len(problem.names)))
-    for here, terms in problem.layout.values():
-        coefficients = [a for a, exponents in terms.items() if exponents]
-        exponents, theta, basis = grid_of_exponents(problem, here, terms, coefficients)
+    low, shares = math.exp(problem.y.min()), (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)
+    found = np.zeros((len(shares), keep, len(problem.names)))
+    for law, terms in problem.laws.items():
+        places, here = problem.places(law), problem.law_of_row == law
+        if law in MATCHING:  # its head start follows from the laws of rows from scratch
+            here = here & ~problem.head.started
+        coefficients = [places[name] for name in terms if terms[name]]
+        constants = [places[name] for name in terms if not terms[name]]
+        own, theta = grid_of_exponents(problem, law)
+        slots = [problem.slots.index(name) for name in terms if terms[name]]
+        basis = np.exp(log_terms(problem, theta)[0][slots][:, :, here] - problem.y[here])  # (k, G, n)
         normal = np.einsum("jgn,kgn->gjk", basis, basis)
-        ridge = 1e-9 * np.einsum("gjj->gj", normal).max(axis=1)[:, None, None] * np.eye(len(coefficients))
+        ridge = 1e-9 * np.einsum("gjj->gj", normal).max(axis=1)[:, None, None] * np.eye(len(slots))
         mean = basis.mean(axis=2)
         for i, share in enumerate(shares):
-            target = 1.0 - share * low / np.exp(problem.y)[here]
+            target = 1.0 - share * bool(constants) * low / np.exp(problem.y)[here]
             value = np.linalg.solve(normal + ridge, (basis @ target).T[:, :, None])[:, :, 0]
             value = np.maximum(value, 0.02 * target.mean() / mean.T)
             cost = ((np.einsum("gk,kgn->gn", value, basis) - target) ** 2).sum(axis=1)
             best = np.resize(np.argsort(cost)[:keep], keep)
-            starts[i, :, exponents] = theta[best][:, exponents].T
-            starts[i, :, coefficients] = np.log(value[best]).T
-            for a in terms.keys() - set(coefficients):
-                starts[i, :, a] = math.log(max(share, 1e-3) * low)
-    return starts.reshape(-1, len(problem.names))
+            found[i, :, own] = theta[best][:, own].T
+            found[i, :, coefficients] = np.log(value[best]).T
+            found[i, :, constants] = math.log(share * low)
+    return np.clip(found.reshape(-1, len(problem.names)), problem.low, problem.high)
 
 
-def grid_of_exponents(problem, here, terms, coefficients):
-    """(places of a law's exponents, parameters (G, p) at each point of their grid, the law's terms there
-    over the measured loss (k, G, n) with coefficients of 1)."""
-    grid = {j: values for exponents in terms.values() for j, values in exponents.items()}
-    theta = np.zeros((math.prod(map(len, grid.values())), len(problem.names)))
-    theta[:, list(grid)] = list(itertools.product(*grid.values()))
-    slots = [next(k for k, places in enumerate(problem.used) if a in places) for a in coefficients]
-    return list(grid), theta, np.exp(log_terms(problem, theta)[0][slots][:, :, here] - problem.y[here])
-
-
-def family_deltas(problem, residual):
-    """(n,) Huber's delta of each row: 1.345 robust standard deviations of its family's residuals (n,).
-
-    The standard deviation is the median absolute residual times 1.4826, corrected for the fitted parameters.
-    """
-    families, delta = np.array([row["family"] for row in problem.rows]), np.zeros(len(residual))
-    correction = math.sqrt(len(residual) / max(len(residual) - len(problem.names), 1))
-    for family in problem.system:
-        members = families == family
-        delta[members] = 1.345 * 1.4826 * correction * np.median(np.abs(residual[members]))
-    return np.maximum(delta, 1e-7)
+def grid_of_exponents(problem, law):
+    """(places of a law's exponents, parameters (G, p) at each point of their grid)."""
+    grid_name = [name.partition("|")[0] for name in problem.names]  # methods start alike
+    used = {grid_name[j] for name, j in problem.places(law).items()
+            if j is not None and not name.startswith("dense_")}
+    grid = {name: values if name in used else values[:1] for name, values in problem.grid.items()}
+    points = list(itertools.product(*grid.values()))
+    theta = np.zeros((len(points), len(problem.names)))
+    for name, values in zip(grid, zip(*points)):
+        theta[:, [other == name for other in grid_name]] = np.reshape(values, (-1, 1))
+    return [j for j, name in enumerate(grid_name) if name in used & grid.keys()], theta
 
 
 @dataclass
@@ -258,7 +217,7 @@ class Fit:
     """A fitted system of laws."""
     problem: Problem
     theta: np.ndarray      # (p,) centred
-    delta: object          # Huber's: one number or (n,), on log residuals, or on whitened ones
+    delta: float           # Huber's, on log residuals, or on whitened ones
     cost: float
     residual: np.ndarray   # (n,) ln measured - ln fitted
     whiten: object = None  # (n, n) what residuals were multiplied by, or None
@@ -274,51 +233,15 @@ class Fit:
         problem, theta = self.problem, self.theta if theta is None else theta
         raw = theta @ problem.to_raw.T + problem.to_raw0
         raw = np.where(problem.is_log, np.exp(raw), raw)
-        found = {name: raw[..., place] for name, place in problem.places(law, method).items()}
-        for prefix, owner in (("dense_", "dense"), ("", law)):
-            for name, (value, _) in problem.fixed.get(owner, {}).items():
-                found[prefix + name] = np.full(theta.shape[:-1], value)[()]
-        names = parameter_names(law, problem.options["A_of_N"])
-        return {name: found[name] for name in names if name in found}
+        return {name: np.zeros(theta.shape[:-1])[()] if place is None else raw[..., place]
+                for name, place in problem.places(law, method).items()}
 
 
-def fit(rows, system, share=("E",), delta="auto", A_of_N=False, quick=False):
+def fit(rows, system, share=("E",), delta=0.01, A_of_N=False):
     """The Fit of a system {family: law}: starts, then Huber least squares on ln loss with the analytic
-    Jacobian.
-
-    delta is Huber's on log residuals; "auto" is 1.345 robust standard deviations of each family's residuals.
-    quick stops early, for a start.
-    """
+    Jacobian. delta is Huber's, on log residuals."""
     problem = build(rows, system, share, A_of_N)
-    theta, cost = descend(problem, starts(problem), 0.02 if delta == "auto" else max(delta, 0.005),
-                          max_steps=7, tolerance=1e-4)
-    theta = theta[np.argsort(cost)[:2]]
-    width = delta
-    for tolerance in (1e-5, 1e-5, 1e-11) if delta == "auto" else (1e-4 if quick else 1e-11,):
-        if delta == "auto":
-            width = family_deltas(problem, problem.y - evaluate(problem, theta[:1])[0][0])
-        theta, cost = descend(problem, theta, width, tolerance=tolerance, max_steps=30 if quick else 400)
-        theta = theta[[np.argmin(cost)]]
-    theta, cost = theta[0], float(np.min(cost))
-    if not quick:
-        theta, cost = polish(problem, theta, width, cost)
-    return Fit(problem, theta, width, cost, problem.y - evaluate(problem, theta[None])[0][0])
-
-
-def polish(problem, theta, delta, cost):
-    """(theta, objective) after scipy's least squares from theta, over the parameters that are inside their
-    bounds."""
-    inside = (theta > problem.low) & (theta < problem.high)
-
-    def full(part):
-        return np.where(inside, np.bincount(np.flatnonzero(inside), part, len(theta)), theta)[None]
-
-    best = least_squares(
-        lambda part: (evaluate(problem, full(part))[0][0] - problem.y) / delta, theta[inside],
-        jac=lambda part: evaluate(problem, full(part))[1][0, inside].T / np.reshape(delta, (-1, 1)),
-        loss="huber", x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=50)
-    found = full(best.x)[0]
-    lowest = huber(problem.y - evaluate(problem, found[None])[0][0], delta).sum()
-    if lowest <= cost and (found >= problem.low).all() and (found <= problem.high).all():
-        return found, float(lowest)
-    return theta, cost
+    theta, cost = descend(problem, starts(problem), max(delta, 0.01), max_steps=7, tolerance=1e-4)
+    theta, cost = descend(problem, theta[np.argsort(cost)[:2]], delta)
+    theta = theta[[np.argmin(cost)]]
+    return Fit(problem, theta[0], delta, float(cost.min()), problem.y - evaluate(problem, theta)[0][0])

@@ -11,7 +11,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import RIVALS, law_name, predict, short
-from problem import variable
+from problem import point_of
 from rows import method_label
 
 plt.rcParams.update({
@@ -20,11 +20,7 @@ plt.rcParams.update({
 FAMILY_STYLES = {  # name, marker and colour
     "dense": ("dense", "o", "#888888"), "moe": ("MoE from scratch", "s", "#222222"),
     "upcycled": ("upcycled", "D", "#3b6fb6")}
-RIVAL_STYLES = dict(zip(RIVALS, (  # colour and dashes
-    ("#c0392b", "-"), ("#7f8c8d", ":"), ("#b8860b", "-."), ("#27874a", "--"), ("#5b3b9c", (0, (4, 1, 1, 1))),
-    ("#0f8b8d", (0, (5, 2))), ("#d35400", (0, (6, 1))), ("#2c3e90", (0, (2, 1))), ("#7fb3d5", (0, (1, 1))),
-    ("#d35400", "-"))))
-VARIABLES = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
+RIVAL_STYLES = {law: (plt.cm.tab10(i), ("-", "--", "-.")[i % 3]) for i, law in enumerate(RIVALS)}
 
 
 def of_family(rows, family, **values):
@@ -60,9 +56,7 @@ def predicted_losses(rows, law, entry):
         fitted = entry if row_law == law else entry.get("beside", {}).get(row_law)
         if fitted and all(row.get(name) == value for name, value in entry.get("at", {}).items()):
             fitted = entry.get("methods", {}).get(method_label(row), entry) if own else fitted
-            values = {name: variable(row, name) for name in VARIABLES}
-            values = {name: value for name, value in values.items() if not np.isnan(value)}
-            losses[i] = predict(row_law, fitted["params"], **values)
+            losses[i] = predict(row_law, fitted["params"], **point_of(row))
     return losses
 
 
@@ -75,19 +69,18 @@ def t_interval(values):
 
 def local_exponent(tokens, loss):
     """d ln loss / d ln tokens by least squares over (n,) points, and its standard error."""
-    x, y = (np.log(values) - np.log(values).mean() for values in (tokens, loss))
-    slope = (x * y).sum() / (x * x).sum()
-    return slope, np.sqrt(((y - slope * x) ** 2).sum() / max(len(x) - 2, 1) / (x * x).sum())
+    line = stats.linregress(np.log(tokens), np.log(loss))
+    return line.slope, line.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Axes
 
-def panels(count, height=3.4, sharey=False):
+def panels(count, sharey=False):
     """A figure with `count` axes, at most three side by side, and room for a legend right of them."""
     columns = 2 if count == 4 else min(count, 3)
     lines = -(-count // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns + 2.2, height * lines),
+    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns + 2.2, 3.4 * lines),
                                 squeeze=False, sharey=sharey)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
@@ -230,57 +223,33 @@ def residuals(rows, law, entry):
     return figure
 
 
-def alpha3_along_E(profiles):
-    """alpha3 with E held at each value, and how much worse that fit is: one panel a {title: profile}."""
-    figure, axes = panels(len(profiles), height=3.0)
-    for axis, (title, profile) in zip(axes, profiles.items()):
-        near = np.array(profile["objective"]) < 1
-        E, alpha3, objective = (np.array(profile[key])[near] for key in ("E", "alpha3", "objective"))
-        axis.plot(E, alpha3, color="#c0392b", label="alpha3")
-        axis.plot(*profile["fit"], "o", color="#c0392b", label="the fit")
-        axis.axhline(0, color="black", lw=0.8)
-        likely = E[objective < profile["inside"]]
-        if len(likely):
-            axis.axvspan(likely[0], likely[-1], color="#c0392b", alpha=0.12, lw=0,
-                         label="95 % likelihood\ninterval of E")
-        axis.set(xlabel="E held at (nats per token)", title=title)
-        right = axis.twinx()
-        right.plot(E, 100 * objective, color="#888888", ls="--",
-                   label="objective above its\nleast (%, right axis)")
-        right.set_ylim(0, 105)
-        right.spines["right"].set_visible(True)
-    axes[0].set_ylabel("alpha3, all else refitted")
-    legend_outside(figure, [axes[0], right])
-    return figure
-
-
 def against_copy(differences):
     """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
 
     differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
     """
-    alone = len({label for label, _, _ in differences}) == 1
-    names = {key: f"{key[0]},\nD1 = {short(key[2])}" if alone else key[0] for key in differences}
-    labels = list(dict.fromkeys(names.values()))
-    places = few(sorted({(n, 0 if alone else d1) for _, n, d1 in differences}))
+    if len({label for label, _, _ in differences}) == 1:
+        differences = {(f"{label},\nD1 = {short(d1)}", n, ""): cells
+                       for (label, n, d1), cells in differences.items()}
+    labels = list(dict.fromkeys(label for label, _, _ in differences))
+    places = few(sorted({(n, d1) for _, n, d1 in differences}))
     figure, axes = panels(len(places), sharey=True)
     for axis, (n, d1) in zip(axes, places):
-        here = {key: cells for key, cells in differences.items() if key[1] == n and (alone or key[2] == d1)}
+        here = {key[0]: cells for key, cells in differences.items() if key[1:] == (n, d1)}
         tokens = sorted({d2 for cells in here.values() for d2 in cells})
-        for key, cells in here.items():
-            place = labels.index(names[key])
+        for label, cells in here.items():
+            place = labels.index(label)
             x = np.array(list(cells)) * aside(tokens, place, len(labels))
             mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
-            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10),
-                          label=names[key])
+            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10), label=label)
         axis.axhline(0, color="black", lw=0.8, ls=":")
         log_axis(axis, tokens)
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)
         axis.yaxis.set_major_locator(ticker.FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.set(xlabel="D2 (tokens after upcycling)",
-                 title=f"N = {short(n)}" + f", D1 = {short(d1)}" * (d1 > 0))
+        title = f"N = {short(n)}" + (f", D1 = {short(d1)}" if d1 else "")
+        axis.set(xlabel="D2 (tokens after upcycling)", title=title)
     axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
     legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
     return figure

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import (REQUIRED, ConfigError, code_version, progress, read_json, run, setting,
+from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
                           write_text_atomically)
 
 import numpy as np
@@ -18,10 +18,11 @@ import numpy as np
 import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
-from problem import levels, levels_of_N, missing, variable, variables_of
+from mixture import read_laws
+from problem import levels, levels_of_N, missing, point_of, variable, variables_of
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
-from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, of_family,
-                         profile_E, standard_errors, unidentified)
+from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
+                         standard_errors, unidentified)
 
 # Laws that are fitted to the rows of one (D, D1, D2).
 AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
@@ -56,7 +57,7 @@ class Options:
 
 def resolve_repeats(rows, how):
     """([row], [text: what was done]) where no run is repeated: each group of one run_key gives the row of
-    its lowest loss, or its first row with the mean loss. Raises ConfigError where runs are repeated and
+    its first row with the lowest or the mean loss. Raises ConfigError where runs are repeated and
     how is "refuse"."""
     groups = {}
     for row in rows:
@@ -71,11 +72,8 @@ def resolve_repeats(rows, how):
     if how == "refuse":
         raise ConfigError(f"{said}; --repeats=mean takes their mean, --repeats=lowest the best of a search, "
                           "or add the columns that tell them apart (seed, trunk, learning_rate)")
-    kept = []
-    for group in groups.values():
-        best = min(group, key=lambda row: row["loss"])
-        mean = float(np.mean([row["loss"] for row in group]))
-        kept.append(best if how == "lowest" else group[0] | {"loss": mean})
+    take = {"lowest": min, "mean": np.mean}[how]
+    kept = [group[0] | {"loss": float(take([row["loss"] for row in group]))} for group in groups.values()]
     return kept, [f"{said}; the {how} loss of each is taken"]
 
 
@@ -134,23 +132,17 @@ def fit_settings(options, law):
 def alpha_prior(path):
     """(mean, standard deviation) of the alpha of MoEs from scratch in a laws file; None without a file.
 
-    Its draws say how sure it is, and how much it differs from size to size says what another size may have:
-    a tenth of it where the file does not say. Raises ConfigError.
+    Its draws say how sure it is, and another size may have another alpha: those of the three sizes of the
+    quick study differ by 12 %. Raises ConfigError.
     """
     if not path:
         return None
-    content = read_json(path)
-    try:
-        law = next(law for law in ("upcycled.effective_data_shared", "moe") if law in content["laws"])
-        entry, sizes = content["laws"][law], content.get("at_each_N", {}).values()
-        alpha, draws = float(entry["params"]["alpha"]), np.array(entry["draws"]["alpha"], float)
-        alphas = [float(fits[law]["params"]["alpha"]) for fits in sizes if law in fits]
-        sd = math.hypot(draws.std(), np.std(alphas, ddof=1) if len(alphas) > 1 else 0.1 * alpha)
-        if not 0 < sd < 10:
-            raise ValueError("no spread of an exponent")
-    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
-        raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha") from None
-    return alpha, sd
+    laws = read_laws(path)[0]["laws"]
+    entry = laws.get("upcycled.effective_data_shared") or laws.get("moe") or {}
+    if "draws" not in entry:
+        raise ConfigError(f"--prior={path}: has no law of MoEs from scratch with draws of alpha")
+    alpha = entry["params"]["alpha"]
+    return alpha, math.hypot(np.std(entry["draws"]["alpha"]), 0.12 * alpha)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -162,18 +154,6 @@ def rounded(params):
             for name, value in params.items()}
 
 
-def explained_rows(law, rows):
-    """The rows whose losses a law is there to explain: those of its own family."""
-    return [row for row in rows if row["family"] == law.partition(".")[0]]
-
-
-def short_entry(law, rows, fitted, held_out):
-    """What the entry of a law in laws.json says without draws."""
-    explained = explained_rows(law, rows)
-    return {"params": rounded(fitted.params(law)), "se_asymptotic": standard_errors(fitted, law),
-            "n": len(explained), "rmse_log": rms(errors(fitted, law, explained)), "held_out": held_out}
-
-
 def entries_of(laws, system, rows, options, tick):
     """({law: its entry in laws.json}, the Fit) of the laws of one system."""
     settings = fit_settings(options, system.get("upcycled"))
@@ -183,7 +163,7 @@ def entries_of(laws, system, rows, options, tick):
     problem, left_out, (noise, misfit) = fitted.problem, leave_trunk_out(fitted), fitted.noise.table()
     of_system = {"aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
                  "shared": sorted(set(settings["share"]) & set(problem.names)),
-                 "huber_delta": float(np.median(fitted.delta)), "noise": noise, "misfit": misfit}
+                 "huber_delta": float(fitted.delta), "noise": noise, "misfit": misfit}
 
     def fit_of(law, method=None):
         return {"params": rounded(fitted.params(law, method=method)),
@@ -191,18 +171,20 @@ def entries_of(laws, system, rows, options, tick):
 
     entries = {}
     for law in laws:
-        explained, draws = explained_rows(law, rows), fitted.params(law, theta)
-        names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
-        held_out = {name: extrapolate(rows, system, law, name, **settings)
-                    for name in names}
-        left = of_family(left_out, fitted, law.partition(".")[0])
+        family, draws = law.partition(".")[0], fitted.params(law, theta)
+        explained = [row for row in rows if row["family"] == family]
+        inside = errors(fitted, law, explained)
+        left = left_out[np.isfinite(left_out) & [row["family"] == family for row in problem.rows]]
         if law == "upcycled.loss_matching_0":  # it saw no upcycled trunk
-            left = errors(fitted, law, explained)
-        entry = short_entry(law, rows, fitted, held_out | {"trunk": counted(left)}) | of_system | fit_of(law)
-        entry["ci95"] = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}
-        fixed = {name: why for name, (_, why) in problem.fixed[law].items()}
-        entry["not_identified"] = fixed | unidentified(fitted, law, theta)
-        entry["params_at_delta_0.001"] = rounded(narrow.params(law))
+            left = inside
+        names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
+        entry = of_system | fit_of(law) | {
+            "n": len(explained), "rmse_log": rms(inside), "se_asymptotic": standard_errors(fitted, law),
+            "held_out": {name: extrapolate(rows, system, law, name, **settings) for name in names},
+            "ci95": {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()},
+            "not_identified": problem.fixed[law] | unidentified(fitted, law, theta),
+            "params_at_delta_0.001": rounded(narrow.params(law))}
+        entry["held_out"]["trunk"] = counted(left)
         if law in AT_ONE_DATA:
             entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}
         if problem.methods and law == system.get("upcycled"):
@@ -212,22 +194,6 @@ def entries_of(laws, system, rows, options, tick):
             entry["beside"] = {other: fit_of(other) for other in others if other != law}
         entries[law] = entry
     return entries, fitted
-
-
-def at_each_N(rows, options):
-    """({N: {law: {"params", "se_asymptotic", "n", "rmse_log", "held_out"}}}, {title: profile of E}) of the
-    upcycled laws fitted to one size at a time. They hold with no assumption on how N enters."""
-    found, profiles = {}, {}
-    for n in levels(row["N"] for row in rows if row["family"] == "upcycled"):
-        one = [row for row in rows if n <= row["N"] <= 1.05 * n]
-        for law, (system, chosen) in plan_fits(one, RIVALS)[0].items():
-            fitted = fit_with_noise(chosen, system, (), options.delta)
-            left_out = of_family(leave_trunk_out(fitted), fitted, "upcycled")
-            found.setdefault(f"{n:.6g}", {})[law] = short_entry(law, one, fitted,
-                                                                {"trunk": counted(left_out)})
-            if law == "upcycled":
-                profiles[f"N = {short(n)} alone"] = profile_E(fitted, law)
-    return found, profiles
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -248,10 +214,7 @@ def errors(fitted, law, rows):
     """(len(rows),) ln measured - ln predicted by a law of the fit for rows of the law's family, each by
     its own method, whether the fit saw them or not."""
     params = {label: fitted.params(law, method=label) for label in {method_label(row) for row in rows}}
-    names, predicted = variables_of(law), []
-    for row in rows:
-        point = {name: variable(row, name) for name in names}
-        predicted.append(float(predict(law, params[method_label(row)], **point)))
+    predicted = [predict(law, params[method_label(row)], **point_of(row)) for row in rows]
     return np.log([row["loss"] for row in rows]) - np.log(predicted)
 
 
@@ -298,10 +261,10 @@ def extrapolate(rows, system, law, name, **options):
 # ---------------------------------------------------------------------------------------------------------
 # The command
 
-def by_family(rows, of_members):
-    """{family: what a function says of its rows} of the families that have rows."""
-    families = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
-    return {family: of_members(members) for family, members in families.items() if members}
+def families_of(rows):
+    """{family: its rows} of the families that have rows."""
+    found = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
+    return {family: members for family, members in found.items() if members}
 
 
 def values_of(members, names):
@@ -313,11 +276,12 @@ def mixtures(rows):
     """Warnings, [text], where rows of one family come from different data or numbers of experts, where
     methods are mixed (only laws with a head start tell them apart), and where rows were made under
     different settings."""
-    found = {f"{family} rows": values for family, values in by_family(
-        rows, lambda members: values_of(members, ("data_sha256", "method", *EXPERTS))).items()}
+    found = {f"{family} rows": values_of(members, ("data_sha256", "method", *EXPERTS))
+             for family, members in families_of(rows).items()}
     said = []
     for who, columns in (found | {"rows": mixed_conditions(rows)}).items():
-        for key, values in ((key, values) for key, values in columns.items() if len(values) > 1):
+        for key in (key for key in columns if len(columns[key]) > 1):
+            values = columns[key]
             shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
                      for value in values[:5]]
             said.append(f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "
@@ -345,23 +309,19 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """[warning] on parameters that these rows do not identify, and on laws that hold at one horizon D, or at
-    one D, D1 and D2 by their definition."""
-    unclear, folded, notes = [], [], []
+    """[warning] on parameters that these rows do not identify, and on laws that hold at one D, or at one D,
+    D1 and D2 by their definition."""
+    found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
-        why = entry["not_identified"]
-        names = [name for name in why if why[name].endswith(("bound of the fit", "sign is open"))]
-        unclear += [f"{law} ({', '.join(names)})"] if names else []
-        folded += [law] if "one level of D" in why.get("A", "") else []
+        for name, why in entry["not_identified"].items():
+            if why.endswith(("bound of the fit", "sign is open", "another D")):
+                found.setdefault(why, {}).setdefault(law, []).append(name)
+    notes = [", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
+             for why, of_laws in found.items()]
+    for law, entry in entries.items():
         if "at" in entry:
             tokens = ", ".join(f"{name} = {short(value)}" for name, value in entry["at"].items())
             notes.append(f"{law} is fitted at {tokens} alone")
-    if folded:
-        notes.insert(0, f"{', '.join(folded)}: the rows have one horizon D, whose term is part of E; "
-                        "the law says nothing of other horizons")
-    if unclear:
-        notes.insert(0, f"these rows do not identify {', '.join(unclear)}; outside the data those laws say "
-                        "little")
     return notes
 
 
@@ -378,21 +338,12 @@ def models(rows):
     return list(found.values())
 
 
-def past_warm_up(row):
-    """Whether a run is at least WARM_UPS times as long as its warm-up; a row that does not say is."""
-    warm_up = (row.get("warmup_steps") or 0) * (row.get("tokens_per_step") or 0)
-    return row.get("D2", row.get("D")) >= WARM_UPS * warm_up
-
-
-def compared(entries):
-    """[(claim, whether it holds, text)] on the interaction law and the handicap law; [] where one is not
-    there."""
-    if not {"upcycled", "upcycled.handicap"} <= set(entries):
-        return []
-    interaction, handicap, found = entries["upcycled"], entries["upcycled.handicap"], []
+def compared(interaction, handicap):
+    """[(claim, whether it holds, text)] on the entries of the interaction law and the handicap law."""
+    found = []
     for claim, entry, name in (("alpha3 of the interaction law is positive", interaction, "alpha3"),
                                ("upcycling has a lasting cost kappa", handicap, "kappa")):
-        value, error = entry["params"][name], entry["se_asymptotic"][name]
+        value, error = float(entry["params"][name]), entry["se_asymptotic"][name]
         found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
     better = "the handicap law is better than the interaction law"
     gain = interaction["aicc"] - handicap["aicc"]
@@ -405,31 +356,31 @@ def compared(entries):
     return found
 
 
-def claims(rows, entries, options):
+def claims(rows, options):
     """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows,
     [note]).
 
     The variations drop the smallest D2, share B and beta among the families, and let A depend on N. All
-    leave out runs that are shorter than WARM_UPS times their warm-up.
+    leave out runs that are shorter than WARM_UPS times their warm-up; rows that do not name it are kept.
     """
-    long = [row for row in rows if past_warm_up(row)]
+    long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * (
+        (row.get("warmup_steps") or 0) * (row.get("tokens_per_step") or 0))]
     smallest = min((row["D2"] for row in long if row["family"] == "upcycled"), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
-    usual = fit_settings(options, "upcycled")
-    variations = {"as fitted": (long, usual), "without the smallest D2": (without, usual),
-                  "B and beta shared": (long, usual | {"share": ("E", "B", "beta")}),
-                  "A depends on N": (long, usual | {"A_of_N": True})}
-    found = {}
-    for variation, (chosen, settings) in variations.items():
-        if variation != "as fitted" or len(long) < len(rows):
-            entries = {}
-            for law, (system, explained) in plan_fits(chosen, ["upcycled", "upcycled.handicap"])[0].items():
-                fitted = fit_with_noise(explained, system, **settings)
-                held_out = {name: extrapolate(explained, system, law, name, **settings)
-                            for name in ("D1", "D2")}
-                entries[law] = short_entry(law, explained, fitted, held_out) | {"aicc": aicc(fitted)}
-        for claim, holds, text in compared(entries):
-            found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
+    usual, found = fit_settings(options, "upcycled"), {}
+    for variation, chosen, settings in (
+            ("as fitted", long, usual), ("without the smallest D2", without, usual),
+            ("B and beta shared", long, usual | {"share": ("E", "B", "beta")}),
+            ("A depends on N", long, usual | {"A_of_N": True})):
+        fits, _ = plan_fits(chosen, ["upcycled", "upcycled.handicap"])
+        entries = []
+        for law, (system, explained) in fits.items():
+            fitted = fit_with_noise(explained, system, **settings)
+            held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
+            entries.append({"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
+                            "aicc": aicc(fitted), "held_out": held_out})
+        for claim, holds, text in compared(*entries) if len(entries) == 2 else ():
+            found.setdefault(claim, {})[variation] = {"holds": holds, "value": text}
     left = len(rows) - len(long)
     return found, [f"{left} rows have fewer than {WARM_UPS} times the tokens of their warm-up; the claims "
                    "leave them out"] if left else []
@@ -452,7 +403,7 @@ def main(options):
         os.makedirs(options.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
-    systems, entries, profiles = {}, {}, {}
+    systems, entries, profile = {}, {}, {}
     for law, (system, chosen) in fits.items():
         systems.setdefault(tuple(system.items()), (system, chosen, []))[2].append(law)
     with progress(options.draws * len(systems), "bootstrap", "draw") as bar:
@@ -460,20 +411,19 @@ def main(options):
             found, fitted = entries_of(laws, system, chosen, options, bar.update)
             entries |= found
             if "upcycled" in laws:
-                profiles["all N"] = profile_E(fitted, "upcycled")
-    claimed, left_out = claims(rows, entries, options) if not options.laws else ({}, [])
+                profile = profile_E(fitted, "upcycled")
+    claimed, left_out = claims(rows, options) if not options.laws else ({}, [])
     notes += notes_on(entries) + left_out
-    sizes, more = at_each_N(rows, options) if not options.laws else ({}, {})
-    profiles = {title: profile for title, profile in (profiles | more).items() if profile}
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
-    ranges = by_family(rows, lambda members: {
-        name: [extreme(row[name] for row in members) for extreme in (min, max)]
-        for name in FAMILIES[members[0]["family"]]})
-    out = {"version": 2, "laws": entries, "intervals": INTERVALS, "at_each_N": sizes, "ranges": ranges,
-           "origin": by_family(rows, lambda members: values_of(members, ORIGIN)), "models": models(rows),
+    families = families_of(rows)
+    ranges = {family: {name: [extreme(row[name] for row in families[family]) for extreme in (min, max)]
+                       for name in FAMILIES[family]} for family in families}
+    out = {"version": 2, "laws": entries, "intervals": INTERVALS, "ranges": ranges,
+           "origin": {family: values_of(families[family], ORIGIN) for family in families},
+           "models": models(rows),
            "bits_per_nat": ratio, "claims": claimed, "git": code_version(),
            "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
-    report.write(rows, out, profiles, notes, options.out)
+    report.write(rows, out, profile, notes, options.out)
     path = os.path.join(options.out, "laws.json")
     write_text_atomically(path, json.dumps(out, allow_nan=False))
     for block in (report.comparison_table(entries), report.methods_table(report.method_differences(rows)),

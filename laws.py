@@ -114,11 +114,9 @@ def parameter_names(law, A_of_N=False):
 def law_terms(law, A_of_N=False):
     """The terms of a law. With A_of_N the terms of data are also proportional to N^-nu, in laws that know
     N."""
-    terms = LAWS[law]
-    if not A_of_N or terms.get("B") != {"beta": "-N"}:
-        return terms
-    return {name: exponents | {"nu": "-N"} if name in ("A", "A1", "A2") else exponents
-            for name, exponents in terms.items()}
+    depends = A_of_N and LAWS[law].get("B") == {"beta": "-N"}
+    return {name: exponents | ({"nu": "-N"} if depends and name in ("A", "A1", "A2") else {})
+            for name, exponents in LAWS[law].items()}
 
 
 def head_start(law, params, N=None, D1=0.0):

@@ -28,7 +28,7 @@ MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that
 # the B of a law for one N. A misfit has its family as the key.
 TINY = 5e-324  # the smallest positive number
 LEAST = dict.fromkeys(("A", "A1", "A2", "c", "H", "H_max", "N", "D", "D1", "D2", "flops_per_token",
-                       "active_ratio", "bits_per_nat"), TINY)
+                       "bits_per_nat"), TINY)
 LEAST |= dict.fromkeys(("B", "E", "rms", "beyond", "rmse_log", "relative_error", *FAMILIES, *MOE), 0.0)
 
 
@@ -68,40 +68,27 @@ def check_origin(path, origin):
 
 
 def check_laws(path, content):
-    """Raises ConfigError, or another error where the structure is not that of a laws file, unless the laws
-    have all their parameters, numbers are finite, and all are of one origin."""
+    """Raises ConfigError, or another error where the structure is not that of a laws file, unless all laws
+    are known and of one origin and numbers are finite."""
     if content["version"] not in (1, 2):
         raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
-    for part in ("laws", "ranges", "models", "origin", "active_ratio", "bits_per_nat"):
+    for part in ("laws", "ranges", "models", "origin", "bits_per_nat"):
         check_numbers(f"{path}: {part}", content.get(part, {}), part)
     check_origin(path, content.get("origin", {}))
     for law, entry in content["laws"].items():
         if law not in LAWS:
             raise ConfigError(f"{path}: laws.{law} is no law that this program knows")
-        fits = {law: (law, entry)}
-        fits |= {f"{law}.beside.{other}": (other, fit) for other, fit in entry.get("beside", {}).items()}
-        fits |= {f"{law}.methods.{method}": (law, fit) for method, fit in entry.get("methods", {}).items()}
-        for where, (name, fit) in fits.items():
-            check_params(f"{path}: laws.{where}", name, fit)
+        drawn(f"{path}: laws.{law}", law, entry, 1)
     if not content["laws"]:
         raise ConfigError(f"{path}: holds no laws")
 
 
-def check_params(where, law, entry):
-    """Raises ConfigError where params or draws of a law are missing, are no numbers, or differ in number."""
-    try:
-        names, draws = {**dict.fromkeys(parameter_names(law)), **entry["params"]}, entry.get("draws")
-        np.array([[entry["params"][name], *(draws[name] if draws else ())] for name in names], float)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: its params or draws cannot be used ({error!r:.80})") from None
-
-
-def read_laws(path, wanted=""):
-    """(the laws file as a dict, its book for the wanted upcycled law or for all). Raises ConfigError."""
+def read_laws(path):
+    """(the laws file as a dict, its book). Raises ConfigError."""
     content = read_json(path)
     try:
         check_laws(path, content)
-        return content, make_book(path, content, wanted)
+        return content, make_book(path, content)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path}: not of a laws file ({error!r:.80})") from None
 
@@ -130,38 +117,40 @@ def weigh(entries):
     return {law: w / sum(kept.values()) for law, w in kept.items()}
 
 
-def drawn(law, entry, wanted):
+def drawn(where, law, entry, wanted):
     """{"law", "params", "draws"} of a law's parameters in an entry, with the wanted number of draws, or with
-    one where the entry has none."""
-    params = {name: float(entry["params"][name]) for name in parameter_names(law, A_of_N=True)
-              if name in entry["params"]}
-    draws = entry.get("draws") or {name: [value] for name, value in params.items()}
-    count = len(next(iter(draws.values())))
+    one where the entry has none. Raises ConfigError where some are missing or no numbers."""
+    try:
+        names = [name for name in parameter_names(law, A_of_N=True)
+                 if name in entry["params"] or name in parameter_names(law)]
+        params = {name: float(entry["params"][name]) for name in names}
+        draws = entry.get("draws") or {name: [value] for name, value in params.items()}
+        draws = np.array([draws[name] for name in names], float)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: its params or draws cannot be used ({error!r:.80})") from None
+    count = draws.shape[1]
     pick = [i * count // wanted if count > wanted else i % count for i in range(wanted)] if count > 1 else [0]
-    return {"law": law, "params": params,
-            "draws": {name: np.array([draws[name][i] for i in pick], float) for name in params}}
+    return {"law": law, "params": params, "draws": dict(zip(names, draws[:, pick]))}
 
 
-def routes_of(laws, name, wanted):
+def routes_of(path, laws, name, wanted):
     """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name.
 
-    Without a name it is the pair of the dense and the MoE law.
+    Without a name it is the pair of the dense and the MoE law. Published laws do not name their fit.
     """
-    entry = laws.get(name, {})
-    beside, system = entry.get("beside", {}), entry.get("fitted_with")
+    entry, where = laws.get(name, {}), f"{path}: laws.{name}"
     methods = (entry.get("methods") or {"copy": entry}) if name else {}
-    of_one_fit = name or laws["dense"].get("fitted_with") == laws["moe"].get("fitted_with")
-    routes = {"upcycled": {method: drawn(name, fit, wanted) for method, fit in methods.items()}}
+    system, fit = {"dense": "dense", "moe": "moe"}, laws
+    if "fitted_with" in entry:
+        system, fit = entry["fitted_with"], entry.get("beside", {}) | {name: entry}
+    elif not name and laws["dense"].get("fitted_with") != laws["moe"].get("fitted_with"):
+        fit = {}
+    routes = {"upcycled": {method: drawn(f"{where}.methods.{method}", name, of_method, wanted)
+                           for method, of_method in methods.items()}}
     for family in ("dense", "moe"):
-        law = (system or {}).get(family, family)
-        if law in beside:
-            routes[family] = drawn(law, beside[law], wanted)
-        elif system and system.get(family) == name:  # one curve serves both families
-            routes[family] = drawn(family, entry, wanted)
-        elif of_one_fit and not system and family in laws:  # published laws do not name their fit
-            routes[family] = drawn(family, laws[family], wanted)
-        else:
-            routes[family] = None
+        law = system.get(family)  # the upcycled law itself where one curve serves both families
+        routes[family] = drawn(f"{where}.beside.{law}", family if law == name else law, fit[law],
+                               wanted) if law in fit else None
     return routes
 
 
@@ -178,7 +167,8 @@ def misfit(laws, name, family):
 
 
 def make_book(path, content, wanted=""):
-    """All that an answer needs of a laws file, as a dict that the page gets as JSON. Raises ConfigError.
+    """All that an answer needs of a laws file, by one wanted upcycled law or by all of them, as a dict that
+    the page gets as JSON. Raises ConfigError.
 
     {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
     [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "models":
@@ -187,17 +177,12 @@ def make_book(path, content, wanted=""):
     """
     laws, origin, ratio = content["laws"], content.get("origin", {}), content.get("bits_per_nat")
     names = [law for law in RIVALS if law in laws]
-    if wanted and wanted not in names:
-        has = ", ".join(names) or "no upcycled law"
-        raise ConfigError(f"--law: '{wanted}' is not in {path}, which has {has}")
-    with_methods = [law for law in names if laws[law].get("methods")]  # the others know one way of upcycling
-    names = [wanted] if wanted else with_methods or names
     if not names and not {"dense", "moe"} <= set(laws):
         raise ConfigError(f"{path}: has no upcycled law, nor a dense and a MoE law to compare")
-    methods = {law: sorted(laws[law].get("methods") or ["copy"]) for law in names}
-    for law in names:
-        if methods[law] != methods[names[0]]:
-            raise ConfigError(f"{path}: laws.{law}.methods: they are not those of laws.{names[0]}")
+    names = [wanted] if wanted else names
+    methods_of = {law: sorted(laws[law].get("methods") or ["copy"]) for law in names}
+    methods = max(methods_of.values(), key=len, default=[])
+    names = [law for law in methods_of if methods_of[law] == methods]  # the others know fewer methods
     tests = [held_out(entry) for entry in laws.values()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
@@ -210,7 +195,7 @@ def make_book(path, content, wanted=""):
     draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
     random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
     return {"laws": [{"name": law, "label": law_name(law) or "dense and MoE", "weight": weight,
-                      "routes": routes_of(laws, law, draws),
+                      "routes": routes_of(path, laws, law, draws),
                       "misfit": {family: misfit(laws, law, family) for family in FAMILIES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,
@@ -219,7 +204,7 @@ def make_book(path, content, wanted=""):
             "models": {family: {model["N"]: model["flops_per_token"] / (6 * model["N"])
                                 for model in content.get("models", ()) if model["family"] == family}
                        for family in FAMILIES},
-            "methods": methods[names[0]] if names else [], "bits_per_nat": ratio and float(ratio),
+            "methods": methods, "bits_per_nat": ratio and float(ratio),
             "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILIES}}
 
 
@@ -235,8 +220,8 @@ def distance(book, family, variables):
     return found
 
 
-def losses_of(law, family, variables, method, part):
-    """Losses of one family by a law's "params" or by its "draws", which come first in the shape."""
+def estimate(law, family, variables, method="copy", part="params"):
+    """The loss of one family by a law's own "params" or, first in the shape, by each of its "draws"."""
     route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
     counts = {name: value for name, value in variables.items() if name not in MOE}
     shape = (-1,) + (1,) * max(np.ndim(value) for value in counts.values()) if part == "draws" else ()
@@ -244,18 +229,30 @@ def losses_of(law, family, variables, method, part):
     return predict(route["law"], params, **counts)
 
 
-def estimate(law, family, variables, method="copy"):
-    """The loss of one family by a law's own parameters."""
-    return losses_of(law, family, variables, method, "params")
-
-
 def sample(book, law, family, variables, method="copy"):
     """(draws, ...) losses of one family by a law's draws, each with a draw of misfit and of error of form."""
-    losses = losses_of(law, family, variables, method, "draws")
+    losses = estimate(law, family, variables, method, "draws")
     form = sum((EXPERTS_ERROR if name in MOE else FORM_ERROR) * ln_times
                for name, ln_times in distance(book, family, variables).items())
     error = np.sqrt(law["misfit"][family] ** 2 + np.asarray(form) ** 2)
     return losses * np.exp(error * book["normal"][family].reshape((-1,) + (1,) * (losses.ndim - 1)))
+
+
+def losses_of(book, laws, family, variables, method="copy"):
+    """((laws, ...) losses of one family by some laws, (laws * draws, ...) draws of them)."""
+    return (np.array([estimate(law, family, variables, method) for law in laws]),
+            np.concatenate([sample(book, law, family, variables, method) for law in laws]))
+
+
+def weights_of_draws(book, weights):
+    """(laws * draws,) the weight of each draw, from those of the laws."""
+    return np.repeat(weights, book["draws"]) / book["draws"]
+
+
+def routes(book, options):
+    """Those of the {option: family} for whose family all laws of the mixture come with a law."""
+    return {option: family for option, family in options.items()
+            if all(law["routes"][family] for law in book["laws"])}
 
 
 def quantile(values, weights, q):

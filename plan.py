@@ -19,15 +19,18 @@ from configurator import ConfigError, run, setting
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import expit
 
 from laws import head_start, short
-from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, quantile,
-                     read_laws, sample)
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, losses_of,
+                     quantile, read_laws, routes, weights_of_draws)
 from plan_page import WORDS, folded, percent, say, say_answer, write_page
 from rows import FAMILIES, loss_columns
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
-ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"  # with SCRATCH these are the routes from nothing
+ONLY_DENSE, SPLIT = "dense", "dense, then upcycle"
+NOW = {UPCYCLE: "upcycled", DENSE: "dense", SCRATCH: "moe"}        # {option: its family} from a checkpoint
+FRESH = {ONLY_DENSE: "dense", SCRATCH: "moe", SPLIT: "upcycled"}   # the same from nothing
 COLORS = {UPCYCLE: "#3b6fb6", SPLIT: "#3b6fb6", SCRATCH: "#222222", DENSE: "#888888", ONLY_DENSE: "#888888"}
 INTERVAL = (0.05, 0.95)
 SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of loss
@@ -42,7 +45,6 @@ MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size i
 class Options:
     """Compare upcycling, a MoE from scratch and continued dense training at equal FLOPs from now on."""
     laws: str = setting("laws/liew2025.json", "laws.json of fit_laws.py, or published laws")
-    law: str = setting("", "one upcycled law to plan by; empty: all laws, weighted by their held-out errors")
     checkpoint: str = setting("", "dense checkpoint directory; it gives N, D1 and the FLOPs of a token")
     N: float = setting(0.0, "non-embedding parameters of the dense model, a raw count", least=0)
     D1: float = setting(0.0, "tokens the dense model has seen, a raw count", least=0)
@@ -53,7 +55,6 @@ class Options:
     mfu: float = setting(0.4, "share of the peak that training uses", least=0.001, most=1)
     num_local_experts: int | None = setting(None, "experts of the MoE; none: as in the laws file", least=1)
     num_experts_per_tok: int | None = setting(None, "experts a token uses; none: as the laws file", least=1)
-    active_ratio: float = setting(0.0, "FLOPs of a MoE token over a dense one's; 0: counted", least=0)
     max_seq_len: int = setting(0, "context of a checkpoint's FLOPs; 0: the laws', else 4096", least=0)
     fresh: bool = setting(False, "plan from nothing: the best split of the budget; with no N, the best N too")
     design: str = setting("", "study file: what would it find, were these laws true")
@@ -95,27 +96,10 @@ def beyond_the_data(book, points):
     return list(reasons.values()), list(warnings.values())
 
 
-def mix(book, kept, points):
-    """({option: (losses by the kept laws, draws of all of them)}, {method of upcycling: the same})."""
-    def losses(family, variables, method="copy"):
-        return ([float(estimate(law, family, variables, method)) for law in kept],
-                np.concatenate([sample(book, law, family, variables, method) for law in kept]))
-
-    options, methods = {}, {}
-    for option, (family, variables) in points.items():
-        if family == "upcycled":
-            methods = {method: losses(family, variables, method) for method in book["methods"]}
-            weights = [law["weight"] for law in kept]
-            options[option] = min(methods.values(), key=lambda found: np.dot(weights, found[0]))
-        else:
-            options[option] = losses(family, variables)
-    return options, methods
-
-
 def summary(found, weights, book):
     """{name: {"loss", "bits_per_byte" where it is known, "interval", "probability_best"}} of
     {name: (losses by the laws, draws)}. weights are those of the laws."""
-    weight = np.repeat(weights, book["draws"]) / book["draws"]
+    weight = weights_of_draws(book, weights)
     best = np.stack([draws for _, draws in found.values()]).argmin(axis=0) if found else None
     return {name: loss_columns(float(np.dot(weights, losses)), book["bits_per_nat"])
             | {"interval": [quantile(draws, weight, q) for q in INTERVAL],
@@ -131,17 +115,12 @@ def judge(options, laws):
     for found in laws.values():
         if found["weight"] >= WITH_WEIGHT:
             sides.setdefault(found["best"], []).append(found["label"])
-    words = {"best": best, "second": second, "gap": percent(gap), "sure": percent(sure)}
-    if sure >= SURE and gap > GAP and list(sides) == [best]:
-        return {"verdict": "clear", "says": say("clear", **words), "best": best, "gap": gap}
-    if gap <= GAP:
-        decides = say("close")
-    elif len(sides) > 1:
-        said = "; ".join(f"{option}: {', '.join(of_side)}" for option, of_side in sides.items())
-        decides = say("disagree", sides=said)
-    else:
-        decides = say("unsure")
-    return {"verdict": "mixed", "says": say("mixed", decides=decides, **words), "best": best, "gap": gap}
+    clear = sure >= SURE and gap > GAP and list(sides) == [best]
+    why = "close" if gap <= GAP else "disagree" if len(sides) > 1 else "unsure"
+    said = "; ".join(f"{option}: {', '.join(of_side)}" for option, of_side in sides.items())
+    says = say("clear" if clear else "mixed", best=best, second=second, gap=percent(gap), sure=percent(sure),
+               decides=say(why, sides=said))
+    return {"verdict": "clear" if clear else "mixed", "says": says, "best": best, "gap": gap}
 
 
 def compare(book, points, reasons=()):
@@ -163,16 +142,21 @@ def compare(book, points, reasons=()):
     if reasons:
         return {"verdict": "void", "says": say("void", reasons="; ".join(reasons)), "best": None, "gap": None,
                 "options": {}, "methods": {}, "method": None, "laws": {}, "warnings": warnings}
-    weights = [law["weight"] / total for law in kept]
-    found, by_method = mix(book, kept, points)
-    options, methods = (summary(each, weights, book) for each in (found, by_method))
-    losses = [{option: found[option][0][i] for option in found} for i in range(len(kept))]
-    laws = {law["name"]: {"label": law["label"], "weight": weight, "losses": by_option,
-                          "best": min(by_option, key=by_option.get)}
-            for law, weight, by_option in zip(kept, weights, losses)}
-    method = min(methods, key=lambda name: methods[name]["loss"], default=None)
-    return judge(options, laws) | {"options": options, "methods": methods, "method": method, "laws": laws,
-                                   "warnings": warnings}
+    weights, method, methods, found = [law["weight"] / total for law in kept], None, {}, {}
+    for option, (family, variables) in points.items():
+        if family == "upcycled":
+            methods = {name: losses_of(book, kept, family, variables, name) for name in book["methods"]}
+            method = min(methods, key=lambda name: np.dot(weights, methods[name][0]))
+            found[option] = methods[method]
+        else:
+            found[option] = losses_of(book, kept, family, variables)
+    options, laws = summary(found, weights, book), {}
+    for i, law in enumerate(kept):
+        of_law = {option: float(estimates[i]) for option, (estimates, _) in found.items()}
+        laws[law["name"]] = {"label": law["label"], "weight": weights[i], "losses": of_law,
+                             "best": min(of_law, key=of_law.get)}
+    return judge(options, laws) | {"options": options, "methods": summary(methods, weights, book),
+                                   "method": method, "laws": laws, "warnings": warnings}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -184,15 +168,22 @@ def flops_per_token(book, family, N):
     return 6 * N * np.interp(np.log(N), np.log(sizes), factors)
 
 
-def points_now(book, question):
-    """({option: (family, {variable: value})}, {option: tokens}) at equal FLOPs from now on."""
-    N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
-    dense, mixture = (float(question["flops"] / flops_per_token(book, name, N)) for name in ("dense", "moe"))
-    points = {UPCYCLE: ("upcycled", {"N": N, "D1": D1, "D2": mixture} | moe),
-              DENSE: ("dense", {"N": N, "D": D1 + dense}), SCRATCH: ("moe", {"N": N, "D": mixture} | moe)}
-    points = {option: (family, variables) for option, (family, variables) in points.items()
-              if all(law["routes"][family] for law in book["laws"])}
-    return points, {option: dense if option == DENSE else mixture for option in points}
+def spent(book, question, family, N, share=None):
+    """The variables of a family on which the budget is spent: all of it after the D1 dense tokens of the
+    question, or, with a share, from nothing: an upcycled model spends that share on dense training."""
+    dense, mixture = (question["flops"] / flops_per_token(book, name, N) for name in ("dense", "moe"))
+    D1, moe = question["D1"] if share is None else 0.0, {name: question[name] for name in MOE}
+    if family == "dense":
+        return {"N": N, "D": D1 + dense}
+    if family == "moe":
+        return {"N": N, "D": mixture} | moe
+    D1, D2 = (D1, mixture) if share is None else (share * dense, (1 - share) * mixture)
+    return {"N": N, "D1": D1, "D2": D2} | moe
+
+
+def finite(value):
+    """A number for JSON; None where it is infinite."""
+    return float(value) if math.isfinite(value) else None
 
 
 def overtaking(book, question, laws, method):
@@ -202,27 +193,26 @@ def overtaking(book, question, laws, method):
     leads from the start, and None where it does not lead within 10,000 times D1.
     """
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
-    x = D1 * np.geomspace(1e-4, 1e4, 161)
-    scratch = "moe", {"N": N, "D": x} | moe
-    upcycled = "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method
-    kept = [law for law in book["laws"] if law["name"] in laws]
-    stars = [float(first_crossing(x, estimate(law, *scratch) - estimate(law, *upcycled))) for law in kept]
-    draws = np.concatenate([first_crossing(x, sample(book, law, *scratch) - sample(book, law, *upcycled))
-                            for law in kept])
-    weights = np.repeat([laws[law["name"]]["weight"] for law in kept], book["draws"]) / book["draws"]
-    ends = [quantile(draws, weights, q) for q in INTERVAL]
-    return ({law["name"]: star if math.isfinite(star) else None for law, star in zip(kept, stars)},
-            {"interval": [end if math.isfinite(end) else None for end in ends],
+    x, kept = D1 * np.geomspace(1e-4, 1e4, 161), [law for law in book["laws"] if law["name"] in laws]
+    scratch = losses_of(book, kept, "moe", {"N": N, "D": x} | moe)
+    upcycled = losses_of(book, kept, "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
+    stars, draws = (first_crossing(x, one - other) for one, other in zip(scratch, upcycled))
+    weights = weights_of_draws(book, [laws[law["name"]]["weight"] for law in kept])
+    return ({law["name"]: finite(star) for law, star in zip(kept, stars)},
+            {"interval": [finite(quantile(draws, weights, q)) for q in INTERVAL],
              "never": float(weights[np.isinf(draws)].sum())})
 
 
-def pilot(book, question):
-    """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}.
+def pilot(book, question, result):
+    """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}; None where the
+    verdict is clear or where the lead hardly matters.
 
     Each run is one trunk with short decayed branches, which must be longer than the warm-up. The MoE from
     scratch goes to a quarter of the budget, from where its curve predicts the budget to 2-4 %; the others go
     to an eighth. A branch adds a fifth of its tokens to the trunk.
     """
+    if result["verdict"] == "clear" or result["verdict"] == "mixed" and result["gap"] <= GAP:
+        return None
     runs = []
     for family, shares in PILOT.items():
         per_token = float(flops_per_token(book, "dense" if family == "dense" else "moe", question["N"]))
@@ -233,27 +223,24 @@ def pilot(book, question):
     return {"runs": runs, "flops": flops, "share": flops / question["flops"]}
 
 
-def with_pilot(book, question, result):
-    """An answer with its pilot: None where the verdict is clear or where the lead hardly matters."""
-    decided = result["verdict"] == "clear" or result["verdict"] == "mixed" and result["gap"] <= GAP
-    return result | {"pilot": None if decided else pilot(book, question)}
-
-
 def answer_now(book, question):
     """What `compare` says of {"N", "D1", "flops", settings of the MoE}, with tokens, D2*, H, kappa, pilot."""
-    points, tokens = points_now(book, question)
+    points = {option: (family, spent(book, question, family, question["N"]))
+              for option, family in routes(book, NOW).items()}
     result = question | compare(book, points) | {"overtaking": None}
     for option, found in result["options"].items():
-        found["tokens"] = tokens[option]
+        cost = flops_per_token(book, "dense" if option == DENSE else "moe", question["N"])
+        found["tokens"] = float(question["flops"] / cost)
     if result["method"] and SCRATCH in points:
         stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
         for law in (law for law in book["laws"] if law["name"] in stars):
-            params, found = law["routes"]["upcycled"][result["method"]]["params"], result["laws"][law["name"]]
-            found["D2_star"] = stars[law["name"]]
-            if params.get("alpha") == law["routes"]["moe"]["params"]["alpha"]:  # one curve for both
-                found["head_start"] = float(head_start(law["name"], params, question["N"], question["D1"]))
+            name, of_law = law["name"], law["routes"]
+            params, found = of_law["upcycled"][result["method"]]["params"], result["laws"][name]
+            found["D2_star"] = stars[name]
+            if params.get("alpha") == of_law["moe"]["params"]["alpha"]:  # one curve for both
+                found["head_start"] = float(head_start(name, params, question["N"], question["D1"]))
                 found["kappa"] = params.get("kappa", 0.0)
-    return with_pilot(book, question, result)
+    return result | {"pilot": pilot(book, question, result)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -272,19 +259,9 @@ def lowest(loss, grid):
     return float(found.x)
 
 
-def variables_fresh(book, question, family, N, logit=0.0):
-    """The variables of a family that spends the whole budget; an upcycled model splits it by the logit."""
-    dense, mixture = (question["flops"] / flops_per_token(book, name, N) for name in ("dense", "moe"))
-    if family == "dense":
-        return {"N": N, "D": dense}
-    share, moe = 1 / (1 + np.exp(-logit)), {name: question[name] for name in MOE}
-    tokens = {"D": mixture} if family == "moe" else {"D1": share * dense, "D2": (1 - share) * mixture}
-    return {"N": N} | tokens | moe
-
-
 def expected_loss(book, question, family, N, logit=0.0):
     """Loss by the mixture of laws and the best method, when the whole budget goes to one family."""
-    variables = variables_fresh(book, question, family, N, logit)
+    variables = spent(book, question, family, N, expit(logit))
     methods = book["methods"] if family == "upcycled" else [""]
     return np.min([sum(law["weight"] * estimate(law, family, variables, method) for law in book["laws"])
                    for method in methods], axis=0)
@@ -295,9 +272,7 @@ def points_fresh(book, question):
     points, refused = {}, {}
     fitted = [n for family in FAMILIES for n in book["ranges"][family].get("N", ())]
     low, high = (min(fitted) / REACH, max(fitted) * REACH) if fitted else (1e3, question["flops"] / 6e3)
-    for route, family in ((ONLY_DENSE, "dense"), (SCRATCH, "moe"), (SPLIT, "upcycled")):
-        if not all(law["routes"][family] for law in book["laws"]):
-            continue
+    for route, family in routes(book, FRESH).items():
         N, logit = question["N"] or None, 0.0
         if not N:
             splits = LOGITS if family == "upcycled" else np.zeros(1)
@@ -312,7 +287,7 @@ def points_fresh(book, question):
         elif logit is None:
             refused[route] = "the expected loss falls up to one end of the split"
         else:
-            points[route] = family, variables_fresh(book, question, family, N, logit)
+            points[route] = family, spent(book, question, family, N, expit(logit))
     return points, refused
 
 
@@ -325,7 +300,7 @@ def answer_fresh(book, question):
         found["plan"] = {name: float(value) for name, value in points[route][1].items()}
     at_20_tokens = math.sqrt(question["flops"] / 120)  # N of a dense model with 20 tokens a parameter
     N = question["N"] or max((variables["N"] for _, variables in points.values()), default=at_20_tokens)
-    return with_pilot(book, question | {"N": N}, result)
+    return result | {"pilot": pilot(book, question | {"N": N}, result)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -369,7 +344,7 @@ def costs_of(content, book, moe):
     if dense and mixtures:
         costs = {"dense": sorted(dense.items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
         return costs, "those of the models that the laws were fitted on"
-    ratio = content.get("active_ratio", 1 + MLP_SHARE * (book["moe"]["num_experts_per_tok"] - 1)) + more
+    ratio = 1 + MLP_SHARE * (moe["num_experts_per_tok"] - 1)
     return ({"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]},
             f"assumed to be 6 N for the dense model and {ratio:.3g} times that for the MoE, without head and "
             "attention")
@@ -390,9 +365,6 @@ def ask(options, content, book):
                                                      book["ranges"]["upcycled"].get("D1", (0, 0)))
     else:
         book["costs"], source = costs_of(content, book, moe)
-    if options.active_ratio:
-        book["costs"]["moe"] = [(n, factor * options.active_ratio) for n, factor in book["costs"]["dense"]]
-        source += f"; a MoE token costs {options.active_ratio:g} dense ones, as given"
     if not options.fresh and not (N and D1):
         name = "D1" if N else "N"
         raise ConfigError(f"--{name}= is missing (or --checkpoint=; --fresh plans from nothing)")
@@ -427,8 +399,8 @@ def uncertainty(options, content, book):
     else:
         said = "Intervals hold assumed errors of these published laws"
     said += f", and {percent(FORM_ERROR)} of the loss per factor e beyond the data."
-    for option, family in ((DENSE, "dense"), (SCRATCH, "moe"), (UPCYCLE, "upcycled")):
-        if not all(law["routes"][family] for law in book["laws"]):
+    for option, family in NOW.items():
+        if option not in routes(book, NOW):
             said += f" The laws file has no {family} law of the same fit, so an option is left out: {option}."
     if "source" in content:
         said = f"{content['source']} {said}"
@@ -439,7 +411,7 @@ def uncertainty(options, content, book):
 
 def main(options):
     check(options)
-    content, book = read_laws(options.laws, options.law)
+    content, book = read_laws(options.laws)
     if options.design:
         from plan_design import print_design  # it needs torch
         return print_design(content["laws"], options)
@@ -462,7 +434,7 @@ def main(options):
         constants = {"WITH_WEIGHT": WITH_WEIGHT, "SURE": SURE, "GAP": GAP, "MOE": [*MOE],
                      "INTERVAL": INTERVAL, "FORM_ERROR": FORM_ERROR, "EXPERTS_ERROR": EXPERTS_ERROR,
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
-                     "NAMES": {"dense": DENSE, "upcycled": UPCYCLE, "moe": SCRATCH}}
+                     "NAMES": {family: option for option, family in NOW.items()}}
         budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
         answers = None  # the page finds them itself
         if options.fresh:

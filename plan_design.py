@@ -11,6 +11,7 @@ from engine import evaluate, fit
 from laws import predict
 from mixture import first_crossing
 from plan_page import columns, percent
+from problem import point_of
 from rows import FAMILIES
 from sweep import Study, planned_rows, study_totals
 from uncertainty import covariance, trunk_of
@@ -26,10 +27,8 @@ def expected(laws, rows, options, N, D1):
               if family in laws and any(row["family"] == family for row in rows)}
     if "upcycled" not in system:
         raise ConfigError("--design needs an upcycled law in the laws file and upcycled runs in the study")
-    rows = [row for row in rows if row["family"] in system]
-    for row in rows:
-        counts = {name: row[name] for name in FAMILIES[row["family"]]}
-        row["loss"] = float(predict(row["family"], laws[row["family"]]["params"], **counts))
+    rows = [row | {"loss": float(predict(row["family"], laws[row["family"]]["params"], **point_of(row)))}
+            for row in rows if row["family"] in system]
     found = fit(rows, system)
     free = (found.theta > found.problem.low) & (found.theta < found.problem.high)  # the laws may lack a term
     jacobian = evaluate(found.problem, found.theta[None])[1][0] * free[:, None]
@@ -44,9 +43,9 @@ def expected(laws, rows, options, N, D1):
     def ln_star(theta):
         if "moe" not in system:
             return math.nan
-        difference = predict("moe", found.params("moe", theta), N=N, D=x) - predict(
-            "upcycled", found.params("upcycled", theta), N=N, D1=D1, D2=x)
-        star = float(first_crossing(x, difference))
+        scratch = predict("moe", found.params("moe", theta), N=N, D=x)
+        upcycled = predict("upcycled", found.params("upcycled", theta), N=N, D1=D1, D2=x)
+        star = float(first_crossing(x, scratch - upcycled))
         return math.log(star) if 0 < star < math.inf else math.nan
 
     step = 1e-4 * np.diag(free)

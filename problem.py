@@ -1,7 +1,9 @@
 """Rows and a system of laws as the arrays that engine.py fits, and what rows lack for a fit."""
+import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -12,10 +14,10 @@ from rows import method_label
 # seven methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
 BY_METHOD = ("c", "H", "kappa")
 SLOPES = (0.03, 0.1, 0.3, 0.8)  # the grid of exponents that fits start from
-HEAD_PARAMETERS = {  # {parameter of a head start: (the part that it is in, bounds, values to start from)}
-    "gamma": ("head", (0.01, 3.0), (0.3, 0.7, 1.1)), "c": ("head", (-7.0, 7.0), (-2.0, 0.0, 2.0)),
-    "H": ("head", (-7.0, 7.0), (-2.0, 0.0, 2.0)), "kappa": ("shift", (-1.0, 1.0), ()),
-    "H_max": (None, (-7.0, 9.0), ()), "delta": (None, (-1.0, 1.0), ())}
+HEAD_PARAMETERS = {  # {parameter of a head start: (bounds, values to start from)}; tokens are centred logs
+    "gamma": ((0.01, 3.0), (0.3, 0.7, 1.1)), "c": ((-7.0, 7.0), (-2.0, 0.0, 2.0)),
+    "H": ((-7.0, 7.0), (-2.0, 0.0, 2.0)), "H_max": ((-7.0, 9.0), (0.5, 3.0, 6.0)),
+    "kappa": ((-1.0, 1.0), (0.0,)), "delta": ((-1.0, 1.0), (0.0,))}
 
 # ---------------------------------------------------------------------------------------------------------
 # What rows hold
@@ -27,9 +29,18 @@ def variable(row, name):
             return row["N_total"] / row["N_active"]
         if name == "active_share":
             return row["num_experts_per_tok"] / row["num_local_experts"]
+        if name == "effective":  # but for the head start
+            return row.get("D2", row.get("D"))
         return row[{"experts": "num_local_experts"}.get(name, name)]
-    except KeyError:
+    except (KeyError, ZeroDivisionError):  # a dense model has no or 0 experts
         return math.nan
+
+
+def point_of(row):
+    """{variable: its value} of all variables that a row has, for laws.predict."""
+    names = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
+    values = {name: variable(row, name) for name in names}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def factors_of(terms):
@@ -71,186 +82,155 @@ def levels_of_N(rows, system):
 class Head:
     """The head start in a problem: the term A (D2 + H)^-alpha, where ln H or what it saturates from is
     linear."""
-    slot: int                  # the term A
-    alpha: int                 # the place of alpha
-    x2: np.ndarray             # (n,) centred ln D2, or ln D from scratch
-    here: np.ndarray           # (n,) whether the row's law has the term
-    started: np.ndarray        # (n,) whether the row started from a dense checkpoint
-    H_max: int | None          # its place, in the saturating law
-    delta: int | None          # its place, in loss matching
-    linear: np.ndarray = None  # (p, n) features of ln(c D1^gamma)
-    dense: np.ndarray = None   # (terms, p, n) features of the dense law at (N, D1), in loss matching
+    slot: int            # the term A
+    alpha: int           # the place of alpha
+    x2: np.ndarray       # (n,) centred ln D2, or ln D from scratch
+    here: np.ndarray     # (n,) whether the row's law has the term
+    started: np.ndarray  # (n,) whether the row started from a dense checkpoint
+    H_max: int | None    # its place, in the saturating law
+    delta: int | None    # its place, in loss matching
+    linear: np.ndarray   # (p, n) features of ln(c D1^gamma), or of ln H
+    dense: np.ndarray    # (terms, p, n) features of the dense law at (N, D1); no terms but in loss matching
 
 
-@dataclass
 class Problem:
-    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred."""
-    rows: list
-    system: dict           # {family: law}
-    options: dict          # what build was called with: share, A_of_N
-    names: list            # "law:parameter", or "parameter" where laws share it, or "law:parameter|method"
-    is_log: np.ndarray     # (p,) the parameter is the log of a coefficient
-    low: np.ndarray        # (p,) bounds keep finite what rows do not identify: exponents within 3, those of
-    high: np.ndarray       # (p,) a product within 0.3, a term at the centre above a millionth of the loss
-    features: np.ndarray   # (K, p, n)
-    offset: np.ndarray     # (K, n) 0 where the row's law has the term, -inf where it has not
-    to_raw: np.ndarray     # (p, p) and
-    to_raw0: np.ndarray    # (p,) raw = to_raw @ centred + to_raw0
-    y: np.ndarray          # (n,) ln loss
-    fixed: dict            # {law: {parameter: (value, why)}} that these rows cannot determine
-    layout: dict           # {law: (its rows (n,), {place of a coefficient: {place of an exponent: grid}})}
-    methods: list          # labels of methods of upcycling that have parameters of their own
-    shift: np.ndarray      # (p, n) features of what is added to ln loss: kappa
-    head: Head | None
-    used: list = field(init=False)  # (K,) places of the parameters that occur in each term
+    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred.
 
-    def __post_init__(self):
-        self.used = [np.flatnonzero(np.abs(features).any(axis=1)) for features in self.features]
+    Bounds keep finite what rows do not identify: exponents within 3, those of a product within 0.3, a term at
+    the centre above a millionth of the loss.
+    """
+
+    def __init__(self, rows, system, laws, fixed, names, methods):
+        self.rows, self.system = rows, system  # system: {family: law}
+        self.laws, self.fixed = laws, fixed    # as identified_terms gives them
+        self.names = names                     # as names_of gives them
+        self.methods = methods                 # labels of methods with parameters of their own
+        self.law_of_row = np.array([system[row["family"]] for row in rows])
+        self.y = np.log([row["loss"] for row in rows])                     # (n,) ln loss
+        self.slots = list(dict.fromkeys(itertools.chain(*laws.values())))  # (K,) coefficients of the terms
+        p, n, terms = len(names), len(rows), len(self.slots)
+        short = [name.rpartition(":")[2].partition("|")[0] for name in names]
+        self.is_log = np.array([name in (*self.slots, "c", "H", "H_max") for name in short])
+        self.low = np.full(p, self.y.min() + math.log(1e-6))
+        self.high = np.full(p, self.y.max() + 3.0)
+        self.grid = {}                              # {name of an exponent: values to start from}
+        self.features = np.zeros((terms, p, n))
+        self.offset = np.full((terms, n), -np.inf)  # 0 where the row's law has the term
+        self.shift = np.zeros((p, n))               # features of what is added to ln loss: kappa
+        self.to_raw, self.to_raw0 = np.eye(p), np.zeros(p)  # raw = to_raw @ centred + to_raw0
+        self.head = None
+
+    @cached_property
+    def used(self):
+        """(K,) places of the parameters that occur in each term."""
+        return [np.flatnonzero(np.abs(features).any(axis=1)) for features in self.features]
 
     def places(self, law, method=None):
-        """{parameter of a law: its place}, for one method of upcycling, or for copy or the first one. A fixed
-        parameter has none."""
-        prefixes = {"": [""], law: [""]}
-        if law in MATCHING:
-            prefixes |= {"": ["", "dense_"], "dense": ["dense_"]}
+        """{parameter of a law: its place, or None where it is fixed at 0}, for one method of upcycling, or
+        for copy or the first one."""
         found = {}
-        for place, full in enumerate(self.names):
-            owner, _, name = full.rpartition(":")
-            name, _, label = name.partition("|")
-            if not label or label == method:
-                found |= {prefix + name: place for prefix in prefixes.get(owner, ())}
-        names = parameter_names(law, self.options["A_of_N"])
-        return {name: found[name] for name in names if name in found}
+        for full in parameter_names(law, A_of_N=True):
+            owner, name = ("dense" if full.startswith("dense_") else law), full.removeprefix("dense_")
+            named = f"{owner}:{name}|{method}", f"{owner}:{name}", name
+            if name in self.fixed[owner]:
+                found[full] = None
+            elif known := [self.names.index(one) for one in named if one in self.names]:
+                found[full] = known[0]
+        return found
 
 
-def identified_terms(rows, law_of_row, options):
-    """({law: its terms that these rows can tell apart}, {law: {parameter: (fixed value, why)}}, laws that
-    share nothing).
+def identified_terms(rows, law_of_row, share, A_of_N):
+    """({law: its terms that these rows can tell apart}, {law: {parameter that is fixed at 0: why}}, laws
+    that share nothing).
 
     One level of N or D: the term folds into an E of the law's own. Rows that mix numbers of experts have an E
     of their own too. Two levels of N in every law that shares E: E and B N^-beta cannot be told apart, E is
     0.
     """
-    laws = {law: dict(law_terms(law, options["A_of_N"])) for law in dict.fromkeys(law_of_row)}
-    members = {law: [row for row, name in zip(rows, law_of_row) if name == law] for law in laws}
-    fixed, alone = {law: {} for law in laws}, set()
-    sizes = {law: count_levels(members[law], "N") for law in laws if laws[law].get("B") == {"beta": "-N"}}
-    for law, count in sizes.items():
-        experts = [variable(row, "experts") / (row.get("granularity") or 1) for row in members[law]]
-        if len(levels(experts)) > 1:
+    laws = {law: law_terms(law, A_of_N) for law in dict.fromkeys(law_of_row)}
+    fixed, alone, sizes = {law: {} for law in laws}, set(), {}
+    for law, terms in laws.items():
+        if terms.get("B") != {"beta": "-N"}:
+            continue
+        members = [row for row, name in zip(rows, law_of_row) if name == law]
+        sizes[law] = count_levels(members, "N")
+        experts = levels(variable(row, "experts") / (row.get("granularity") or 1) for row in members)
+        one_D = law in ("dense", "moe") and count_levels(members, "D") == 1
+        if one_D:
+            why = "one level of D: A D^-alpha is part of E, and nothing is known of another D"
+            fixed[law] |= dict.fromkeys(("A", *terms.pop("A")), why)
+        if sizes[law] == 1:
+            fixed[law] |= dict.fromkeys(("B", *terms.pop("B")), "one level of N: B N^-beta is part of E")
+            for exponents in terms.values():
+                if exponents.pop("nu", None):
+                    fixed[law]["nu"] = "one level of N: N^-nu is part of A"
+        if one_D or sizes[law] == 1 or len(experts) > 1:
             alone.add(law)
-        if law in ("dense", "moe") and count_levels(members[law], "D") == 1:
-            why = "one level of D: A D^-alpha is part of E"
-            fixed[law] |= {name: (0.0, why) for name in ("A", *laws[law].pop("A"))}
-            alone.add(law)
-        if count == 1:
-            for name in laws[law]:
-                laws[law][name] = {k: feature for k, feature in laws[law][name].items() if k != "nu"}
-            fixed[law] |= {name: (0.0, "one level of N: B N^-beta is part of E") for name in ("B", "beta")}
-            fixed[law] |= {"nu": (0.0, "one level of N: N^-nu is part of A")} if options["A_of_N"] else {}
-            del laws[law]["B"]
-            alone.add(law)
-    joint = [count for law, count in sizes.items() if law not in alone]
-    for law, count in sizes.items():
-        if count == 2 and max(joint if "E" in options["share"] and law not in alone else [count]) == 2:
+    for law in sizes:
+        joint = [law] if law in alone or "E" not in share else sizes.keys() - alone
+        if sizes[law] == 2 == max(sizes[other] for other in joint):
             del laws[law]["E"]
-            fixed[law]["E"] = (0.0, "two levels of N do not separate E from B N^-beta")
+            fixed[law]["E"] = "two levels of N do not separate E from B N^-beta"
     return laws, fixed, alone
 
 
-@dataclass
-class Draft:
-    """A problem under construction. A feature is an (n,) array that a parameter has in a part of the problem:
-    in a term, which its coefficient names; in "head", ln(c D1^gamma); in "shift", ln of the handicap; or in
-    "dense A", "dense B", ..., a term of the dense law at (N, D1)."""
-    rows: list
-    share: tuple
-    alone: set                                    # laws that share nothing
-    methods: list                                 # labels of methods with parameters of their own
-    center: dict                                  # {variable: mean of its ln}
-    names: dict = field(default_factory=dict)     # {full name: place}
-    bounds: dict = field(default_factory=dict)    # {place: (low, high)} where they are not a coefficient's
-    features: dict = field(default_factory=dict)  # {part: {place: (n,)}}
-    linear: dict = field(default_factory=dict)    # {(place, place): value} of to_raw off its diagonal
-    constant: dict = field(default_factory=dict)  # {place: value} of to_raw0
-
-    def place(self, law, name):
-        """The place of a law's parameter; a new one where it has none yet."""
-        full = name if name in self.share and law not in self.alone else f"{law}:{name}"
-        return self.names.setdefault(full, len(self.names))
-
-    def set(self, part, place, here, values):
-        """Set the feature of a parameter in a part, for some rows."""
-        of_part = self.features.setdefault(part, {})
-        of_part.setdefault(place, np.zeros(len(self.rows)))[here] = values
-
-    def array(self, part):
-        """(p, n) the features of all parameters in a part."""
-        zeros, of_part = np.zeros(len(self.rows)), self.features.get(part, {})
-        return np.array([of_part.get(place, zeros) for place in range(len(self.names))])
+def names_of(laws, alone, share, methods):
+    """The names of all parameters of a problem: "law:parameter", or "parameter" where laws share it, or
+    "law:parameter|method" for each method of upcycling but the first, which has no mark."""
+    names = []
+    for law, terms in laws.items():
+        for coefficient, exponents in terms.items():
+            head = HEAD_START[law] if "-effective" in exponents.values() else ()
+            for name in (coefficient, *exponents, *head):
+                names.append(name if name in share and law not in alone else f"{law}:{name}")
+                names += [f"{names[-1]}|{label}" for label in methods[1:] if name in BY_METHOD]
+    return list(dict.fromkeys(names))
 
 
-def add_term(draft, law, part, exponents, here, logs):
-    """Add one term of a law for some rows, from {variable: (n,) its ln}; returns {exponent's place: values to
-    start from}. The part is the term's coefficient, or that of the dense law at D1, as "dense A"."""
-    a = draft.place(law, part.removeprefix("dense "))
-    draft.set(part, a, here, 1.0)
-    grid, single = {}, {}
-    for exponent, feature in exponents.items():
-        if feature == "-effective":
-            continue
+def add_term(problem, law, coefficient, features, here, logs, center):
+    """Add one term of a law for some rows to features (p, n), from centred logs {variable: (n,)} and
+    centers {variable: mean of its ln}."""
+    places = problem.places(law)
+    features[places[coefficient], here] = 1.0
+    known = {(): (places[coefficient], 1)}  # {variables of a feature: (place of its parameter, sign)}
+    for exponent, feature in problem.laws[law][coefficient].items():
         sign, factors = parse_feature(feature)
-        j = draft.place(law, exponent)
-        draft.set(part, j, here, sign * math.prod(logs[name][here] - draft.center[name] for name in factors))
-        if len(factors) == 1:
-            single[factors[0]] = (j, sign)
-            grid[j] = (0.0,) if exponent == "nu" else [-sign * slope for slope in SLOPES]
-            draft.bounds.setdefault(j, (-3.0, 3.0))
-            draft.linear[a, j] = -sign * draft.center[factors[0]]
-        else:
-            v, w = factors
-            (jv, sign_v), (jw, sign_w) = single[v], single[w]
-            grid[j] = (-0.03, 0.0, 0.03)
-            draft.bounds[j] = (-0.3, 0.3)  # at 3 a raw coefficient overflows
-            mean_v, mean_w = draft.center[v], draft.center[w]
-            draft.linear |= {(a, j): sign * mean_v * mean_w, (jv, j): -sign * mean_w * sign_v,
-                             (jw, j): -sign * mean_v * sign_w}
-    return grid
+        j, single = places[exponent], len(factors) == 1
+        if feature != "-effective":
+            features[j, here] = sign * math.prod(logs[name][here] for name in factors)
+        # a product of centred variables, multiplied out, adds to the parameters of products of fewer
+        for rest in itertools.chain(*(itertools.combinations(factors, k) for k in range(len(factors)))):
+            i, sign_of_rest = known[rest]
+            means = [-center[name] for name in factors if name not in rest]
+            problem.to_raw[i, j] = sign * sign_of_rest * math.prod(means)
+        known[tuple(factors)] = j, sign
+        positive = feature == "-effective" and (law in MATCHING or "H_max" in HEAD_START[law])
+        problem.low[j], problem.high[j] = (0.005 if positive else -3.0, 3.0) if single else (-0.3, 0.3)
+        if exponent != "nu":
+            problem.grid[problem.names[j]] = [-sign * s for s in SLOPES] if single else (-0.03, 0.0, 0.03)
 
 
-def add_head(draft, law, coefficient, here, log_D1):
-    """Add ln(D2 + H) to a term; returns ({place: values to start from}, the Head without its arrays of
-    features)."""
-    a, alpha, places = draft.place(law, coefficient), draft.place(law, "alpha"), {}
-    x2 = np.log([row.get("D2", row.get("D")) for row in draft.rows])
-    started = here & np.array(["D1" in row for row in draft.rows])
-    m1, m2 = log_D1[started].mean() if started.any() else 0.0, x2[here].mean()
-    draft.linear[a, alpha] = m2
-    draft.bounds[alpha] = (0.005 if "H_max" in HEAD_START[law] or law in MATCHING else -3.0, 3.0)
-    grid = {alpha: SLOPES}
-    gamma = draft.place(law, "gamma") if "gamma" in HEAD_START[law] else None
+def add_head(problem, law, coefficient, logs, center):
+    """Add the head start of a law to its term, as problem.head, and the handicap."""
+    places, here = problem.places(law), problem.law_of_row == law
+    started = here & np.array(["D1" in row for row in problem.rows])
+    labels = np.array([method_label(row) for row in problem.rows])
+    problem.head = head = Head(
+        problem.slots.index(coefficient), places["alpha"], logs["effective"], here, started,
+        places.get("H_max"), places.get("delta"), np.zeros_like(problem.shift), np.empty(0))
     for name in HEAD_START[law]:
-        part, bounds, values = HEAD_PARAMETERS[name]
-        for j, of_method in of_methods(draft, law, name, started):
-            places[name], draft.bounds[j] = j, bounds
-            grid |= {j: values} if values else {}
-            if part:
-                draft.set(part, j, of_method, log_D1[started] - m1 if name == "gamma" else 1.0)
+        bounds, problem.grid[problem.names[places[name]]] = HEAD_PARAMETERS[name]
+        for label in problem.methods if name in BY_METHOD and problem.methods else [None]:
+            j, of_method = problem.places(law, label)[name], started & ((labels == label) | (label is None))
+            problem.low[j], problem.high[j] = bounds
+            if name == "kappa":
+                problem.shift[j, of_method] = 1.0
+            elif name in ("c", "H", "gamma"):
+                head.linear[j, of_method] = logs["D1"][of_method] if name == "gamma" else 1.0
             if name in ("c", "H", "H_max"):  # tokens
-                draft.constant[j] = m2
+                problem.to_raw0[j] = center["effective"]
             if name == "c":
-                draft.linear[j, gamma] = -m1
-    return grid, Head(coefficient, alpha, x2 - m2, here, started, places.get("H_max"), places.get("delta"))
-
-
-def of_methods(draft, law, name, started):
-    """[(place, (n,) which started rows have it)] of a parameter, one for each method of upcycling where they
-    differ in it."""
-    if not draft.methods or name not in BY_METHOD:
-        return [(draft.place(law, name), started)]
-    labels = np.array([method_label(row) for row in draft.rows])
-    return [(draft.place(law, name + f"|{label}" * (k > 0)), started & (labels == label))
-            for k, label in enumerate(draft.methods)]
+                problem.to_raw[j, places["gamma"]] = -center["D1"]
 
 
 def methods_of(rows, system):
@@ -265,51 +245,30 @@ def methods_of(rows, system):
 def build(rows, system, share=("E",), A_of_N=False):
     """The Problem of fitting `system` = {family: law} to the rows of those families at once; laws share
     the named parameters. With A_of_N, A depends on N."""
-    options = {"share": share, "A_of_N": A_of_N}
     rows = [row for row in rows if row["family"] in system]
-    law_of_row = np.array([system[row["family"]] for row in rows])
-    laws, fixed, alone = identified_terms(rows, law_of_row, options)
-    factors = set().union(*map(factors_of, laws.values())) - {"effective"}
+    laws, fixed, alone = identified_terms(rows, [system[row["family"]] for row in rows], share, A_of_N)
+    methods = methods_of(rows, system)
+    problem = Problem(rows, system, laws, fixed, names_of(laws, alone, share, methods), methods)
+    factors = set().union(*map(factors_of, laws.values()))
+    factors |= {"D1"} if any("D1" in row for row in rows) else set()
     logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
-    center = {name: np.nanmean(value) for name, value in logs.items()}
-    log_D1 = np.log([row.get("D1", 1.0) for row in rows])
-    draft = Draft(rows, share, alone, methods_of(rows, system), center)
-    layout, offset, head = {}, {}, None
+    center = {name: np.nanmean(values) for name, values in logs.items()}
+    logs = {name: values - center[name] for name, values in logs.items()}
     for law, terms in laws.items():
-        here = law_of_row == law
-        layout[law] = (here, {})
+        here = problem.law_of_row == law
         for coefficient, exponents in terms.items():
-            offset.setdefault(coefficient, np.full(len(rows), -np.inf))[here] = 0.0
-            grid = {}
+            slot = problem.slots.index(coefficient)
+            problem.offset[slot, here] = 0.0
+            add_term(problem, law, coefficient, problem.features[slot], here, logs, center)
             if "-effective" in exponents.values():
-                grid, head = add_head(draft, law, coefficient, here, log_D1)
-            grid |= add_term(draft, law, coefficient, exponents, here, logs)
-            layout[law][1][draft.place(law, coefficient)] = grid
-    if set(system.values()) & set(MATCHING):
-        for coefficient, exponents in laws["dense"].items():
-            add_term(draft, "dense", f"dense {coefficient}", exponents, slice(None), logs | {"D": log_D1})
-    return finished(draft, system, options, fixed, layout, offset, head)
-
-
-def finished(draft, system, options, fixed, layout, offset, head):
-    """The Problem of a complete draft."""
-    p, y = len(draft.names), np.log([row["loss"] for row in draft.rows])
-    to_raw, to_raw0 = np.eye(p), np.zeros(p)
-    for (i, j), value in draft.linear.items():
-        to_raw[i, j] = value
-    for i, value in draft.constant.items():
-        to_raw0[i] = value
-    logs = (*offset, "c", "H", "H_max")
-    is_log = np.array([name.rpartition(":")[2].partition("|")[0] in logs for name in draft.names])
-    bounds = [draft.bounds.get(j, (y.min() + math.log(1e-6), y.max() + 3.0)) for j in range(p)]
-    low, high = np.array(bounds).T
-    if head:
-        dense = [draft.array(part) for part in draft.features if part.startswith("dense ")]
-        head.slot, head.linear = list(offset).index(head.slot), draft.array("head")
-        head.dense = np.array(dense) if dense else None
-    return Problem(draft.rows, system, options, list(draft.names), is_log, low, high,
-                   np.array([draft.array(part) for part in offset]), np.array(list(offset.values())),
-                   to_raw, to_raw0, y, fixed, layout, draft.methods, draft.array("shift"), head)
+                add_head(problem, law, coefficient, logs, center)
+    if set(laws) & set(MATCHING):
+        D1 = logs.get("D1", 0.0 * problem.y) + center.get("D1", 0.0) - center.get("D", 0.0)
+        problem.head.dense = np.zeros((len(laws["dense"]), *problem.shift.shape))
+        for coefficient, features in zip(laws["dense"], problem.head.dense):
+            add_term(problem, "dense", coefficient, features, slice(None),
+                     logs | {"D": np.nan_to_num(D1)}, center)
+    return problem
 
 
 def missing(rows, system):

@@ -11,26 +11,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from configurator import ConfigError, read_json
+from configurator import ConfigError
 from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
+from mixture import read_laws
 from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
             "experts": "most experts"}
-TOKENS = (1e9, 1e10, 1e11, 1e12)  # D1 and D2 of published laws that do not say where they were fitted
+D1_OF_CURVES = (1e9, 1e10, 1e11, 1e12)  # of published laws, which do not say where they were fitted
 MATCHING_WORDS = """
 Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
-on along the MoE's own curve, from where that curve has the loss of the dense model. The difference is this
-prediction less that of the published upcycled law, in %.
-
-- start: the published law lies above its own dense start. It is not valid there, since a copied model starts
-  with the loss of its dense checkpoint.
-- scratch: the published law lies above a MoE from scratch on D = D2 tokens. Loss matching never does, since
-  an upcycled model has seen more tokens.""".split("\n")
-
-MATCHING_CAPTION = ("Loss matching against the published upcycled law. Lines are dashed where that law lies "
+on along the MoE's own curve, from where that curve has the loss of the dense model. The published law is not
+valid where it lies above its own dense start, since a copied model starts with the loss of its dense
+checkpoint. Loss matching never lies above a MoE from scratch on D = D2 tokens, since an upcycled model has
+seen more tokens; the published law does in places."""
+MATCHING_CAPTION = ("Loss matching less the published upcycled law. Lines are dashed where that law lies "
                     "above its dense start or above a MoE from scratch.")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -155,6 +152,13 @@ def methods_table(differences):
     return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (pairs)" for d2 in tokens)], lines)
 
 
+def profile_table(profile):
+    """alpha3 with E held at each value and all else refitted, and how much worse that fit is."""
+    return aligned(["E held at", "alpha3", "objective above its least", "in the 95 % interval of E"], [
+        [f"{E:.3f}", f"{alpha3:.3g}", percent(above), "yes" if inside else ""]
+        for E, alpha3, above, inside in zip(*profile.values()) if above < 1])
+
+
 def claims_table(claims):
     """Each claim and variation of the analysis: {claim: {variation: {"holds": bool, "value": text}}}."""
     lines = [[claim, variation, "yes" if found["holds"] else "no", found["value"]]
@@ -245,7 +249,7 @@ def findings(rows, content):
 # ---------------------------------------------------------------------------------------------------------
 # report.md
 
-def draw_figures(rows, laws, profiles):
+def draw_figures(rows, laws):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
     rivals = [law for law in RIVALS if law in laws and of_family(rows, "upcycled")]
@@ -265,10 +269,6 @@ def draw_figures(rows, laws, profiles):
         name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
         found[name] = (figures.residuals(rows, law, laws[law]),
                        f"What the law '{law_name(law)}' leaves unexplained.")
-    if profiles:
-        found["alpha3_along_E"] = (
-            figures.alpha3_along_E(profiles),
-            "alpha3 of the interaction law, with E held at each value and all else refitted.")
     if differences := method_differences(rows):
         found["methods_against_copy"] = (
             figures.against_copy(differences), "Methods of upcycling, and a MoE from scratch on D = D2 "
@@ -296,10 +296,10 @@ def write_report(title, sections, found, directory):
         raise ConfigError(f"{directory}: the report cannot be written: {error.strerror}") from None
 
 
-def write(rows, content, profiles, notes, directory):
+def write(rows, content, profile, notes, directory):
     """Write report.md and its figures (PNG and PDF) of rows and laws.
 
-    profiles is {title: profile of E, as fit_laws.profile_E gives it}, notes are warnings, [text].
+    profile is that of uncertainty.profile_E; notes are warnings, [text].
     """
     laws, first = content["laws"], next(iter(content["laws"].values()))
     spans = []
@@ -320,8 +320,9 @@ def write(rows, content, profiles, notes, directory):
         "Parameters": [*parameter_table(laws), "",
                        f"The intervals come from {draws} draws: {content['intervals']}.",
                        f"Huber's delta is {first['huber_delta']:.2g}."],
+        "alpha3 of the interaction law along E": profile_table(profile),
         "Methods against copying": methods_table(method_differences(rows))}
-    write_report("Scaling laws of this study", sections, draw_figures(rows, laws, profiles), directory)
+    write_report("Scaling laws of this study", sections, draw_figures(rows, laws), directory)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,28 +342,16 @@ def compared(params, N, D1, D2):
             published > predict("moe", params["moe"], N=N, D=D2))
 
 
-def matching_table(params, sizes):
-    """Loss matching against a published law: one line a size and D1, one column a D2."""
-    lines = []
-    for n, d1 in itertools.product(sizes, TOKENS):
-        cells = [compared(params, n, d1, d2) for d2 in TOKENS]
-        lines.append([short(n), short(d1), *(
-            f"{100 * difference:+.1f}" + " start" * bool(above_start) + " scratch" * bool(above_scratch)
-            for difference, above_start, above_scratch in cells)])
-    return aligned(["N", "D1", *(f"D2 = {short(d2)}" for d2 in TOKENS)], lines)
-
-
 def write_published(path, directory):
     """Write report.md on a laws file: what loss matching makes of its dense and MoE laws."""
-    try:
-        content = read_json(path)
-        params = {law: content["laws"][law]["params"] for law in ("dense", "moe", "upcycled")}
-        sizes, fine = np.geomspace(*content["ranges"]["upcycled"]["N"], 3), np.geomspace(1e9, 1e12, 61)
-        table = matching_table(params, sizes)
-        curves = {n: {d1: (fine, *compared(params, n, d1, fine)) for d1 in TOKENS} for n in sizes}
-    except (ConfigError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled: {error!r:.80}") from None
-    source = f"Source: {content.get('source', path)}"
+    content, laws = read_laws(path)[0], ("dense", "moe", "upcycled")
+    sizes = content.get("ranges", {}).get("upcycled", {}).get("N")
+    if not sizes or not set(laws) <= set(content["laws"]):
+        raise ConfigError(f"{path}: no laws file with dense, moe and upcycled laws and their range of N")
+    params = {law: content["laws"][law]["params"] for law in laws}
+    D2 = np.geomspace(1e9, 1e12, 61)
+    curves = {n: {d1: (D2, *compared(params, n, d1, D2)) for d1 in D1_OF_CURVES}
+              for n in np.geomspace(*sizes, 3)}
     write_report("Loss matching against a published law",
-                 {"What was compared": [source, *MATCHING_WORDS], "Differences": table},
+                 {"What was compared": [f"Source: {content.get('source', path)}", MATCHING_WORDS]},
                  {"loss_matching": (figures.loss_matching(curves), MATCHING_CAPTION)}, directory)

@@ -19,6 +19,7 @@ import numpy as np
 
 from laws import RIVALS, law_name
 from mixture import make_book, read_laws, sample
+from report import aligned
 from rows import EXPERTS, FAMILIES, KNOBS, method_label, read_rows
 from sweep import Study, is_withheld, planned_rows
 
@@ -33,15 +34,6 @@ class Options:
                         positional=True)
     laws: str = setting("out/study/laws/laws.json", "laws file that predicts")
     out: str = setting("results/sealed.json", "file of the sealed predictions")
-
-
-def withheld_rows(study_file):
-    """The planned rows of a study that it withholds, as {column: value}. Raises ConfigError for none."""
-    study = parse(Study, [study_file, "--train_withheld"])
-    rows = [identity(row) for row in planned_rows(study) if is_withheld(study, row)]
-    if not rows:
-        raise ConfigError(f"{study_file}: withholds no rows")
-    return rows
 
 
 def identity(row):
@@ -69,12 +61,17 @@ def interval(laws, book, row, random):
 
 
 def seal(options):
-    """Write what each law of the laws file predicts for each withheld row."""
-    rows, (content, book) = withheld_rows(options.what), read_laws(options.laws)
+    """Write what each law of the laws file predicts for each row that the study withholds. Raises
+    ConfigError where it withholds none."""
+    study = parse(Study, [options.what, "--train_withheld"])
+    rows = [row for row in planned_rows(study) if is_withheld(study, row)]
+    if not rows:
+        raise ConfigError(f"{options.what}: withholds no rows")
+    content, book = read_laws(options.laws)
     names = [name for name in RIVALS if name in content["laws"]]
     books = {name: make_book(options.laws, content, name) for name in names} or {"": book}
     random, sealed = np.random.default_rng(0), []
-    for row in rows:
+    for row in map(identity, rows):
         found = {name: interval(content["laws"], book, row, random) for name, book in books.items()}
         sealed.append(row | {"predicted": {name: value for name, value in found.items() if value}})
     result = {"git": code_version(), "study": options.what, "laws_git": content.get("git"),
@@ -88,23 +85,21 @@ def judge(options):
     """Print, by law and family, the errors of the sealed predictions and how often their intervals held."""
     content, (rows, _) = read_json(options.out), read_rows([options.what])
     measured = {frozenset(identity(row).items()): row["loss"] for row in rows}
-    scores, missing = {}, 0
-    for row in content["rows"]:
-        loss = measured.get(frozenset(identity(row).items()))
-        missing += loss is None
+    losses = [measured.get(frozenset(identity(row).items())) for row in content["rows"]]
+    scores, lines = {}, []
+    for row, loss in zip(content["rows"], losses):
         for name, (low, middle, high) in row["predicted"].items() if loss else ():
             error = math.log(middle / loss)
             scores.setdefault((row["family"], name), []).append((error, low <= loss <= high))
-    table = []
     for (family, name), found in scores.items():
         errors, held = np.array(found).T
-        rms = float(np.sqrt(np.mean(errors ** 2)))
-        table.append((family, rms, f"| {family} | {law_name(name) or 'dense and MoE'} | {len(found)} | "
-                                   f"{100 * rms:.2f} | {100 * errors.mean():+.2f} | {held.sum():.0f} |"))
-    print(f"{len(content['rows']) - missing} of {len(content['rows'])} sealed rows were run. "
-          f"The code {content['git']} predicted them.", "",
-          "| family | law | rows | rms error % | mean error % | in the 95 % interval |",
-          "|---|---|---|---|---|---|", *(line for *_, line in sorted(table)), sep="\n")
+        numbers = 100 * math.sqrt(np.mean(errors ** 2)), 100 * errors.mean(), held.sum()
+        lines.append([family, law_name(name) or "dense and MoE", str(len(found)),
+                      *map(str.format, ("{:.2f}", "{:+.2f}", "{:.0f}"), numbers)])
+    print(f"{len(losses) - losses.count(None)} of {len(losses)} sealed rows were run. "
+          f"The code {content['git']} predicted them.\n")
+    print(*aligned(["family", "law", "rows", "rms error %", "mean error %", "in the 95 % interval"],
+                   sorted(lines, key=lambda line: (line[0], float(line[3])))), sep="\n")
 
 
 def main(options):

@@ -7,13 +7,11 @@ noise.
 """
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import block_diag
+from scipy.linalg import block_diag, solve_triangular
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from engine import Fit, descend, evaluate, fit, starts
 from problem import levels_of_N, missing
@@ -28,14 +26,9 @@ INTERVALS = (
 
 # The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
-PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 0.8), "dense_trunk": (0.005, 0.8), "cell": (0.005, 1.5)}
-MOE_TRUNK = (0.009, 0.8)
+PRIOR = {"row": (0.003, 1.5), "trunk": (0.005, 0.8), "dense_trunk": (0.005, 0.8), "cell": (0.005, 1.5),
+         ("trunk", "moe"): (0.009, 0.8)}
 LEAST_SD = 1e-6
-
-
-def prior(kinds):
-    """(c, 2) the median and the width of the prior of each (kind, family)."""
-    return np.array([MOE_TRUNK if kind == ("trunk", "moe") else PRIOR[kind[0]] for kind in kinds])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -65,87 +58,66 @@ def dense_trunks(rows):
     return found
 
 
-def cell_of(row):
-    """The design cell of a row: what repeated seeds have in common."""
-    return run_key(row, but=("seed", "trunk", "dense_trunk"))
-
-
-@dataclass
-class Effects:
-    """Which random effects rows have: n rows, q effects, c variance components."""
-    kinds: list              # (c,) (kind, family); the dense_trunk's family is ""
-    row_kind: np.ndarray     # (n,) the component of a row's own noise
-    columns: np.ndarray      # (n, q) whether a row has an effect
-    column_kind: np.ndarray  # (q,) the component of an effect
-
-    @property
-    def is_cell(self):
-        """(q,) whether an effect is the misfit of a design cell."""
-        return np.array([self.kinds[k][0] == "cell" for k in self.column_kind], bool)
-
-    def covariance(self, sd):
-        """(n, n) of ln loss, for standard deviations (c,)."""
-        return np.diag(sd[self.row_kind] ** 2) + (self.columns * sd[self.column_kind] ** 2) @ self.columns.T
-
-    def redraw(self, sd, random):
-        """(S, n) noise of ln loss, for standard deviations (S, c)."""
-        rows = sd[:, self.row_kind] * random.standard_normal((len(sd), len(self.row_kind)))
-        effects = sd[:, self.column_kind] * random.standard_normal((len(sd), len(self.column_kind)))
-        return rows + effects @ self.columns.T
-
-
-def effects_of(rows):
-    """The Effects of rows. A component is there where at least two rows share one of its effects. That of
-    misfit, "cell", is there where a family repeats a design cell with other seeds."""
-    present = list(dict.fromkeys(row["family"] for row in rows))
-    kinds = [("row", family) for family in present]
-    row_kind = np.array([present.index(row["family"]) for row in rows])
-    keys = {("dense_trunk", ""): dense_trunks(rows)}  # what rows with the same effect have in common, or None
-    for family in present:
+def shared_luck(rows):
+    """{(kind, family): [what rows with the same effect have in common, or None]}. A dense trunk has the
+    family "". The misfit of a "cell" of the design is what its repeated seeds share."""
+    found = {("dense_trunk", ""): dense_trunks(rows)}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        here = [row if row["family"] == family else {} for row in rows]
         if family != "dense":
-            keys["trunk", family] = [str(row["trunk"]) if row["family"] == family and "trunk" in row else None
-                                     for row in rows]
-        keys["cell", family] = [cell_of(row) if row["family"] == family else None for row in rows]
-    columns, column_kind = [], []
-    for kind, of_row in keys.items():
-        counts = Counter(key for key in of_row if key is not None)
-        if max(counts.values(), default=0) > 1:
-            columns += [[key == effect for key in of_row] for effect in counts]
-            column_kind += [len(kinds)] * len(counts)
-            kinds.append(kind)
-    columns = np.array(columns, float).reshape(-1, len(rows)).T
-    return Effects(kinds, row_kind, columns, np.array(column_kind, int))
+            found["trunk", family] = [str(row["trunk"]) if "trunk" in row else None for row in here]
+        found["cell", family] = [run_key(row, but=("seed", "trunk", "dense_trunk")) if row else None
+                                 for row in here]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Variances
+# Noise and its variances
 
-@dataclass
 class Noise:
-    """The noise of a fit: standard deviations of ln loss, with what their likelihood needs. The m columns
-    are the effects of trunks, directions of the parameters, and the residual."""
-    effects: Effects
-    products: np.ndarray   # (families, m, m) of the columns over each family's rows
-    cells: list            # (family, component, rows of a cell, number of such cells, (m, m) of column sums)
-    counts: np.ndarray     # (families,) rows
-    log_sd: np.ndarray     # (c,) the estimate
+    """The noise of ln loss: each of n rows has its own, and shares q random effects with other rows. Its c
+    standard deviations are those of rows, by family, and of the kinds of effects that two rows share."""
+
+    def __init__(self, rows):
+        families = list(dict.fromkeys(row["family"] for row in rows))
+        self.kinds = [("row", family) for family in families]             # (c,) (kind, family)
+        self.row_kind = np.array([families.index(row["family"]) for row in rows])  # (n,)
+        columns, column_kind = [], []
+        for kind, of_row in shared_luck(rows).items():
+            counts = Counter(key for key in of_row if key is not None)
+            if max(counts.values(), default=0) > 1:
+                columns += [[key == effect for key in of_row] for effect in counts]
+                column_kind += [len(self.kinds)] * len(counts)
+                self.kinds.append(kind)
+        self.columns = np.array(columns, float).reshape(-1, len(rows)).T  # (n, q) a row has an effect
+        self.column_kind = np.array(column_kind, int)                     # (q,)
+        self.prior = np.array([PRIOR.get(kind, PRIOR[kind[0]]) for kind in self.kinds])  # (c, 2)
+        self.log_sd = np.log(self.prior[:, 0])                            # (c,) the estimate
+
+    def covariance(self, log_sd=None):
+        """(n, n) of ln loss, for log standard deviations (c,), by default the estimate."""
+        sd = np.exp(self.log_sd if log_sd is None else log_sd)
+        return np.diag(sd[self.row_kind] ** 2) + (self.columns * sd[self.column_kind] ** 2) @ self.columns.T
+
+    def redraw(self, log_sd, random):
+        """(S, n) noise of ln loss, for log standard deviations (S, c)."""
+        sd = np.exp(log_sd)
+        rows = sd[:, self.row_kind] * random.standard_normal((len(sd), len(self.row_kind)))
+        effects = sd[:, self.column_kind] * random.standard_normal((len(sd), len(self.column_kind)))
+        return rows + effects @ self.columns.T
 
     def deviance(self, log_sd, restricted=True):
         """(S,) -2 ln likelihood of ln loss at log standard deviations (S, c), the parameters fitted to first
         order; restricted (REML): the parameters integrated out.
 
-        One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it.
-        Cells do not overlap within a family, so they are eliminated beforehand.
+        One Cholesky factor of the mixed-model equations with the residual as a last column gives all of it:
+        self.products (families, m, m) are those of the effects, directions of the parameters and residual.
         """
         families = len(self.counts)
         precision = np.exp(-2 * log_sd)
         matrix = np.tensordot(precision[:, :families], self.products, 1)
         logs = 2 * log_sd[:, :families] @ self.counts
-        for family, component, size, count, sums in self.cells:
-            pivot = size * precision[:, family] + precision[:, component]
-            matrix -= (precision[:, family] ** 2 / pivot)[:, None, None] * sums
-            logs += count * (np.log(pivot) + 2 * log_sd[:, component])
-        kinds = self.effects.column_kind[~self.effects.is_cell]
+        kinds = self.column_kind
         q = len(kinds)
         matrix[:, np.arange(q), np.arange(q)] += precision[:, kinds]
         np.einsum("sii->si", matrix)[:] *= 1 + 1e-12  # positive definite after rounding too
@@ -155,7 +127,7 @@ class Noise:
 
     def penalty(self, log_sd):
         """(S,) -2 ln prior."""
-        median, width = prior(self.effects.kinds).T
+        median, width = self.prior.T
         return (((log_sd - np.log(median)) / width) ** 2).sum(axis=1)
 
     def minimised(self, deviance):
@@ -190,59 +162,42 @@ class Noise:
 
     def table(self):
         """({family: {"row", "trunk", "dense_trunk": sd of ln loss}}, {family: sd of misfit, or None})."""
-        sd = {kind: float(value) for kind, value in zip(self.effects.kinds, np.exp(self.log_sd))}
-        families = [family for kind, family in self.effects.kinds if kind == "row"]
+        sd = {kind: float(value) for kind, value in zip(self.kinds, np.exp(self.log_sd))}
+        families = [family for kind, family in self.kinds if kind == "row"]
         shared = sd.get(("dense_trunk", ""), 0.0)
         noise = {family: {"row": sd["row", family], "trunk": sd.get(("trunk", family), 0.0),
                           "dense_trunk": 0.0 if family == "moe" else shared} for family in families}
         return noise, {family: sd.get(("cell", family)) for family in families}
 
 
-def cell_products(effects, columns):
-    """Noise.cells of the columns (n, m): cells grouped by family and number of rows."""
-    found = {}
-    for k in np.flatnonzero(effects.is_cell):
-        members = effects.columns[:, k] > 0
-        key = (int(effects.row_kind[members][0]), int(effects.column_kind[k]), int(members.sum()))
-        found.setdefault(key, []).append(columns[members].sum(axis=0))
-    return [(*key, len(sums), np.transpose(sums) @ np.array(sums)) for key, sums in found.items()]
-
-
 def noise_of(problem, theta):
     """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its
     family counts as 4 of them."""
-    effects = effects_of(problem.rows)
-    predicted, jacobian = evaluate(problem, theta[None])
-    residual, families = problem.y - predicted[0], effects.row_kind
+    noise, (predicted, jacobian) = Noise(problem.rows), evaluate(problem, theta[None])
+    residual, jacobian, families = problem.y - predicted[0], jacobian[0], noise.row_kind
     for k in np.unique(families):
-        limit = 4 * 1.4826 * np.median(np.abs(residual[families == k])) + 1e-12
-        residual = np.where(families == k, np.clip(residual, -limit, limit), residual)
-    jacobian = jacobian[0]
+        own = families == k
+        limit = 4 * 1.4826 * np.median(np.abs(residual[own])) + 1e-12
+        residual[own] = np.clip(residual[own], -limit, limit)
+        noise.log_sd[k] = math.log(max(residual[own].std(), LEAST_SD))
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300),
                                    full_matrices=False)
-    trunks, directions = effects.columns[:, ~effects.is_cell], basis[size > 1e-7 * size[0]].T
-    columns = np.hstack([trunks, directions, residual[:, None]])
-    counts = np.bincount(families)
-    parts = [columns[families == k] for k in range(len(counts))]
-    products = np.array([part.T @ part for part in parts])
-    products[:, -1, -1] += 1e-13 * counts
-    cells, start = cell_products(effects, columns), np.log(prior(effects.kinds)[:, 0])
-    noise = Noise(effects, products, cells, counts.astype(float), start)
-    spread = [math.log(max(residual[families == k].std(), LEAST_SD)) for k in range(len(counts))]
-    noise.log_sd[:len(counts)] = spread
+    columns = np.hstack([noise.columns, basis[size > 1e-7 * size[0]].T, residual[:, None]])
+    noise.counts = np.bincount(families).astype(float)
+    parts = [columns[families == k] for k in range(len(noise.counts))]
+    noise.products = np.array([part.T @ part for part in parts])
+    noise.products[:, -1, -1] += 1e-13 * noise.counts
     noise.log_sd = noise.minimised(lambda log_sd: noise.deviance(log_sd) + noise.penalty(log_sd))[0]
     return noise
 
 
 def whitening(covariance, kept=None):
     """(n, n) the matrix that makes noise of that covariance white, sparse where rows are many; rows that
-    are not kept get zeros. Rows that share no luck are treated apart."""
+    are not kept get zeros."""
     n = len(covariance)
-    kept, whiten = np.ones(n, bool) if kept is None else kept, np.zeros((n, n))
-    group = connected_components(csr_array(covariance != 0))[1]
-    for number in np.unique(group[kept]):
-        block = np.ix_(*[np.flatnonzero((group == number) & kept)] * 2)
-        whiten[block] = np.linalg.inv(np.linalg.cholesky(covariance[block]))
+    block = np.ix_(*[np.arange(n) if kept is None else np.flatnonzero(kept)] * 2)
+    whiten, root = np.zeros((n, n)), np.linalg.cholesky(covariance[block])
+    whiten[block] = solve_triangular(root, np.eye(len(root)), lower=True)
     return csr_array(whiten) if n > 400 else whiten
 
 
@@ -250,7 +205,7 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior
     """The Fit of a system {family: law} with its Noise. With delta "auto" it is generalised least squares:
     Huber's loss, delta 1.345, of residuals whitened by the estimated noise; else plain Huber on log
     residuals. prior: (mean, standard deviation) of the alpha of the MoE law, in generalised least squares."""
-    fitted = fit(rows, system, share, delta, A_of_N)
+    fitted = fit(rows, system, share, 0.01 if delta == "auto" else delta, A_of_N)
     problem = fitted.problem
     fitted.noise = noise_of(problem, fitted.theta)
     if delta != "auto":
@@ -258,7 +213,7 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior
     prior = prior and (problem.places(system["moe"])["alpha"], *prior)
     theta = np.concatenate([fitted.theta[None], starts(problem)[:2]])
     for _ in range(2):
-        whiten = whitening(fitted.noise.effects.covariance(np.exp(fitted.noise.log_sd)))
+        whiten = whitening(fitted.noise.covariance())
         theta, cost = descend(problem, theta, 1.345, whiten=whiten, prior=prior)
         theta = theta[[np.argmin(cost)]]
         residual = problem.y - evaluate(problem, theta)[0][0]
@@ -272,7 +227,7 @@ def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior
 
 def refits(fitted, count, **changes):
     """(count, p) refits from the estimate; where a parameter of it is at a bound, which a descent from
-    there cannot leave, also from the best start of the grid. `changes` go to laws.descend."""
+    there cannot leave, also from the best start of the grid. `changes` go to engine.descend."""
     problem, arguments = fitted.problem, {"whiten": fitted.whiten, "prior": fitted.prior} | changes
     theta, cost = descend(problem, np.tile(fitted.theta, (count, 1)), fitted.delta, **arguments)
     if ((fitted.theta > problem.low) & (fitted.theta < problem.high)).all():
@@ -296,7 +251,7 @@ def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
     log_sd = fitted.noise.posterior(draws, random)
     for first in range(0, draws, 100):
         part = log_sd[first:first + 100]
-        y = fitted.problem.y - fitted.residual + fitted.noise.effects.redraw(np.exp(part), random)
+        y = fitted.problem.y - fitted.residual + fitted.noise.redraw(part, random)
         if fitted.prior:  # the prior is an observation, and is redrawn as the others are
             place, mean, sd = fitted.prior
             prior = (place, fitted.theta[place] + sd * random.standard_normal(len(part)), sd)
@@ -321,21 +276,20 @@ def covariance(jacobian, noise, whiten=None, prior=None):
 
 def standard_errors(fitted, law):
     """{parameter: asymptotic standard error} of a law of the fit."""
-    problem, noise = fitted.problem, fitted.noise
-    jacobian = evaluate(problem, fitted.theta[None])[1][0]
-    centred = covariance(jacobian, noise.effects.covariance(np.exp(noise.log_sd)), fitted.whiten,
-                         fitted.prior)
+    problem, jacobian = fitted.problem, evaluate(fitted.problem, fitted.theta[None])[1][0]
+    centred = covariance(jacobian, fitted.noise.covariance(), fitted.whiten, fitted.prior)
     error = np.sqrt(np.maximum(np.diag(problem.to_raw @ centred @ problem.to_raw.T), 0.0))
     places = problem.places(law)
-    return {name: float(error[places[name]] * (value if problem.is_log[places[name]] else 1.0))
-            if name in places else 0.0 for name, value in fitted.params(law).items()}
+    return {name: 0.0 if places[name] is None else
+            float(error[places[name]] * (value if problem.is_log[places[name]] else 1.0))
+            for name, value in fitted.params(law).items()}
 
 
 def aicc(fitted):
     """Akaike's criterion with its small-sample correction, over all rows of the system: the likelihood has
     the nested noise in it, and its variances count as parameters."""
     noise = fitted.noise
-    n, k = noise.counts.sum(), len(fitted.theta) + len(noise.effects.kinds)
+    n, k = noise.counts.sum(), len(fitted.theta) + len(noise.kinds)
     deviance = noise.minimised(lambda log_sd: noise.deviance(log_sd, restricted=False))[1]
     return float(deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1))
 
@@ -346,9 +300,7 @@ def leave_trunk_out(fitted, most=40):
     problem = fitted.problem
     trunks = trunk_of(problem.rows) % most
     sizes, error = levels_of_N(problem.rows, problem.system), np.full(len(trunks), np.nan)
-    noise = np.eye(len(trunks))
-    if fitted.whiten is not None:
-        noise = fitted.noise.effects.covariance(np.exp(fitted.noise.log_sd))
+    noise = np.eye(len(trunks)) if fitted.whiten is None else fitted.noise.covariance()
     for number in np.unique(trunks):
         kept = [row for row, t in zip(problem.rows, trunks) if t != number]
         if missing(kept, problem.system) or levels_of_N(kept, problem.system) != sizes:
@@ -359,29 +311,22 @@ def leave_trunk_out(fitted, most=40):
     return error
 
 
-def of_family(left_out, fitted, family):
-    """What there is of the errors of left-out trunks (n,) in the fit's rows of one family."""
-    return left_out[np.isfinite(left_out) & [row["family"] == family for row in fitted.problem.rows]]
-
-
 def profile_E(fitted, law):
-    """E held on a grid and all else refitted: {"E", "alpha3", "objective" (relative, above its minimum):
-    lists, "fit": [E, alpha3], "inside": the relative objective at the ends of E's 95 % likelihood
-    interval}; None where the fit has no E of its own."""
+    """E held at 17 values and all else refitted: {"E", "alpha3", "objective": relative, above its minimum,
+    "inside": whether E is in its 95 % likelihood interval}, lists; {} where the fit has no E of its own."""
     problem = fitted.problem
     place = problem.places(law).get("E")
     if place is None:
-        return None
-    values = np.linspace(0.02, 0.98, 33) * math.exp(problem.y.min())
-    theta = np.tile(fitted.theta, (len(values), 1))
-    theta[:, place] = np.log(values) - problem.to_raw0[place]
-    free = np.arange(theta.shape[1]) != place
-    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten, free=free)
-    params = fitted.params(law)
-    return {"E": values.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
-            "objective": (cost / max(fitted.cost, 1e-300) - 1).tolist(),
-            "fit": [float(params["E"]), float(params["alpha3"])],
-            "inside": 3.84 / max(len(fitted.residual) - len(fitted.theta), 1)}
+        return {}
+    E = np.linspace(0.02, 0.98, 17) * math.exp(problem.y.min())
+    theta = np.tile(fitted.theta, (len(E), 1))
+    theta[:, place] = np.log(E) - problem.to_raw0[place]
+    theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten,
+                          prior=(place, theta[:, place], 1e-6))
+    objective = cost / max(fitted.cost, 1e-300) - 1
+    inside = objective < 3.84 / max(len(fitted.residual) - len(fitted.theta), 1)
+    return {"E": E.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),
+            "objective": objective.tolist(), "inside": inside.tolist()}
 
 
 def unidentified(fitted, law, theta):
@@ -394,7 +339,7 @@ def unidentified(fitted, law, theta):
     places = problem.places(law)
     for name, values in fitted.params(law, theta).items():
         low, high = np.quantile(values, [0.025, 0.975])
-        if name not in places:
+        if places[name] is None:
             continue
         if bound[places[name]]:
             why[name] = "not identified: it or its interval at a bound of the fit"

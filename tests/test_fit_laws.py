@@ -170,18 +170,14 @@ def test_pilots_of_the_quick_study_predict_longer_training_of_every_checkpoint(t
     priors = {}
     for n in sizes:
         others, law = [row for row in rows if row["N"] != n], "upcycled.effective_data_shared"
-        alphas = []
-        for chosen in ([row for row in others if row["N"] == size] for size in sizes if size != n):
-            fitted = uncertainty.fit_with_noise(chosen, shared_system(law), ())
-            alphas.append(float(fitted.params(law)["alpha"]))
         fitted = uncertainty.fit_with_noise(others, shared_system(law))
-        alpha = float(fitted.params(law)["alpha"])
-        entry = {"params": {"alpha": alpha}, "draws": {"alpha": [alpha - 0.02, alpha + 0.02]}}
+        params = {name: float(value) for name, value in fitted.params(law).items()}
+        alpha, draws = params["alpha"], {name: [value, value] for name, value in params.items()}
+        entry = {"params": params, "draws": draws | {"alpha": [alpha - 0.02, alpha + 0.02]}}
         path = tmp_path / f"{n}.json"
-        path.write_text(json.dumps({"laws": {law: entry}, "at_each_N": {
-            str(i): {law: {"params": {"alpha": alpha}}} for i, alpha in enumerate(alphas)}}))
+        path.write_text(json.dumps({"version": 2, "laws": {law: entry}}))
         priors[n] = F.alpha_prior(str(path))
-        assert priors[n][1] == pytest.approx(math.hypot(0.02, np.std(alphas, ddof=1)))
+        assert priors[n] == pytest.approx((alpha, math.hypot(0.02, 0.12 * alpha)))
     assert F.rms(short) == pytest.approx(0.0296, abs=0.002)
     assert F.rms(pilot_errors(rows, 1.1e6, priors)) == pytest.approx(0.0203, abs=0.002)
 
@@ -295,9 +291,9 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
             assert set(entry["methods"]) == {"copy", "drop"}
             assert entry["methods"]["copy"]["params"] == entry["params"]
     assert content["laws"]["upcycled.handicap"]["held_out"]["D2"]["rows"] == 18
-    assert set(content["at_each_N"]) == {"40000", "100000", "300000"}
     text = (out / "report.md").read_text()
-    for name in ("loss_against_tokens", "residuals", "alpha3_along_E"):
+    assert "## alpha3 of the interaction law along E" in text
+    for name in ("loss_against_tokens", "residuals"):
         assert (out / f"{name}.png").stat().st_size > 5000 and f"]({name}.png)" in text
 
 
@@ -323,7 +319,7 @@ def test_command_says_at_which_data_a_sparsity_law_and_a_single_horizon_hold(tmp
     F.main(F.Options(rows=[path], out=str(tmp_path), draws=20, laws=["dense", "moe.sparsity"]))
     printed = capsys.readouterr().out
     assert "moe.sparsity is fitted at D = 131B alone" in printed
-    assert "warning: dense: the rows have one horizon D" in printed
+    assert "warning: dense (A alpha): one level of D" in printed
     entry = json.loads((tmp_path / "laws.json").read_text())["laws"]["moe.sparsity"]
     assert entry["at"] == {"D": 131072000000} and entry["held_out"]["sparsity"]["rows"] == 11
 

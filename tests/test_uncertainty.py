@@ -28,11 +28,11 @@ def test_rows_share_the_dense_trunk_of_their_N_and_seed_at_every_D1():
 
 def test_covariance_is_that_of_simulated_rows():
     rows = [row for row in simulate(TABLE2, N=[1e8], copies=2)]
-    effects = uncertainty.effects_of(rows)
+    effects = uncertainty.Noise(rows)
     size = {"row": 0.2, "trunk": 0.3, "dense_trunk": 0.5, "cell": 0.4}
     sd = np.array([size[kind] for kind, _ in effects.kinds])
-    noise = effects.redraw(np.tile(sd, (40000, 1)), np.random.default_rng(0))
-    exact = effects.covariance(sd)
+    noise = effects.redraw(np.tile(np.log(sd), (40000, 1)), np.random.default_rng(0))
+    exact = effects.covariance(np.log(sd))
     assert np.abs(np.cov(noise.T) - exact).max() < 0.02  # 6 standard errors of a variance of 0.54
     for i, a in enumerate(rows):  # and that is what the words say
         for j, b in enumerate(rows):
@@ -52,7 +52,7 @@ def test_likelihood_is_the_gaussian_one(copies):
     X = engine.evaluate(fitted.problem, fitted.theta[None])[1][0].T
     X = np.linalg.svd(X / np.linalg.norm(X, axis=0), full_matrices=False)[0]
     for shift in (0.0, 0.7):
-        V = noise.effects.covariance(np.exp(noise.log_sd + shift))
+        V = noise.covariance(noise.log_sd + shift)
         inverse = np.linalg.inv(V)
         P = inverse - inverse @ X @ np.linalg.solve(X.T @ inverse @ X, X.T @ inverse)
         plain = np.linalg.slogdet(V)[1] + fitted.residual @ P @ fitted.residual
@@ -84,8 +84,8 @@ def test_without_repeated_seeds_misfit_is_not_told_from_noise():
 
 def test_whitening_makes_noise_white_and_leaves_rows_out():
     rows = simulate(TABLE2, N=[1e8])
-    V = uncertainty.effects_of(rows).covariance(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])[
-        :len(uncertainty.effects_of(rows).kinds)])
+    noise = uncertainty.Noise(rows)
+    V = noise.covariance(np.log([0.1, 0.2, 0.3, 0.4, 0.5, 0.6][:len(noise.kinds)]))
     kept = np.arange(len(rows)) % 3 > 0
     W = uncertainty.whitening(V, kept)
     assert np.allclose(W @ V @ W.T, np.diag(kept.astype(float))) and not W[:, ~kept].any()
@@ -180,8 +180,8 @@ def test_a_prior_on_alpha_is_one_more_observation(sd):
 # Rows that the fit did not see
 
 def test_profile_of_E_passes_through_the_fit():
-    for fitted in (engine.fit(simulate(TABLE2, noise=0.001), THREE),
-                   uncertainty.fit_with_noise(simulate(TABLE2, noise=0.001), THREE)):
+    for delta in (0.002, "auto"):
+        fitted = uncertainty.fit_with_noise(simulate(TABLE2, noise=0.001), THREE, delta=delta)
         profile = uncertainty.profile_E(fitted, "upcycled")
         assert min(profile["objective"]) > -1e-9
         between = np.interp(fitted.params("upcycled")["E"], profile["E"], profile["alpha3"])
