@@ -158,12 +158,14 @@ def misfit(laws, name, family):
     """Standard deviation of ln loss that a law leaves unexplained.
 
     It is the measured misfit where the rows tell misfit from noise, else that of the residuals. A published
-    law has an assumed error.
+    law has an assumed error, and so has one that was fitted to no row of the family.
     """
-    measured = laws.get(name, {}).get("misfit", {}).get(family)
     entry = laws.get(name if family == "upcycled" else family, {})
-    assumed = entry.get("rmse_log", entry.get("relative_error", FORM_ERROR))
-    return float(assumed if measured is None else measured)
+    for error in (laws.get(name, {}).get("misfit", {}).get(family), entry.get("rmse_log"),
+                  entry.get("relative_error")):
+        if error is not None:
+            return float(error)
+    return FORM_ERROR
 
 
 def make_book(path, content, wanted=""):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import fit_laws
 from configurator import ConfigError, parse
 from laws import predict
 from seal import Options, main
@@ -57,3 +58,22 @@ def test_each_law_predicts_the_withheld_rows_and_is_judged_by_what_was_run(mini,
 
 def held_with(sealed, planned):
     return [row | {"predicted": told["predicted"]} for told, row in zip(sealed, planned)]
+
+
+def test_dense_and_moe_rows_alone_predict_all_upcycled_rows(mini, tmp_path):  # noqa: F811
+    mini.write_text(mini.read_text() + "num_local_experts = 8\n"
+                                       "methods = [{'method': 'copy'}, {'method': 'drop'}]\n")
+    rows, sealed = tmp_path / "scratch.jsonl", tmp_path / "sealed.json"
+    lines = (ROOT / "results" / "study_quick.jsonl").read_text().splitlines()
+    rows.write_text("\n".join(line for line in lines if json.loads(line)["family"] != "upcycled"))
+    fit_laws.main(parse(fit_laws.Options, [str(rows), f"--out={tmp_path}", "--draws=50"]))
+    seal(mini, "--withheld=[{'family': 'upcycled'}]", f"--laws={tmp_path / 'laws.json'}", f"--out={sealed}")
+    predicted = {}
+    law = "upcycled.loss_matching_0"
+    params = json.loads((tmp_path / "laws.json").read_text())["laws"][law]["params"]
+    for row in json.loads(sealed.read_text())["rows"]:
+        (low, middle, high), = row["predicted"].values()
+        assert low < predict(law, params, **{key: row[key] for key in ("N", "D1", "D2")}) < high
+        predicted.setdefault(row["method"], []).append(middle)
+    assert len(predicted["copy"]) == len(predicted["drop"]) > 5
+    assert predicted["drop"] == pytest.approx(predicted["copy"], rel=0.01)  # but for the draws of noise
