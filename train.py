@@ -223,19 +223,19 @@ def build(run):
 # ---------------------------------------------------------------------------------------------------------
 # The step
 
-def train_step(run, ids, targets, lr, stop, save_now):
-    """One optimizer step on this rank's sequences, ids and targets (B, T) each. It waits for the device once.
+def train_step(run, stream, lr, stop, save_now):
+    """One optimizer step on the next passes of `stream`, (ids, targets) each. It waits for the device once.
 
     Returns {"loss", "balance_loss", "z_loss", "grad_norm": floats, "counts": (L, E) assignments or None,
     "stop", "save": whether a rank asks for it, "skipped": whether there was no update}, the same on all
     ranks. There is none where the loss or the gradient is not finite. Raises ConfigError as `skip` does.
     """
-    c, micro, router = run.c, run.micro, None
+    c, router = run.c, None
     sums, counts = torch.zeros(5, device=run.device), 0  # loss, balance, z, stop, save
     for i in range(run.accumulate):
         with contextlib.nullcontext() if i == run.accumulate - 1 else run.no_sync():
             with run.autocast:
-                loss, router = run.forward(ids[i * micro:(i + 1) * micro], targets[i * micro:(i + 1) * micro])
+                loss, router = run.forward(*next(stream))
             sums[0] += loss.detach()
             if router:
                 balance = balance_loss(router["counts"], router["probs"])
@@ -409,9 +409,8 @@ def loop(run, signals, report):
     c, state, rank = run.c, run.state, ranks()[0]
     kept = {state["step"] - (state["tokens"] - level) // c.tokens_per_step for level in c.save_at_tokens}
     kept.add(run.max_steps)
-    share, stride = run.micro * run.accumulate, c.tokens_per_step // c.max_seq_len
-    first = state["sequence"] + rank * share
-    stream = batches(run.tokens, first, share, stride, c.max_seq_len, state["data_seed"], run.device)
+    first, stride = state["sequence"] + rank * run.micro, ranks()[1] * run.micro
+    stream = batches(run.tokens, first, run.micro, stride, c.max_seq_len, state["data_seed"], run.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(stream))
         pool = stack.enter_context(ThreadPoolExecutor(1))
@@ -427,11 +426,11 @@ def loop(run, signals, report):
         while state["step"] < run.max_steps:
             lr = learning_rate(state["step"], c, run.max_steps)
             due = rank == 0 and 0 < c.save_every_seconds < time.perf_counter() - saved_at
-            measured = train_step(run, *next(stream), lr, bool(signals.caught), due)
+            measured = train_step(run, stream, lr, bool(signals.caught), due)
             signals.at_once = False
             state["step"] += 1
             state["tokens"] += c.tokens_per_step
-            state["sequence"] += stride
+            state["sequence"] += c.tokens_per_step // c.max_seq_len
             state["history"][-1][1] += c.tokens_per_step
             line = log_line(run, measured, lr, time.perf_counter() - clock)
             clock = time.perf_counter()

@@ -328,7 +328,7 @@ def test_automatic_settings_follow_the_device_and_the_length_of_the_run(tiny, mo
     import start
     assert train(tiny, report=quiet)["dtype"] == "float32" and not pays_to_compile(1e12, "cpu")
     assert pays_to_compile(1e13, "cpu") and pays_to_compile(1e13, "auto")
-    monkeypatch.setattr(start.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pays_to_compile(1e13, "cpu") and pays_to_compile(1e17, "cuda")
     assert not pays_to_compile(1e13, "auto")
     meta = {"vocab_size": 257, "tokenizer": "bytes"}
