@@ -170,7 +170,7 @@ def test_moments_that_are_no_finite_real_numbers_are_refused(tiny):  # noqa: F81
     path, name = os.path.join(tiny.out_dir, "checkpoint-1", "optimizer.moments"), "exp_avg.model.norm.weight"
     good = load_file(path)
     for key, value in ((name, good[name].to(torch.int32)), (name, good[name] * float("nan")),
-                       (name, good[name][1:]), ("more", good[name]),
+                       (name, good[name][1:]), ("more", good[name].clone()),
                        *(("step", torch.tensor(x)) for x in (-1.0, 0.5, float("inf"), 1e30, 1))):
         save_file(good | {key: value}, path)
         with pytest.raises(ConfigError, match=f"checkpoint-1.* {'step' if key == 'step' else key}") as error:
