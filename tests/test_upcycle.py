@@ -610,8 +610,8 @@ def test_moments_come_along(tmp_path, trained_dense, method):
     names = load(Path(path) / "model.safetensors").keys()
     assert stored[1].keys() == {"step", *(f"{key}.{name}" for key in KEYS for name in names)}
     for power, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
-        old, new = ({name.removeprefix(f"{key}."): t for name, t in file.items() if name.startswith(key + ".")}
-                    for file in stored)
+        old, new = ({name.removeprefix(f"{key}."): t for name, t in file.items()
+                     if name.startswith(f"{key}.")} for file in stored)
         assert new["model.layers.0.block_sparse_moe.gate.weight"].eq(0).all()
         assert (new["model.layers.1.self_attn.q_proj.weight"]
                 == old["model.layers.1.self_attn.q_proj.weight"]).all()
