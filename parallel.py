@@ -53,7 +53,7 @@ def process_group(kind, timeout_seconds):
         if not lost and not isinstance(error, ConfigError):
             raise
         with contextlib.suppress(RuntimeError):  # torchrun's store may be gone too
-            if store.add("errors", 1) > 1:
+            if store.add("errors" + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) > 1:
                 raise SystemExit(2)
         text = "another rank has gone; --resume goes on from the last checkpoint" if lost else error
         print(f"train.py: rank {rank}: {text}", file=sys.stderr)

@@ -476,8 +476,9 @@ def test_an_error_that_all_ranks_meet_is_said_once(tiny, tmp_path):  # noqa: F81
     assert "rank " in result.stderr
 
 
-def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path, parallel):  # noqa: F811
+    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP], parallel=parallel)
     write_config(c, tmp_path / "c.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
                "--standalone", "train.py", str(tmp_path / "c.py")]

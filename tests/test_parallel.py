@@ -3,8 +3,8 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import resource
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train as train_module
+from configurator import ConfigError
 from data.stream import batches
-from test_train import STEP, data, log, moe, quiet, tiny  # noqa: F401  (fixtures)
+from test_train import STEP, data, log, moe, quiet, same_state, tiny  # noqa: F401  (fixtures)
 from train import train
 
 
@@ -32,16 +33,16 @@ def in_ranks(world, job):
         if not pids[-1]:
             status = 1
             try:
-                with open(f"{folder}/{rank}.txt", "w") as out:
-                    os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+                with (open(f"{folder}/{rank}.txt", "w", buffering=1) as out,
+                      contextlib.redirect_stdout(out), contextlib.redirect_stderr(out)):
                     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                             world_size=world)
                     job(rank)
                     dist.barrier()
                     status = 0
             except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
+                with open(f"{folder}/{rank}.txt", "a") as out:
+                    traceback.print_exc(file=out)
             os._exit(status)
     ends = [os.waitpid(pid, 0)[1] for pid in pids]
     said = "".join(open(f"{folder}/{rank}.txt").read() for rank in range(world))
@@ -97,8 +98,8 @@ def test_fsdp_has_the_losses_of_one_process(tiny, double, world):  # noqa: F811
 
 
 def test_parts_of_two_ranks_are_opened_by_one_four_and_transformers(tiny):  # noqa: F811
-    """What two ranks saved at step 4 goes on there bit for bit. One process, four ranks and ddp go on with the
-    same data, and losses that differ by the rounding of fp32, which grows over 4 steps."""
+    """What two ranks saved at step 4 goes on there bit for bit. One process, four ranks and ddp go on with
+    the same data, and losses that differ by the rounding of fp32, which grows over 4 steps."""
     from transformers import AutoModelForCausalLM
     c = variant(tiny, "moe", 2, hidden_size=20, num_attention_heads=5)  # widths that transformers can run
     runs = {"1": {"micro_batch_size": 4}, "2": {}, "2ddp": {"parallel": "ddp"}, "4": {"micro_batch_size": 1}}
@@ -131,6 +132,67 @@ def test_parts_of_two_ranks_are_opened_by_one_four_and_transformers(tiny):  # no
     ids = torch.arange(10).view(1, 10)
     judge = AutoModelForCausalLM.from_pretrained(f"{c.out_dir}/plain")
     torch.testing.assert_close(judge(ids).logits, saved(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_another_number_of_sequences_in_a_pass_is_said(tiny, capsys):  # noqa: F811
+    c = moe(tiny, rows=None, decay_steps=0)
+    train(dataclasses.replace(c, max_tokens=2 * STEP, micro_batch_size=4), report=quiet)
+    for steps, size, said in ((4, 4, 0), (6, 2, 1)):
+        more = {"max_tokens": steps * STEP, "micro_batch_size": size}
+        train(dataclasses.replace(c, **more, resume=True), report=quiet)
+        assert capsys.readouterr().err.count("is taken over 2 sequences, up to here it was over 4") == said
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing while training goes on
+
+def test_a_checkpoint_is_that_of_its_step_though_training_goes_on(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """The writer of step 4 begins when step 8 is done; that of step 20 is waited for."""
+    c = dataclasses.replace(tiny, save_at_tokens=[4 * STEP], rows=None, num_local_experts=4)
+    train(dataclasses.replace(c, out_dir=str(tmp_path / "other")), report=quiet)
+    steps, later, true_write, waited = [], threading.Event(), checkpoint.write, []
+
+    def write(*args):
+        waited.append(later.wait(60))
+        true_write(*args)
+
+    def report(tokens):
+        steps.append(tokens)
+        if len(steps) == 8:
+            assert not checkpoint.checkpoints(c.out_dir)
+            later.set()
+    monkeypatch.setattr(checkpoint, "write", write)
+    train(c, report=report)
+    assert waited == [True, True]
+    for step in (4, 20):
+        same_state(f"{c.out_dir}/checkpoint-{step}", tmp_path / "other" / f"checkpoint-{step}")
+
+
+def test_a_writer_that_fails_stops_the_steps(tiny, monkeypatch):  # noqa: F811
+    def write(*args):
+        raise ConfigError("the disk is full")
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(ConfigError, match="the disk is full"):
+        train(dataclasses.replace(tiny, save_at_tokens=[4 * STEP], max_tokens=10**9, compile=False),
+              report=lambda tokens: time.sleep(0.01))
+    assert 4 <= len(log(tiny)) < 100
+
+
+def test_a_disk_of_rank_0_that_is_full_ends_all_ranks(tiny):  # noqa: F811
+    """Files of more than 9 kB cannot be written there. No checkpoint is left, and no rank waits."""
+    c = variant(tiny, "dense", 2, save_at_tokens=[4 * STEP], max_tokens=10**7)
+
+    def job(rank):
+        if rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        try:
+            train(c, report=lambda tokens: None)
+        except (ConfigError, RuntimeError) as error:
+            print(f"rank {rank}: {type(error).__name__} {str(error)[:200]}", flush=True)
+            os._exit(0)
+    said = in_ranks(2, job)
+    assert "rank 0: ConfigError" in said and "checkpoint-4: cannot be written: File too large" in said
+    assert "rank 1: " in said and [name for name in os.listdir(c.out_dir) if "checkpoint" in name] == []
 
 
 # ---------------------------------------------------------------------------------------------------------
