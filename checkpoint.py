@@ -265,10 +265,18 @@ def write(directory, saved, state, tokenizer_from=None, shard_size=5_000_000_000
     """Write Contents and the dict `state` as a directory, a parameter at a time. Where ranks hold parts all
     of them call it, rank 0 gathers the parts over `group` and writes. Raises ConfigError, also where a weight
     or moment is not finite; then too all parts are gathered, since the other ranks wait for that."""
+    wholes = (part.views(saved.config, group) for part in (*saved.weights, *saved.moments))
+    try:
+        if ranks()[0] == 0:
+            write_directory(directory, saved, wholes, state, tokenizer_from, shard_size)
+    finally:
+        for _ in wholes:
+            pass
+
+
+def write_directory(directory, saved, wholes, state, tokenizer_from, shard_size):
+    """`write` on the rank that has the directory. wholes: an iterator over the views of the parts."""
     c, dtype = saved.config, saved.weights[0].local.dtype
-    wholes = (part.views(c, group) for part in (*saved.weights, *saved.moments))
-    if ranks()[0]:
-        return [None for _ in wholes]
     idle = [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
     weights = [piece for part in saved.weights for piece in part.pieces(c)] + idle
     moments = [piece for part in saved.moments for piece in part.pieces(c)]
@@ -279,20 +287,15 @@ def write(directory, saved, state, tokenizer_from=None, shard_size=5_000_000_000
                 if not t.isfinite().all():
                     raise ConfigError(f"{directory}: not written: {piece.name} is not finite")
                 yield t.cpu()
-    try:
-        with atomic_directory(directory, sum(p.bytes for p in weights + moments)) as temporary:
-            write_json(temporary, "config.json", to_hf_config(c, dtype))
-            made = itertools.chain(tensors(saved.weights), (p.tensor for p in idle))
-            write_weights(temporary, weights, shard_size, lambda p: next(made))
-            if moments:
-                made = tensors(saved.moments)
-                write_moments(temporary, saved.step, moments, shard_size, lambda p: next(made))
-            write_json(temporary, "trainer_state.json", state)
-            if tokenizer_from:
-                copy_tokenizer(tokenizer_from, temporary)
-    finally:
-        for _ in wholes:
-            pass
+    made = itertools.chain(tensors(saved.weights), (p.tensor for p in idle), tensors(saved.moments))
+    with atomic_directory(directory, sum(p.bytes for p in weights + moments)) as temporary:
+        write_json(temporary, "config.json", to_hf_config(c, dtype))
+        write_weights(temporary, weights, shard_size, lambda p: next(made))
+        if moments:
+            write_moments(temporary, saved.step, moments, shard_size, lambda p: next(made))
+        write_json(temporary, "trainer_state.json", state)
+        if tokenizer_from:
+            copy_tokenizer(tokenizer_from, temporary)
 
 
 def write_moments(directory, step, pieces, shard_size, make_tensor):

@@ -16,6 +16,7 @@ import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 from configurator import (ConfigError, code_version, progress, run, setting, write_config,
@@ -212,7 +213,7 @@ def build(run):
         checkpoint.load_moments(run.source, run.model, run.optimizer)
     run.forward = compiled(run.model) if to_compile and not sharded else run.model
     if sharded:  # saving has its own group, since it goes on beside the steps
-        run.writers = dist.new_group(backend="gloo")
+        run.writers = dist.new_group(backend="gloo", timeout=timedelta(seconds=c.timeout_seconds))
     elif dist.is_initialized():
         run.forward = torch.nn.parallel.DistributedDataParallel(
             run.forward, device_ids=[device.index] if device.type == "cuda" else None,
@@ -249,7 +250,7 @@ def train_step(run, stream, lr, stop, save_now):
     shared = torch.cat((sums, counts.flatten())) if router else sums
     if dist.is_initialized():
         dist.all_reduce(shared)
-    values = torch.cat((norm.reshape(1), shared)).tolist()
+    values = torch.cat((norm.reshape(1).to(run.device), shared)).tolist()
     measured = dict(zip(("grad_norm", "loss", "balance_loss", "z_loss", "stop", "save"), values), counts=None)
     measured["skipped"] = not (math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"]))
     if measured["skipped"]:
