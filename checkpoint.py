@@ -305,10 +305,6 @@ def write_moments(directory, step, pieces, shard_size, make_tensor):
                   lambda p: step.tensor if p is step else make_tensor(p), stored=MOMENTS)
 
 
-def has_moments(directory):
-    return any(os.path.exists(os.path.join(directory, MOMENTS + end)) for end in ("", ".index.json"))
-
-
 def open_moments(directory, shapes):
     """(AdamW's step, {name: Span}) of the moments of a checkpoint. Raises ConfigError unless they are those
     of the tensors of shapes {Hugging Face's name: shape}."""

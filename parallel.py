@@ -12,6 +12,7 @@ from configurator import ConfigError
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -42,10 +43,9 @@ def process_group(kind, timeout_seconds):
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    timeout = timedelta(seconds=timeout_seconds)
     store, rank, world = next(dist.rendezvous("env://"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timeout)
+                            world_size=world, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield device
     except (ConfigError, RuntimeError) as error:
@@ -98,9 +98,9 @@ def shard(model, device, dtype, cpu_offload):
 
     def placement(p):  # dimension 0 alone would leave ranks idle where they outnumber the experts
         return Shard(next((d for d, size in enumerate(p.shape) if size % world == 0), 0))
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     options = {"mesh": dist.init_device_mesh(device.type, (world,)), "shard_placement_fn": placement,
-               "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload
-               else OffloadPolicy()}
+               "offload_policy": offload}
     matrices = {p for name, p in model.named_parameters()
                 if name.startswith("layers.") and p.dim() > 1 and not name.endswith("mlp.gate.weight")}
     fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=matrices,
@@ -130,11 +130,8 @@ def fill(t, write):
 def gather(local, shape, dim, group):
     """On rank 0 the tensor of `shape`, of which each rank holds `local` along dimension `dim`; else None."""
     rank, world = ranks()
-    size = -(-shape[dim] // world)
-    if local.shape[dim] < size:
-        padded = local.new_zeros((*shape[:dim], size, *shape[dim + 1:]))
-        padded.narrow(dim, 0, local.shape[dim]).copy_(local)
-        local = padded
+    missing = -(-shape[dim] // world) - local.shape[dim]  # of equal parts, which gather wants
+    local = F.pad(local, (0, 0) * (len(shape) - 1 - dim) + (0, missing)) if missing else local.contiguous()
     parts = None if rank else local.new_empty((world, *local.shape))
-    dist.gather(local.contiguous(), parts if parts is None else list(parts), group=group)
+    dist.gather(local, parts if parts is None else list(parts), group=group)
     return None if rank else parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, shape[dim])

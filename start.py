@@ -95,7 +95,7 @@ def starting_state(c, m, meta, source, before, resumed_from):
     needed = ("step", "sequence", "data_seed", "max_seq_len") if "data_sha256" in before else ("step",)
     if (before or resumed_from) and any(key not in before for key in needed):
         raise ConfigError(f"{source}: trainer_state.json is not complete")
-    if goes_on_with_state and not checkpoint.has_moments(source):
+    if goes_on_with_state and not any(file.startswith(checkpoint.MOMENTS) for file in os.listdir(source)):
         raise ConfigError(f"{source}: has no {checkpoint.MOMENTS} to branch from; --init_from needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}

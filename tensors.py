@@ -14,9 +14,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 MOST_HEADER = 2**25  # bytes of a safetensors header that is read
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading
-
 class Span(NamedTuple):
     """A tensor in an open safetensors file, and the place of its bytes."""
     name: str
@@ -105,9 +102,6 @@ def check_tensors(directory, tensors, shapes):
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise ConfigError(f"{directory}: tensor {name} is none of this architecture's")
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Writing
 
 def write_json(directory, name, value):
     with open(os.path.join(directory, name), "w", encoding="utf-8") as f:

@@ -126,7 +126,7 @@ class Run:
     forward: torch.nn.Module = None  # the model as it is called: compiled, and wrapped for many ranks
     no_sync: object = contextlib.nullcontext  # makes a context in which ranks do not sum their gradients
     steps_there: frozenset = frozenset()  # steps whose checkpoints were there at the start
-    writers: dist.ProcessGroup = None  # over which the parts of a checkpoint are gathered
+    writers: dist.ProcessGroup = None  # over which rank 0 gathers the parts of a checkpoint; None: it has all
     pending: Future = None  # of the checkpoint that is being written
 
 
