@@ -254,6 +254,7 @@ def ranks(world, trials, rng, count):
             port = str(free.getsockname()[1])
         c, how = world.fresh(("dense", "moe")[i % 2]), ("rank 0", "rank 1", "both", "SIGTERM")[i // 2 % 4]
         c = dataclasses.replace(c, max_tokens=400 * STEP, rows=None,
+                                parallel=("fsdp", "ddp")[(i + i // 8) % 2],
                                 save_at_tokens=[k * 10 * STEP for k in range(1, 40)])
         pair = [world.training(c, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                                MASTER_PORT=port) for r in range(2)]
