@@ -46,7 +46,7 @@ from methods import METHODS, Piece, clusters, generator, normal, slice_of
 from model import Transformer, effective_experts, is_finite, parameter_counts, wide
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
-            "bits_per_byte_before": "the first in bits a byte", "bits_per_byte_after": "the second",
+            "bits_per_byte_before": "dense model, bits a byte", "bits_per_byte_after": "result, bits a byte",
             "relative_logit_difference": "logits, largest difference / largest",
             "kl": "KL(dense, result), nats a token", "channels_kept": "channels kept",
             "weight_change": "experts' change, RMS / std"}
