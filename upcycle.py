@@ -204,15 +204,16 @@ def make_piece(o, sources, routers, p):
             t = span.read()
     t = t.to(p.dtype)
     if not is_finite(t):
-        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; bfloat16 "
-                          "or float32 weights overflow later")
+        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; if it "
+                          "overflows, convert the source to bfloat16 or float32 first")
     return t
 
 
 @torch.no_grad()
 def cluster_rows(o, source):
     """{layer: (groups, D) rows of the router, of mean square 1} towards clusters of the inputs of the dense
-    model's MLP on tokens spread over the training data. Raises ConfigError where there is no data."""
+    model's MLP on tokens spread over the training data. It holds the dense model in fp32 and the inputs of all
+    layers. Raises ConfigError where there is no data."""
     ids, origin, _ = ids_of(o, source, "train", CLUSTER_TOKENS)
     if origin == "random tokens":
         raise ConfigError("--router_init=clusters needs the data of the source; give it with --dataset")
