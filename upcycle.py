@@ -212,8 +212,8 @@ def make_piece(o, sources, routers, p):
 @torch.no_grad()
 def cluster_rows(o, source):
     """{layer: (groups, D) rows of the router, of mean square 1} towards clusters of the inputs of the dense
-    model's MLP on tokens spread over the training data. It holds the dense model in fp32 and the inputs of all
-    layers. Raises ConfigError where there is no data."""
+    model's MLP on tokens spread over the training data. It holds the dense model in fp32 and these inputs of
+    all layers. Raises ConfigError where there is no data."""
     ids, origin, _ = ids_of(o, source, "train", CLUSTER_TOKENS)
     if origin == "random tokens":
         raise ConfigError("--router_init=clusters needs the data of the source; give it with --dataset")
