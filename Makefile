@@ -36,7 +36,7 @@ test: .venv/test
 	$(PY) -m pytest -q tests
 
 figures: .venv/runtime
-	for study in study_quick study_methods; do \
+	for study in study_quick study_methods study_router; do \
 		$(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; \
 	done
 	cp results/study_quick/laws.json laws/pysource_quick.json

@@ -47,7 +47,7 @@ from model import Transformer, effective_experts, is_finite, parameter_counts, w
 from tensors import Stored, check_tensors, open_tensors, write_json, write_weights
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
-            "bits_per_byte_before": "the first in bits a byte", "bits_per_byte_after": "the second",
+            "bits_per_byte_before": "dense model, bits a byte", "bits_per_byte_after": "result, bits a byte",
             "relative_logit_difference": "logits, largest difference / largest",
             "kl": "KL(dense, result), nats a token", "channels_kept": "channels kept",
             "weight_change": "experts' change, RMS / std"}
@@ -206,8 +206,8 @@ def make_piece(o, sources, routers, p):
             t = span.read()
     t = t.to(p.dtype)
     if not is_finite(t):
-        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; bfloat16 "
-                          "or float32 weights overflow later")
+        raise ConfigError(f"{p.name}: a source is not finite, or this overflows {str(p.dtype)[6:]}; if it "
+                          "overflows, convert the source to bfloat16 or float32 first")
     return t
 
 
@@ -225,7 +225,8 @@ def made_early(make, pieces, pool):
 @torch.no_grad()
 def cluster_rows(o, source):
     """{layer: (groups, D) rows of the router, of mean square 1} towards clusters of the inputs of the dense
-    model's MLP on tokens spread over the training data. Raises ConfigError where there is no data."""
+    model's MLP on tokens spread over the training data. It holds the dense model in fp32 and these inputs of
+    all layers. Raises ConfigError where there is no data."""
     ids, origin, _ = ids_of(o, source, "train", CLUSTER_TOKENS)
     if origin == "random tokens":
         raise ConfigError("--router_init=clusters needs the data of the source; give it with --dataset")

@@ -225,13 +225,14 @@ def one_size(mini):
 
 def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
     methods = [{"method": "copy"}, {"method": "copy", "optimizer": "copy"},
-               {"method": "copy", "router_std": 0.1}]
+               {"method": "copy", "router_std": 0.1}, {"method": "copy", "router_init": "clusters"}]
     rows = run_sweep(mini, one_size(mini) + f"methods = {methods}\n")
     up = [row for row in rows if row["family"] == "upcycled"]
-    assert len(up) == 6
-    assert {method_label(row) for row in up} == {"copy", "copy optimizer copy", "copy router 0.1"}
-    assert len({row["trunk"] for row in up}) == 6 and len({row["loss"] for row in up}) == 6
-    assert len({run_key(row, ("trunk",)) for row in up}) == 6
+    assert len(up) == 8
+    assert {method_label(row) for row in up} == {"copy", "copy optimizer copy", "copy router 0.1",
+                                                 "copy router from clusters"}
+    assert len({row["trunk"] for row in up}) == 8 and len({row["loss"] for row in up}) == 8
+    assert len({run_key(row, ("trunk",)) for row in up}) == 8
     assert {row["dense_trunk"] for row in up} == {row["trunk"] for row in rows if row["family"] == "dense"}
     expected = {run_key(row): row for row in planned_rows(study(mini))}  # what was planned is what was made
     assert {run_key(row) for row in rows} == set(expected)
