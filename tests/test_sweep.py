@@ -71,7 +71,7 @@ def test_plan_shares_trunks_and_counts_what_it_trains(mini):
         assert job.needs is None or any(os.path.normpath(job.needs).startswith(run) for run in runs)
     for r in rows:
         assert r["N_total"] > r["N_active"] > r["N"] if r["family"] != "dense" else r["N_total"] == r["N"]
-    text = describe(jobs)
+    text = describe(s, jobs)
     alone = 2 * 128 * ((10 + 20 + 40) + (10 + 20 + 40) + (3 * 70 + 3 * 70))
     saved = 1 - study_totals(s)["tokens"] / alone
     assert f"save {saved:.0%} of the tokens" in text and "0 of" in text

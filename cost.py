@@ -1,0 +1,66 @@
+"""What a study costs, counted before it is run: hours of a device, memory of a device, disk.
+
+The numbers of parameters, FLOPs and checkpoints are exact. Memory is counted from the tensors that a step
+holds; what the allocator, the kernels and the process itself take beyond them is not in it.
+"""
+import os
+
+from model import parameter_counts
+from start import passes
+
+VOCABULARY = 50_257  # of GPT-2's encoding, which is assumed for data that are not there yet
+
+
+def activation_bytes(m, tokens, wide_products):
+    """Bytes that the backward pass of a ModelConfig needs of the forward pass of `tokens` tokens.
+
+    wide_products: whether products are in fp32; else they are in bf16. Counted from model.py: a layer keeps
+    the residual stream before both of its norms in fp32, and in the type of products what goes into each
+    product, q, k, v, the output of attention, gate, up, silu(gate) and their product. A mixture keeps the
+    rows of the chosen experts too. The head keeps its gradients.
+    """
+    D, E, F = m.hidden_size, m.num_local_experts, m.intermediate_size
+    q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
+    w = 4 if wide_products else 2
+    layer = 4 * 2 * D + w * (2 * D + 2 * q + 2 * kv) + 4 * (m.num_attention_heads + 2)
+    if E:
+        layer += m.num_experts_per_tok * (w * (2 * D + 4 * F) + 4 * D) + 8 * E
+        layer += 0 if wide_products else 4 * D  # the router's input
+    else:
+        layer += w * 4 * F
+    return tokens * (m.num_hidden_layers * layer + (4 + w) * D) + 4 * m.vocab_size * D
+
+
+def device_bytes(job):
+    """Bytes that a sweep.Job needs on each device at the end of a forward pass: weights, gradients and
+    AdamW's two moments in fp32, the weights in bf16 where products are, DDP's buckets, activations."""
+    wide_products = job.settings.dtype != "bfloat16"
+    held = 16 + (0 if wide_products else 2) + (4 if job.ranks > 1 else 0)
+    tokens = passes(job.settings, job.ranks)[0] * job.settings.max_seq_len
+    return held * parameter_counts(job.model)["total"] + activation_bytes(job.model, tokens, wide_products)
+
+
+def disk_bytes(job):
+    """Bytes of the checkpoints of a sweep.Job that stay: weights in fp32, with AdamW's moments but for the
+    weights that an upcycling made."""
+    weights = 4 * parameter_counts(job.model)["total"]
+    kept = 3 * (len(job.settings.save_at_tokens) if job.is_trunk else 1)
+    made = (3 if job.upcycling.optimizer == "copy" else 1) if job.upcycling else 0
+    return weights * (kept + made)
+
+
+def describe(study, jobs):
+    """What [sweep.Job] cost, in words."""
+    if not jobs:
+        return "there is nothing to estimate"
+    flops, largest = sum(job.flops for job in jobs), max(jobs, key=device_bytes)
+    hours = flops / (study.flops_per_gpu * study.mfu * 3600)
+    micro, n = passes(largest.settings, largest.ranks)[0], parameter_counts(largest.model)
+    return "\n".join((
+        f"time: {hours:,.3g} hours of one device, if training uses {study.mfu:.0%} of "
+        f"{study.flops_per_gpu:.3g} FLOP/s (--mfu, --flops_per_gpu)",
+        f"memory: {device_bytes(largest) / 1e9:,.3g} GB a device in the largest run, "
+        f"{os.path.basename(largest.settings.out_dir)}: {n['total']:,} parameters on ranks: {largest.ranks}, "
+        f"{micro} sequences of {largest.settings.max_seq_len} tokens in a pass",
+        f"disk: {sum(map(disk_bytes, jobs)) / 1e9:,.3g} GB of checkpoints that stay; a run under way has up "
+        f"to two more, of {12 * n['total'] / 1e9:,.3g} GB at most"))
