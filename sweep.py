@@ -376,23 +376,31 @@ def check_unchanged(job):
 
 def share_of(study, jobs):
     """The [Job] of `jobs` that study.shard says, in their order. Jobs of which one needs another's checkpoint
-    are in one share, so shares wait for nothing. Raises ConfigError for a shard that is none."""
+    are in one share, so shares wait for nothing; unless study.families leaves the other job out, as one that
+    is done. Raises ConfigError for a shard that is none."""
     if not study.shard:
         return jobs
     match = re.fullmatch(r"(\d+)/(\d+)", study.shard)
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise ConfigError(f"shard: {study.shard!r} is not i/n with i in 1 .. n")
+
+    def asked(job):
+        return not study.families or job.row["family"] in study.families
+
+    def weight(jobs):
+        return flops_of(filter(asked, jobs))
     groups, group_of = [], {}  # lists of jobs; {folder of a run: its group}
     for job in jobs:
         group = group_of.get(os.path.dirname(os.path.normpath(job.needs or "")))
         if group is None:
             groups.append(group := [])
         group.append(job)
-        group_of[os.path.normpath(job.settings.out_dir)] = group
+        if asked(job):
+            group_of[os.path.normpath(job.settings.out_dir)] = group
     shares = [[] for _ in range(count)]
-    for group in sorted(groups, key=flops_of, reverse=True):  # the largest first, each to the smallest share
-        min(shares, key=flops_of).extend(group)
+    for group in sorted(groups, key=weight, reverse=True):  # the largest first, each to the smallest share
+        min(shares, key=weight).extend(group)
     chosen = {id(job) for job in shares[number - 1]}
     return [job for job in jobs if id(job) in chosen]
 
