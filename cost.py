@@ -41,12 +41,14 @@ def device_bytes(job):
 
 
 def disk_bytes(job):
-    """Bytes of the checkpoints of a sweep.Job that stay: weights in fp32, with AdamW's moments but for the
-    weights that an upcycling made."""
-    weights = 4 * parameter_counts(job.model)["total"]
-    kept = 3 * (len(job.settings.save_at_tokens) if job.is_trunk else 1)
-    made = (3 if job.upcycling.optimizer == "copy" else 1) if job.upcycling else 0
-    return weights * (kept + made)
+    """Bytes of the checkpoints of a sweep.Job that stay: weights in fp32 and AdamW's two moments. What an
+    upcycling made has no moments, or those of the dense model."""
+    n = parameter_counts(job.model)
+    size = 12 * n["total"] * (len(job.settings.save_at_tokens) if job.is_trunk else 1)
+    if job.upcycling:
+        dense = job.row["N"] + n["embedding"] + n["lm_head"]
+        size += 4 * n["total"] + (8 * dense if job.upcycling.optimizer == "copy" else 0)
+    return size
 
 
 def describe(study, jobs):

@@ -238,14 +238,16 @@ def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
 
 
 def test_two_runs_of_a_study_on_one_machine_give_identical_rows(mini):
-    """Losses to the last bit, whatever the number of workers and the order in which they end."""
+    """Losses to the last bit, with two workers, or with two shards at once that share a directory."""
     found = []
-    for name, workers in (("a", 1), ("b", 2)):
+    for name, sweeps in (("a", [["--workers=2"]]), ("b", [["--workers=1", f"--shard={i}/2"] for i in (1, 2)])):
         mini.write_text(one_size(mini))
         out = mini.parent / name
-        result = subprocess.run(command(mini, f"--out_dir={out}", f"--workers={workers}"), cwd=ROOT,
-                                capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+        processes = [subprocess.Popen(command(mini, f"--out_dir={out}", *flags), cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for flags in sweeps]
+        said = [process.communicate(timeout=300) for process in processes]
+        assert not any(process.returncode for process in processes), said
+        assert all(" rows in " in text and " 0 rows" not in text for text, _ in said)  # none was idle
         rows = map(json.loads, (out / "rows.jsonl").read_text().splitlines())
         found.append(sorted(json.dumps(row | {"config": None}) for row in rows))
     assert found[0] == found[1] and len(found[0]) == 4
