@@ -240,7 +240,8 @@ def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
 def test_two_runs_of_a_study_on_one_machine_give_identical_rows(mini):
     """Losses to the last bit, with two workers, or with two shards at once that share a directory."""
     found = []
-    for name, sweeps in (("a", [["--workers=2"]]), ("b", [["--workers=1", f"--shard={i}/2"] for i in (1, 2)])):
+    shards = [["--workers=1", f"--shard={i}/2"] for i in (1, 2)]
+    for name, sweeps in (("a", [["--workers=2"]]), ("b", shards)):
         mini.write_text(one_size(mini))
         out = mini.parent / name
         processes = [subprocess.Popen(command(mini, f"--out_dir={out}", *flags), cwd=ROOT, text=True,
