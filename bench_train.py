@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import to_hf_config
 from configurator import ConfigError, code_version, read_json, write_text_atomically
-from model import (HeadLoss, ModelConfig, Transformer, balance_loss, compiled, flops_per_token,
-                   run_experts)
+from model import HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_token, run_experts
+from parallel import compiled
 
 SHAPES = {32: (96, 3, 2), 64: (176, 4, 4), 128: (352, 4, 4), 256: (704, 6, 8), 768: (2048, 12, 12)}
 TOKENS, SEQUENCE, VOCABULARY = 2048, 128, 257  # tokens of a step and of a sequence; bytes and an end of text

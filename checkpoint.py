@@ -3,32 +3,33 @@
     config.json          names the architecture and its sizes, as transformers reads them
     model.safetensors    (or shards with model.safetensors.index.json) has Hugging Face's tensor names
     trainer_state.json   step, tokens, position in the token stream, lineage, history (see tokens_seen)
-    optimizer.pt         AdamW's moments under the same tensor names; loads with weights_only=True
+    optimizer.moments    (or shards with optimizer.moments.index.json) has AdamW's moments as exp_avg.NAME and
+                         exp_avg_sq.NAME, and its step; another safetensors file, under a name that no tool
+                         takes for weights
 
 In memory q k v, gate and up, and the experts are stacked. On disk most architectures have them apart. FORMATS
 in formats.py says what each calls its keys and tensors. hf_views cuts a parameter into them, both ways. A
 directory is written under a temporary name, synced and renamed: under its final name it is complete.
 """
 import dataclasses
-import errno
+import functools
 import itertools
-import json
 import os
 import re
 import shutil
-import sys
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 
 from configurator import ConfigError, check_file, one_line, read_json, writing
 from files import LIMITS, MOST_EXPERTS, atomic_directory, check_state, checked_value, remove_directory
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
+from parallel import fill, gather, ranks
+from tensors import Stored, check_tensors, open_tensors, write_json, write_weights
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-MOST_HEADER = 2**25  # bytes of a safetensors header that is read
+MOMENTS, KEYS = "optimizer.moments", ("exp_avg", "exp_avg_sq")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -129,127 +130,49 @@ def hf_views(name, t, c, model_type=None):
     return views
 
 
-def stored_views(model, c, model_type=None):
-    """{parameter or buffer: its hf_views} of all that a file of ModelConfig c holds of `model`. It holds no
-    tied head, and no router bias unless c has one. Raises ConfigError as hf_views does."""
+def stored_tensors(model, c):
+    """{name: parameter or buffer} of all that a file of ModelConfig c holds of `model`. It holds no tied
+    head, and no router bias unless c has one. Raises ConfigError for too many experts."""
     if c.num_hidden_layers * c.num_local_experts > MOST_EXPERTS:
         raise ConfigError(f"num_local_experts = {c.num_local_experts} in each of {c.num_hidden_layers} "
                           f"layers are more than {MOST_EXPERTS:,} together")
     left_out = ("lm_head.weight",) * c.tie_word_embeddings + ("mlp.bias",) * (not c.router_bias)
-    return {name: hf_views(name, t, c, model_type) for name, t in model.state_dict().items()
-            if not name.endswith(left_out)}
+    return {name: t for name, t in model.state_dict().items() if not name.endswith(left_out)}
 
 
-class Span(NamedTuple):
-    """A tensor in an open safetensors file, and the place of its bytes."""
-    name: str
-    shape: tuple
-    dtype: torch.dtype | str  # the file's word for it where DTYPES has none
-    file: safe_open
-    path: str
-    start: int
-    nbytes: int
-    first_row: int | None = None  # of the tensor in the file, where this is a part of it
-
-    def rows(self, start, shape):
-        """The Span of a part of shape `shape` that begins at row `start`."""
-        row_bytes = self.nbytes // self.shape[0]
-        return self._replace(shape=shape, start=self.start + start * row_bytes, nbytes=shape[0] * row_bytes,
-                             first_row=start)
-
-    def read(self):  # a memory map
-        t = self.file.get_tensor(self.name)
-        return t if self.first_row is None else t[self.first_row:self.first_row + self.shape[0]]
-
-    def copy_to(self, f):
-        """Append the bytes to f inside the kernel: a third of the CPU time of writing out a memory map."""
-        f.flush()
-        position, end = self.start, self.start + self.nbytes
-        with open(self.path, "rb") as source:
-            while position < end:
-                sent = os.sendfile(f.fileno(), source.fileno(), position, end - position)
-                if not sent:
-                    raise OSError(f"{self.path} ended early")
-                position += sent
+def stored_views(model, c, model_type=None):
+    """{parameter or buffer: its hf_views, without memory} of stored_tensors. Raises ConfigError as hf_views
+    does."""
+    return {name: hf_views(name, torch.empty(t.shape, dtype=t.dtype, device="meta"), c, model_type)
+            for name, t in stored_tensors(model, c).items()}
 
 
-def open_tensors(directory):
-    """{tensor name: Span} of a directory; no weights are read yet. Raises ConfigError for a missing,
-    truncated or lying file, for a header beyond MOST_HEADER, for an index that points outside the directory
-    or at a tensor that is not in its file, and for pickled weights, which are never loaded."""
-    index = os.path.join(directory, "model.safetensors.index.json")
-    files, weight_map = ["model.safetensors"], {}
-    if not os.path.exists(os.path.join(directory, files[0])):
-        if not os.path.exists(index):
-            raise ConfigError(f"{directory}: has no model.safetensors; pickled weights are never loaded")
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ConfigError(f"{index}: has no weight_map of tensor names to files")
-        files = sorted(set(map(str, weight_map.values())))
-    tensors = {}
-    for file in files:
-        path = os.path.join(directory, file)
-        if os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise ConfigError(f"{index}: points at '{file}', not a safetensors file of its own folder")
-        check_file(path)
-        try:
-            with open(path, "rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                if length > MOST_HEADER:
-                    raise OSError(f"its header of {length:,} bytes is longer than {MOST_HEADER:,}")
-                opened = safe_open(path, "pt")  # it compares the header with the file
-                header = json.loads(f.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a complete safetensors file: {one_line(error)}") from None
-        for name in opened.keys():
-            if not weight_map or weight_map.get(name) == file:  # two files may have tensors of one name
-                shape, dtype, (start, end) = (header[name][key] for key in ("shape", "dtype", "data_offsets"))
-                tensors[name] = Span(name, tuple(shape), DTYPES.get(dtype, dtype), opened, path,
-                                     8 + length + start, end - start)
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise ConfigError(f"{index}: {file} does not hold {name}")
-    return tensors
-
-
-def check_tensors(directory, tensors, shapes):
-    """Compare open_tensors' result with shapes {name: shape}. Position tables and the copy of a tied head are
-    ignored. Raises ConfigError naming the tensor that does not fit."""
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ConfigError(f"{directory}: tensor {name} is missing")
-        span = tensors[name]
-        if span.shape != shape:
-            raise ConfigError(f"{directory}: {name} is {span.shape}, config.json wants {shape}")
-        if span.dtype not in DTYPES.values():
-            raise ConfigError(f"{directory}: {name} is {span.dtype}, none of {', '.join(DTYPES)}")
-    for name in sorted(set(tensors) - set(shapes)):
-        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
-            raise ConfigError(f"{directory}: tensor {name} is none of this architecture's")
-
-
-def load_model(directory, dtype=torch.float32, router_bias=False):
-    """The Transformer in a checkpoint directory, on the CPU. With router_bias its routers get a selection
-    bias where they have none. Raises ConfigError naming file and tensor when they do not fit."""
+def load_model(directory, dtype=torch.float32, router_bias=False, place=None):
+    """The Transformer in a checkpoint directory. With router_bias its routers get a selection bias where they
+    have none. place(model) gives a model on `meta` its memory; None: on the CPU. Raises ConfigError naming
+    file and tensor when they do not fit."""
     c, path = read_config(directory), os.path.join(directory, "config.json")
     tensors, model_type = open_tensors(directory), read_json(path)["model_type"]
     check_size(c, tensors, path)
     try:
-        for device in ("meta", "cpu"):  # the weights must fit before the model takes memory
-            with torch.device(device):
-                model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias))
-            views = dict(itertools.chain(*stored_views(model.to(dtype), c, model_type).values()))
-            idle = idle_tensors(c, model_type)
-            shapes = {name: tuple(view.shape) for name, view in views.items()}
-            check_tensors(directory, tensors, shapes | idle)
+        with torch.device("meta"):  # the weights must fit before the model takes memory
+            model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
+        views = itertools.chain(*stored_views(model, c, model_type).values())
+        idle = idle_tensors(c, model_type)
+        check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views} | idle)
+        model = place(model) if place else model.materialise("cpu", "cpu")
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {one_line(error)}") from None
     for name in idle:
         if tensors[name].read().any():
             raise ConfigError(f"{directory}: {name} is not zero: a shared expert cannot be expressed here")
+
+    def read(name, t):
+        for hf_name, view in hf_views(name, t, c, model_type):
+            view.copy_(tensors[hf_name].read())
     with torch.no_grad():
-        for name, view in views.items():
-            view.copy_(tensors[name].read())
+        for name, t in stored_tensors(model, c).items():
+            fill(t, functools.partial(read, name))
     return model
 
 
@@ -280,11 +203,6 @@ def tidy(out_dir):
                 remove_directory(directory)
 
 
-def write_json(directory, name, value):
-    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-
-
 def copy_tokenizer(source, directory):
     """Copy a folder's TOKENIZER_FILES, as far as it has them, to a checkpoint directory."""
     for name in TOKENIZER_FILES:
@@ -294,136 +212,135 @@ def copy_tokenizer(source, directory):
             shutil.copy(path, directory)
 
 
-class Stored(NamedTuple):
-    """A tensor under Hugging Face's name, as write_shard takes it."""
-    name: str
-    tensor: torch.Tensor
+class Part(NamedTuple):
+    """What this rank holds of a parameter, buffer or moment."""
+    name: str  # of the parameter
+    prefix: str  # that the file has before its names
+    local: torch.Tensor
+    shape: tuple  # of the whole
+    dim: int | None  # along which the ranks hold parts; None: each holds the whole
 
-    shape = property(lambda self: self.tensor.shape)
-    dtype = property(lambda self: self.tensor.dtype)
-    bytes = property(lambda self: self.tensor.nbytes)
+    def pieces(self, c):
+        """[Stored] of the whole, without memory."""
+        t = torch.empty(self.shape, dtype=self.local.dtype, device="meta")
+        return [Stored(self.prefix + name, view) for name, view in hf_views(self.name, t, c)]
+
+    def views(self, c, group):
+        """[Hugging Face's slice of the whole] on rank 0. All ranks call it in the same order."""
+        t = self.local if self.dim is None else gather(self.local, self.shape, self.dim, group)
+        return () if t is None else [view for _, view in hf_views(self.name, t, c)]
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds, as of the moment when it was taken."""
+    config: ModelConfig
+    weights: list  # of Part
+    moments: list  # of Part; empty without an optimizer
+    step: int  # of AdamW
+
+
+def contents(model, optimizer=None, copy=False):
+    """The Contents of `model` (unwrapped) and its AdamW. With `copy` they are in host memory and stay as they
+    are while training goes on."""
+    def part(name, t, prefix=""):
+        sharded = isinstance(t, DTensor)
+        local = (t.to_local() if sharded else t).detach()
+        return Part(name, prefix, local.to("cpu", copy=True) if copy else local, t.shape,
+                    t.placements[0].dim if sharded else None)
+    biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
+    c = dataclasses.replace(model.config, router_bias=biased)  # no router bias: Mixtral's, Qwen's
+    weights = [part(name, t) for name, t in stored_tensors(model, c).items()]
+    state = {name: optimizer.state[p] for name, p in model.named_parameters()} if optimizer else {}
+    moments = [part(name, s[key], f"{key}.") for key in KEYS for name, s in state.items()]
+    return Contents(c, weights, moments, int(next(iter(state.values()))["step"]) if state else 0)
 
 
 def save(directory, model, state, optimizer=None, tokenizer_from=None):
     """Write `model` (unwrapped), the dict `state` and AdamW's moments as a directory. Raises ConfigError,
     also where a weight or moment is not finite."""
-    biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
-    c = dataclasses.replace(model.config, router_bias=biased)  # no router bias: Mixtral's, Qwen's
-    dtype = model.norm.weight.dtype
-    pieces = [Stored(*view) for view in itertools.chain(*stored_views(model, c).values())]
-    pieces += [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
-    stored = moments(model, optimizer) if optimizer else {"exp_avg": {}, "exp_avg_sq": {}}
-    for name, t in itertools.chain(pieces, stored["exp_avg"].items(), stored["exp_avg_sq"].items()):
-        if not t.isfinite().all():
-            raise ConfigError(f"{directory}: not written: {name} is not finite")
-    needed = sum(p.bytes for p in pieces) * (1 if optimizer is None else 3)
-    with atomic_directory(directory, needed) as temporary:
-        write_json(temporary, "config.json", to_hf_config(c, dtype))
-        write_shard(os.path.join(temporary, "model.safetensors"), pieces, lambda p: p.tensor.detach().cpu())
-        if optimizer is not None:
-            write_moments(temporary, stored)
-        write_json(temporary, "trainer_state.json", state)
-        if tokenizer_from:
-            copy_tokenizer(tokenizer_from, temporary)
+    write(directory, contents(model, optimizer), state, tokenizer_from)
 
 
-def moments(model, optimizer):
-    """AdamW's moments: {"step": steps, "exp_avg": {Hugging Face's name: view}, "exp_avg_sq": …}."""
-    result = {"step": 0, "exp_avg": {}, "exp_avg_sq": {}}
-    for name, p in model.named_parameters():
-        if s := optimizer.state.get(p):
-            result["step"] = int(s["step"])
-            for key in ("exp_avg", "exp_avg_sq"):
-                result[key] |= hf_views(name, s[key], model.config)
-    return result
+def write(directory, saved, state, tokenizer_from=None, shard_size=5_000_000_000, group=None):
+    """Write Contents and the dict `state` as a directory, a parameter at a time. Where ranks hold parts all
+    of them call it, rank 0 gathers the parts over `group` and writes. Raises ConfigError, also where a weight
+    or moment is not finite; then too all parts are gathered, since the other ranks wait for that."""
+    c, dtype = saved.config, saved.weights[0].local.dtype
+    wholes = (part.views(c, group) for part in (*saved.weights, *saved.moments))
+    if ranks()[0]:
+        return [None for _ in wholes]
+    idle = [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
+    weights = [piece for part in saved.weights for piece in part.pieces(c)] + idle
+    moments = [piece for part in saved.moments for piece in part.pieces(c)]
 
-
-def write_moments(directory, stored):
-    """Write what `moments` gives as optimizer.pt. Raises OSError."""
-    with open(os.path.join(directory, "optimizer.pt"), "wb") as f:  # given a path, torch hides a full disk
-        try:
-            torch.save(stored, f)
-        except RuntimeError as error:  # of torch, which tried to end the file after an OSError
-            first = error.__context__
-            raise first if isinstance(first, OSError) else OSError(errno.EIO, one_line(error)) from None
-
-
-def read_moments(directory, shapes):
-    """A checkpoint's optimizer.pt, memory-mapped, as `moments` gives it. Raises ConfigError unless it has the
-    tensors of shapes {Hugging Face's name: shape}."""
-    path = os.path.join(directory, "optimizer.pt")
-    check_file(path)
+    def tensors(parts):
+        for part in parts:
+            for piece, t in zip(part.pieces(c), next(wholes)):
+                if not t.isfinite().all():
+                    raise ConfigError(f"{directory}: not written: {piece.name} is not finite")
+                yield t.cpu()
     try:
-        stored = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        for key in ("exp_avg", "exp_avg_sq"):
-            if {name: tuple(t.shape) for name, t in stored[key].items()} != shapes:
-                raise ValueError(f"its {key} is another model's")
-            for name, t in stored[key].items():
-                if t.dtype not in DTYPES.values() or t.layout != torch.strided or not t.isfinite().all():
-                    raise ValueError(f"its {key} of {name} is not of finite real numbers")
-        return stored | {"step": checked_value("step", stored["step"], (int, 0, 2**53))}
-    except Exception as error:  # a damaged file can raise any kind from the unpickler
-        raise ConfigError(f"{path}: does not hold AdamW's moments of this model: {one_line(error)}") from None
+        with atomic_directory(directory, sum(p.bytes for p in weights + moments)) as temporary:
+            write_json(temporary, "config.json", to_hf_config(c, dtype))
+            made = itertools.chain(tensors(saved.weights), (p.tensor for p in idle))
+            write_weights(temporary, weights, shard_size, lambda p: next(made))
+            if moments:
+                made = tensors(saved.moments)
+                write_moments(temporary, saved.step, moments, shard_size, lambda p: next(made))
+            write_json(temporary, "trainer_state.json", state)
+            if tokenizer_from:
+                copy_tokenizer(tokenizer_from, temporary)
+    finally:
+        for _ in wholes:
+            pass
+
+
+def write_moments(directory, step, pieces, shard_size, make_tensor):
+    """Write AdamW's step and moments as write_weights does. Raises OSError."""
+    step = Stored("step", torch.tensor(step, dtype=torch.float64))
+    write_weights(directory, [step, *pieces], shard_size,
+                  lambda p: step.tensor if p is step else make_tensor(p), stored=MOMENTS)
+
+
+def has_moments(directory):
+    return any(os.path.exists(os.path.join(directory, MOMENTS + end)) for end in ("", ".index.json"))
+
+
+def open_moments(directory, shapes):
+    """(AdamW's step, {name: Span}) of the moments of a checkpoint. Raises ConfigError unless they are those
+    of the tensors of shapes {Hugging Face's name: shape}."""
+    tensors, path = open_tensors(directory, MOMENTS), os.path.join(directory, MOMENTS)
+    shapes = {f"{key}.{name}": shape for key in KEYS for name, shape in shapes.items()}
+    check_tensors(directory, tensors, shapes | {"step": ()})
+    step = tensors["step"].read().item()
+    if not 0 <= step <= 2**53 or step != int(step):
+        raise ConfigError(f"{path}: step = {step} is no number of steps")
+    return int(step), tensors
+
+
+def read_moment(tensors, name):
+    """One of the tensors of open_moments. Raises ConfigError where it is not finite."""
+    t = tensors[name].read()
+    if not t.isfinite().all():
+        raise ConfigError(f"{tensors[name].path}: {name} is not finite")
+    return t
 
 
 def load_moments(directory, model, optimizer):
-    """Fill an AdamW's state from a checkpoint's optimizer.pt. Raises ConfigError naming the file."""
-    for p in model.parameters():  # fused AdamW wants its count as an fp32 tensor beside the parameter
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-    views = moments(model, optimizer)
-    stored = read_moments(directory, {name: tuple(view.shape) for name, view in views["exp_avg"].items()})
-    for key in ("exp_avg", "exp_avg_sq"):
-        for name, view in views[key].items():
-            view.copy_(stored[key][name])
-    for p in model.parameters():
-        optimizer.state[p]["step"].fill_(stored["step"])
+    """Fill an AdamW's state from a checkpoint's moments, a parameter at a time. Raises ConfigError naming the
+    tensor."""
+    c, views, named = model.config, stored_views(model, model.config), dict(model.named_parameters())
+    step, tensors = open_moments(directory, {hf_name: tuple(view.shape)
+                                             for name in named for hf_name, view in views[name]})
 
-
-def write_weights(directory, pieces, shard_size, make_tensor, bar):
-    """model.safetensors, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
-    pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor, or a Span that has
-    the very bytes. bar: a tqdm."""
-    shards, size = [[]], 0
-    for p in pieces:
-        size += p.bytes
-        if shards[-1] and size > shard_size:
-            shards.append([])
-            size = p.bytes
-        shards[-1].append(p)
-    if len(shards) == 1:
-        return write_shard(os.path.join(directory, "model.safetensors"), pieces, make_tensor, bar)
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
-        weight_map |= {p.name: name for p in shard}
-    total = {"total_size": sum(p.bytes for p in pieces)}
-    write_json(directory, "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
-
-
-def write_shard(path, pieces, make_tensor, bar=None):
-    """A safetensors file: the header, then each tensor. Memory holds one tensor at a time."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    for p in pieces:
-        start, end = end, end + p.bytes
-        header[p.name] = {"dtype": names[p.dtype], "shape": p.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for p in pieces:
-            t = make_tensor(p)
-            assert t.shape == p.shape and t.dtype == p.dtype, p.name
-            if isinstance(t, Span) and sys.platform == "linux":
-                t.copy_to(f)
-            else:
-                t = t.read() if isinstance(t, Span) else t
-                f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
-            del t  # before the next one is made
-            if bar is not None:
-                bar.update(p.bytes)
+    def read(name, key, t):
+        for hf_name, view in hf_views(name, t, c):
+            view.copy_(read_moment(tensors, f"{key}.{hf_name}"))
+    for name, p in named.items():  # fused AdamW wants its count as an fp32 tensor beside the parameter
+        state = {key: torch.zeros_like(p, requires_grad=False) for key in KEYS}
+        for key, t in state.items():
+            fill(t, functools.partial(read, name, key))
+        optimizer.state[p] = {"step": torch.tensor(step, dtype=torch.float32, device=p.device)} | state
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from parallel import fill
 
 
 @dataclass
@@ -336,6 +339,8 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
+    recompute = False  # activations in the backward pass, which saves their memory
+
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c)
@@ -345,6 +350,12 @@ class Layer(nn.Module):
         self.norm_after = c.norm_after
 
     def forward(self, x, turns, pairs):
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self.output, x, turns, pairs, use_reentrant=False, preserve_rng_state=False)
+        return self.output(x, turns, pairs)
+
+    def output(self, x, turns, pairs):
+        """x (B, T, D) and RoPE's tables -> (B, T, D), and the router's statistics or None."""
         first, second = self.input_layernorm, self.post_attention_layernorm
         y = self.self_attn(x if self.norm_after else first(x), turns, pairs)
         x = x + (first(y.to(x.dtype)) if self.norm_after else y)
@@ -409,6 +420,17 @@ class Transformer(nn.Module):
         self.register_buffer("pairs", pairs, persistent=False)
         assert sum(p.numel() for p in self.parameters()) == parameter_counts(c)["total"]
 
+    def materialise(self, weights_on, device):
+        """Give a model that was built on `meta` its memory: weights, which are undefined, and buffers."""
+        self.to_empty(device=weights_on)
+        if self.config.tie_word_embeddings:  # they have become two
+            self.lm_head.weight = self.embed_tokens.weight
+        tables = dict(zip(("turns", "pairs"), rope_tables(self.config)))
+        for module in self.modules():
+            for name, t in module.named_buffers(recurse=False):
+                setattr(module, name, tables.get(name, torch.zeros(t.shape)).to(device, t.dtype))
+        return self
+
     @torch.no_grad()
     def init_weights(self, seed):
         """Fresh weights, a function of (config, seed) alone.
@@ -428,7 +450,7 @@ class Transformer(nn.Module):
             if "o_proj" in name or "down_proj" in name:
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             # Drawn on the CPU in fp32, so that they are the same on any device.
-            p.copy_(torch.empty(p.shape).normal_(0, std, generator=generator))
+            fill(p, lambda t: t.copy_(torch.empty(t.shape).normal_(0, std, generator=generator)))
         return self
 
     def forward(self, ids, targets=None, reduction="mean"):
@@ -456,17 +478,6 @@ class Transformer(nn.Module):
             return loss, None
         counts, probs, z_loss = (torch.stack(s) for s in zip(*routers))
         return loss, {"counts": counts, "probs": probs, "z_loss": z_loss.mean()}
-
-
-def compiled(model):
-    """A Transformer as it is to be called, compiled: whole, or a layer at a time where it is deep. Whole is
-    faster by a tenth in small models, but takes longer with each layer. Parameters keep their names."""
-    torch._dynamo.config.recompile_limit = 64  # a process of a study compiles many shapes
-    if len(model.layers) <= 8:
-        return torch.compile(model, dynamic=False)
-    for layer in model.layers:  # they share the compiled code
-        layer.compile(dynamic=False)
-    return model
 
 
 def balance_loss(counts, probs):

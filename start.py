@@ -12,11 +12,10 @@ import signal
 import time
 import types
 
-import torch
-
 import checkpoint
-from configurator import ConfigError, lock, writing
+from configurator import ConfigError, lock, note, writing
 from model import ModelConfig, flops_per_token, parameter_counts
+from parallel import on_cuda
 from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
 
 # The settings of train.py that config.json carries.
@@ -43,14 +42,10 @@ def resolve(c, meta, world):
     row = planned_row(c, m, state["lineage"], seen + (max_steps - state["step"]) * c.tokens_per_step,
                       meta["data_sha256"], seen - state["tokens"], world)
     add_to_history(state["history"], row, state["lineage"], None if before else source, bool(resumed_from))
-    return c, m, state | {"trunk": c.trunk}, source, max_steps, row
-
-
-def on_cuda(kind):
-    """Whether the setting device=`kind` means a GPU. Raises ConfigError where it does and there is none."""
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch sees no GPU here")
-    return kind != "cpu" and torch.cuda.is_available()
+    now, then = row.get("sequences_per_pass"), before.get("sequences_per_pass")
+    if resumed_from and then not in (None, now):
+        note(f"{c.out_dir}: the balance loss is taken over {now} sequences, up to here it was over {then}")
+    return c, m, state | {"trunk": c.trunk, "sequences_per_pass": now}, source, max_steps, row
 
 
 def resolve_architecture(c, source, meta):
@@ -100,8 +95,8 @@ def starting_state(c, m, meta, source, before, resumed_from):
     needed = ("step", "sequence", "data_seed", "max_seq_len") if "data_sha256" in before else ("step",)
     if (before or resumed_from) and any(key not in before for key in needed):
         raise ConfigError(f"{source}: trainer_state.json is not complete")
-    if goes_on_with_state and not os.path.exists(os.path.join(source, "optimizer.pt")):
-        raise ConfigError(f"{source}: has no optimizer.pt to branch from; --init_from alone needs none")
+    if goes_on_with_state and not checkpoint.has_moments(source):
+        raise ConfigError(f"{source}: has no {checkpoint.MOMENTS} to branch from; --init_from needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
     for key in ("family", "N") + ("D1",) * (lineage.get("family") == "upcycled"):

@@ -7,13 +7,14 @@ A run writes to out_dir: config.py (resolved settings), log.jsonl (a line a step
 and, when it is done, row.json: its point for fit_laws.py, which it also appends to the file `rows`.
 """
 import contextlib
+import copy
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +28,10 @@ import torch.distributed as dist
 import checkpoint
 from data.stream import batches, bits_per_byte, check_ids, load_tokens, locate, sequences
 from loggers import open_log, open_loggers
-from model import (ModelConfig, Transformer, balance_loss, compiled, effective_experts, flops_per_token)
+from model import ModelConfig, Transformer, balance_loss, effective_experts, flops_per_token
+from parallel import any_rank, compiled, on_cuda, process_group, ranks, shard, whole
 from rows import append_row, differences, loss_text, read_row
-from start import Stopped, caught_signals, claim, on_cuda, passes, resolve
+from start import Stopped, caught_signals, claim, passes, resolve
 
 
 @dataclass
@@ -92,6 +94,13 @@ class Train:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     compile: bool | Literal["auto"] = setting("auto", "compile the model; auto: where the run is long enough "
                                               "to earn the time that it takes")
+    parallel: Literal["ddp", "fsdp"] = setting("ddp", "under torchrun, ddp: each rank holds the whole model; "
+                                               "fsdp: a part of each parameter, gradient and moment")
+    cpu_offload: bool = setting(False, "fsdp: keep those parts in the memory of the host")
+    activation_checkpointing: bool = setting(False, "compute a layer's activations again for its gradient")
+    shard_size: int = setting(5_000_000_000, "largest size of a weight file in bytes, as 5e9", least=1)
+    timeout_seconds: int = setting(1800, "seconds that a rank waits for another one before it fails; more "
+                                   "than a checkpoint takes", least=1)
 
 
 @dataclass
@@ -114,12 +123,10 @@ class Run:
     model: Transformer = None  # as it is saved
     optimizer: torch.optim.Optimizer = None
     forward: torch.nn.Module = None  # the model as it is called: compiled, and wrapped for many ranks
-    no_sync: object = None  # makes a context in which gradients are not summed over ranks
-
-
-def ranks():
-    """(rank of this process, number of ranks)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    no_sync: object = contextlib.nullcontext  # makes a context in which ranks do not sum their gradients
+    steps_there: frozenset = frozenset()  # steps whose checkpoints were there at the start
+    writers: dist.ProcessGroup = None  # over which the parts of a checkpoint are gathered
+    pending: Future = None  # of the checkpoint that is being written
 
 
 def learning_rate(step, c, max_steps):
@@ -152,17 +159,6 @@ def pays_to_compile(flops, kind):
     return flops > (1e16 if on_cuda(kind) else 4e12) and bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
-def wrap(model, to_compile, device):
-    """(the model as it is called, a maker of contexts in which gradients are not summed over ranks)."""
-    forward = compiled(model) if to_compile else model
-    if not dist.is_initialized():
-        return forward, contextlib.nullcontext
-    devices = [device.index] if device.type == "cuda" else None
-    forward = torch.nn.parallel.DistributedDataParallel(
-        forward, device_ids=devices, broadcast_buffers=False)  # every rank computes the same buffers
-    return forward, forward.no_sync
-
-
 def plan_run(c, device, stack):
     """The Run of settings `c`, without its model. Rank 0 claims out_dir while `stack` lasts, looks at the
     files there and tells the others. Raises ConfigError where settings and files do not fit."""
@@ -175,82 +171,71 @@ def plan_run(c, device, stack):
         if not c.resume and checkpoint.checkpoints(c.out_dir):
             raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it")
         path = os.path.join(c.out_dir, "row.json")
-        plan = [(*resolve(c, meta, world), read_row(path) if c.resume and os.path.exists(path) else None)]
+        plan = [(*resolve(c, meta, world), read_row(path) if c.resume and os.path.exists(path) else None,
+                 frozenset(step for step, _ in checkpoint.checkpoints(c.out_dir)))]
     if dist.is_initialized():
         dist.broadcast_object_list(plan)
-    c, m, state, source, max_steps, row, finished = plan[0]
+    c, m, state, source, max_steps, row, finished, there = plan[0]
     if min(len(tokens), len(val_tokens)) <= c.max_seq_len:
         raise ConfigError(f"{c.dataset}: too few tokens for one sequence of max_seq_len = {c.max_seq_len}")
     if c.eval_tokens < c.max_seq_len:
         raise ConfigError(f"eval_tokens = {c.eval_tokens} is less than one sequence of {c.max_seq_len}")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
     return Run(c, m, state, source, max_steps, row, finished, meta, tokens, val_tokens, *passes(c, world),
-               device, autocast)
+               device, autocast, steps_there=there)
 
 
 def build(run):
     """Give `run` its model and optimizer. Raises ConfigError for a checkpoint that cannot be read."""
-    c, m = run.c, run.model_config
-    run.model = (checkpoint.load_model(run.source, router_bias=m.router_bias) if run.source
-                 else Transformer(m).init_weights(c.seed))
+    c, m, device = run.c, run.model_config, run.device
+    sharded = c.parallel == "fsdp" and dist.is_initialized()
+    if c.cpu_offload and not sharded:
+        raise ConfigError("--cpu_offload goes with --parallel=fsdp, under torchrun")
+    to_compile = pays_to_compile(run.row["flops"], c.device) if c.compile == "auto" else c.compile
+
+    def place(model):
+        for layer in model.layers:
+            layer.recompute = c.activation_checkpointing
+        if sharded:
+            model = compiled(model, by_layer=True) if to_compile else model
+            shard(model, device, torch.bfloat16 if c.dtype == "bfloat16" else None, c.cpu_offload)
+        return model.materialise("cpu" if c.cpu_offload else device, device)
+    if run.source:
+        run.model = checkpoint.load_model(run.source, router_bias=m.router_bias, place=place)
+    else:
+        with torch.device("meta"):
+            run.model = Transformer(m)
+        place(run.model).init_weights(c.seed)
     run.model.config = m
-    run.model.to(run.device)
     run.optimizer = make_optimizer(run.model, c)
     if run.source and (c.branch or run.source != c.init_from):
         checkpoint.load_moments(run.source, run.model, run.optimizer)
-    to_compile = pays_to_compile(run.row["flops"], c.device) if c.compile == "auto" else c.compile
-    run.forward, run.no_sync = wrap(run.model, to_compile, run.device)
-
-
-@contextlib.contextmanager
-def process_group(kind):
-    """Yields the device for the setting device=`kind`; under torchrun, within a process group.
-
-    There the first rank that fails prints its error, with its number, and ends with status 2, and the ranks
-    that fail with it are silent.
-    """
-    cuda = on_cuda(kind)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield device
-        return
-    store, rank, world = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    try:
-        yield device
-    except (ConfigError, RuntimeError) as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not lost and not isinstance(error, ConfigError):
-            raise
-        with contextlib.suppress(RuntimeError):  # torchrun's store may be gone too
-            if store.add("errors", 1) > 1:
-                raise SystemExit(2)
-        text = "another rank has gone; --resume goes on from the last checkpoint" if lost else error
-        print(f"train.py: rank {rank}: {text}", file=sys.stderr)
-        raise SystemExit(2)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+    run.forward = compiled(run.model) if to_compile and not sharded else run.model
+    if sharded:  # saving has its own group, since it goes on beside the steps
+        run.writers = dist.new_group(backend="gloo")
+    elif dist.is_initialized():
+        run.forward = torch.nn.parallel.DistributedDataParallel(
+            run.forward, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False)  # every rank computes the same buffers
+        run.no_sync = run.forward.no_sync
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The step
 
-def train_step(run, ids, targets, lr, stop, save_now):
-    """One optimizer step on this rank's sequences, ids and targets (B, T) each. It waits for the device once.
+def train_step(run, stream, lr, stop, save_now):
+    """One optimizer step on the next passes of `stream`, (ids, targets) each. It waits for the device once.
 
     Returns {"loss", "balance_loss", "z_loss", "grad_norm": floats, "counts": (L, E) assignments or None,
     "stop", "save": whether a rank asks for it, "skipped": whether there was no update}, the same on all
     ranks. There is none where the loss or the gradient is not finite. Raises ConfigError as `skip` does.
     """
-    c, micro, router = run.c, run.micro, None
+    c, router = run.c, None
     sums, counts = torch.zeros(5, device=run.device), 0  # loss, balance, z, stop, save
     for i in range(run.accumulate):
         with contextlib.nullcontext() if i == run.accumulate - 1 else run.no_sync():
             with run.autocast:
-                loss, router = run.forward(ids[i * micro:(i + 1) * micro], targets[i * micro:(i + 1) * micro])
+                loss, router = run.forward(*next(stream))
             sums[0] += loss.detach()
             if router:
                 balance = balance_loss(router["counts"], router["probs"])
@@ -258,7 +243,7 @@ def train_step(run, ids, targets, lr, stop, save_now):
                 counts = counts + router["counts"]
                 loss = loss + c.router_aux_loss_coef * balance + c.router_z_loss_coef * router["z_loss"]
             (loss / run.accumulate).backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip or math.inf))
     sums[:3] /= run.accumulate * ranks()[1]
     sums[3], sums[4] = stop, save_now
     shared = torch.cat((sums, counts.flatten())) if router else sums
@@ -286,7 +271,7 @@ def skip(run, measured):
     """Drop the gradient of a step that is not finite. Raises ConfigError beyond skip_nonfinite such steps."""
     c, state, last = run.c, run.state, checkpoint.checkpoints(run.c.out_dir)
     wrong = [name for name, p in run.model.named_parameters()
-             if p.grad is not None and not p.grad.isfinite().all()]
+             if p.grad is not None and not whole(p.grad).isfinite().all()]
     state["skipped"] += 1
     if state["skipped"] > c.skip_nonfinite:
         raise ConfigError(
@@ -301,19 +286,20 @@ def skip(run, measured):
 def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext(),
              stop=()):
     """(mean cross-entropy in nats a token, its standard error over sequences) of eval_tokens of `tokens`;
-    (nan, nan) where a rank found something in the list `stop` and left off."""
+    (nan, nan) where a rank found something in the list `stop` and all left off. All ranks make the same
+    passes, since fsdp has them gather weights in each."""
     rank, world = ranks()
     n = min(eval_tokens, len(tokens) - 1) // seq_len
     losses, share = torch.zeros(n, dtype=torch.float64, device=device), range(rank, n, world)
-    for start in range(0, len(share), batch_size):
-        if stop:
+    for start in range(0, -(-n // world), batch_size):
+        if any_rank(bool(stop), device):
             losses.fill_(math.nan)
             break
         places = share[start:start + batch_size]
-        ids, targets = sequences(tokens, places, seq_len, device)
+        ids, targets = sequences(tokens, places or [0], seq_len, device)
         with autocast:
             ce = model(ids, targets, reduction="none")[0]  # (B, T)
-        losses[places.start:places.stop:world] = ce.double().mean(1)
+        losses[places.start:places.stop:world] = ce.double().mean(1)[:len(places)]
     if world > 1:
         dist.all_reduce(losses)
     return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else float("nan")
@@ -343,16 +329,33 @@ def log_line(run, measured, lr, seconds):
     return line
 
 
-def save(run, kept):
-    """Write the checkpoint of the step just made. The next one replaces it unless it is `kept`."""
-    step, out_dir = run.state["step"], run.c.out_dir
-    path = os.path.join(out_dir, f"checkpoint-{step}")
-    if not os.path.exists(os.path.join(out_dir, ".lock")):
+def save(run, pool, kept):
+    """Begin to write the checkpoint of the step just made: copy it to host memory, and let `pool` write it
+    while training goes on. The next one replaces it unless it is `kept`. Raises the ConfigError of the one
+    before."""
+    finish_saving(run)
+    rank, sharded = ranks()[0], run.writers is not None
+    if run.state["step"] not in run.steps_there and (rank == 0 or sharded):
+        state = copy.deepcopy(run.state) | ({} if kept else {"passing": True})
+        contents = checkpoint.contents(run.model, run.optimizer, copy=True)
+        run.pending = pool.submit(write_checkpoint, run, contents, state)
+
+
+def write_checkpoint(run, contents, state):
+    out_dir = run.c.out_dir
+    if ranks()[0] == 0 and not os.path.exists(os.path.join(out_dir, ".lock")):
         raise ConfigError(f"{out_dir}: was removed while it was written to")
-    if not os.path.exists(path):
-        state = run.state if kept else run.state | {"passing": True}
-        checkpoint.save(path, run.model, state, run.optimizer, locate(run.c.dataset))
-    checkpoint.tidy(out_dir)
+    checkpoint.write(os.path.join(out_dir, f"checkpoint-{state['step']}"), contents, state,
+                     locate(run.c.dataset), run.c.shard_size, run.writers)
+    if ranks()[0] == 0:
+        checkpoint.tidy(out_dir)
+
+
+def finish_saving(run, wait=True):
+    """Wait until the last checkpoint is complete; or, without `wait`, look. Raises its ConfigError."""
+    if run.pending and (wait or run.pending.done()):
+        pending, run.pending = run.pending, None
+        pending.result()
 
 
 def announce(run):
@@ -379,7 +382,8 @@ def train(c, report=None):
     report(tokens): called after each step, in place of the progress bar. Raises ConfigError for settings or
     files that do not fit and for a loss that is not finite, Stopped after a signal of STOP.
     """
-    with process_group(c.device) as device, caught_signals() as signals, contextlib.ExitStack() as stack:
+    with (process_group(c.device, c.timeout_seconds) as device, caught_signals() as signals,
+          contextlib.ExitStack() as stack):
         run = plan_run(c, device, stack)
         if run.finished:
             return finished(run, report)
@@ -405,11 +409,11 @@ def loop(run, signals, report):
     c, state, rank = run.c, run.state, ranks()[0]
     kept = {state["step"] - (state["tokens"] - level) // c.tokens_per_step for level in c.save_at_tokens}
     kept.add(run.max_steps)
-    share, stride = run.micro * run.accumulate, c.tokens_per_step // c.max_seq_len
-    first = state["sequence"] + rank * share
-    stream = batches(run.tokens, first, share, stride, c.max_seq_len, state["data_seed"], run.device)
+    first, stride = state["sequence"] + rank * run.micro, ranks()[1] * run.micro
+    stream = batches(run.tokens, first, run.micro, stride, c.max_seq_len, state["data_seed"], run.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(stream))
+        pool = stack.enter_context(ThreadPoolExecutor(1))
         if rank == 0:
             write_config(c, os.path.join(c.out_dir, "config.py"))
             last = state["step"] if run.source != c.init_from else -1
@@ -422,11 +426,11 @@ def loop(run, signals, report):
         while state["step"] < run.max_steps:
             lr = learning_rate(state["step"], c, run.max_steps)
             due = rank == 0 and 0 < c.save_every_seconds < time.perf_counter() - saved_at
-            measured = train_step(run, *next(stream), lr, bool(signals.caught), due)
+            measured = train_step(run, stream, lr, bool(signals.caught), due)
             signals.at_once = False
             state["step"] += 1
             state["tokens"] += c.tokens_per_step
-            state["sequence"] += stride
+            state["sequence"] += c.tokens_per_step // c.max_seq_len
             state["history"][-1][1] += c.tokens_per_step
             line = log_line(run, measured, lr, time.perf_counter() - clock)
             clock = time.perf_counter()
@@ -443,13 +447,15 @@ def loop(run, signals, report):
                 with writing(log_path, len(text)):
                     log.write(text)
                 send(line)
-                if save_now:
-                    save(run, state["step"] in kept)
-                report(c.tokens_per_step)
             if save_now:
+                save(run, pool, state["step"] in kept)
                 clock = saved_at = time.perf_counter()
+            if rank == 0:
+                report(c.tokens_per_step)
+            finish_saving(run, wait=measured["stop"])
             if measured["stop"]:
                 raise Stopped(signals.caught[0] if signals.caught else signal.SIGTERM)
+        finish_saving(run)
     signals.at_once = True
     if signals.caught:
         raise Stopped(signals.caught[0])

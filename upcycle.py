@@ -25,11 +25,11 @@ Groups are whole while no two tie. Router logits are fp32 here, and of 20,000 ra
 bf16 transformers rounds them, 5 to 40 tokens in 10,000 tie two groups (of 4 and 8), and top-k splits one.
 """
 import hashlib
+import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain
 from typing import Literal
 
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
@@ -37,13 +37,13 @@ from configurator import REQUIRED, ConfigError, checked, progress, read_json, ru
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (atomic_directory, check_tensors, copy_tokenizer, load_model, open_tensors,
-                        read_config, read_moments, read_state, stored_views, to_hf_config, tokens_seen,
-                        write_json, write_moments, write_weights)
+from checkpoint import (KEYS, atomic_directory, copy_tokenizer, load_model, open_moments, read_config,
+                        read_moment, read_state, stored_views, to_hf_config, tokens_seen, write_moments)
 from data.stream import load_tokens, locate
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, generator, normal, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
+from tensors import Stored, check_tensors, open_tensors, write_json, write_weights
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
             "relative_logit_difference": "logits, largest difference / largest",
@@ -120,15 +120,15 @@ class Source:
         if layers > len(stored):
             raise ConfigError(f"{path}: config.json says {layers} layers for {len(stored)} tensors")
         stored_layout = layout(self.config, path, self.json["model_type"])
-        check_tensors(path, stored, dict(chain(*stored_layout.values())))
+        check_tensors(path, stored, dict(itertools.chain(*stored_layout.values())))
         self.layout, self.tensors = layout(self.config, path), {}
         for parameter, views in self.layout.items():
             spans = [stored[name] for name, _ in stored_layout[parameter]]
             if len(spans) < len(views):  # one tensor holds several, row after row
-                starts = accumulate((shape[0] for _, shape in views), initial=0)
+                starts = itertools.accumulate((shape[0] for _, shape in views), initial=0)
                 spans = [spans[0].rows(start, shape) for start, (_, shape) in zip(starts, views)]
             self.tensors |= {name: span for (name, _), span in zip(views, spans)}
-        self.shapes = dict(chain(*self.layout.values()))
+        self.shapes = dict(itertools.chain(*self.layout.values()))
 
     def sha256(self):
         """{weight file: digest}."""
@@ -198,18 +198,21 @@ def make_piece(o, sources, p):
 # ---------------------------------------------------------------------------------------------------------
 # What is written beside the weights
 
-def upcycled_moments(o, source, pieces):
-    """What optimizer.pt of the result holds: AdamW's moments for every tensor, zero for the router. Raises
-    ConfigError where the source's does not fit its weights."""
-    old, make = read_moments(source.path, source.shapes), METHODS[o.method].moments
-    new = {"step": old["step"], "exp_avg": {}, "exp_avg_sq": {}}
-    for power, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
-        for p in (p for p in pieces if p.dense_name or p.drawn):
-            m = torch.zeros(p.shape) if p.dense_name is None else old[key][p.dense_name]
-            if p.expert is not None and make:
-                m = make(o, slice_of(o, m, p).clone(), p, power)
-            new[key][p.name] = m
-    return new
+def write_upcycled_moments(o, source, pieces, directory):
+    """Write AdamW's moments for every tensor of the result, zero for the router. Raises ConfigError where the
+    source's do not fit its weights."""
+    (step, old), make = open_moments(source.path, source.shapes), METHODS[o.method].moments
+
+    def moment(key, power, p):
+        if p.dense_name is None:
+            return torch.zeros(p.shape)
+        m = read_moment(old, f"{key}.{p.dense_name}")
+        return make(o, slice_of(o, m, p).clone(), p, power) if p.expert is not None and make else m
+    wanted = [(key, power, p) for power, key in enumerate(KEYS, 1) for p in pieces if p.dense_name or p.drawn]
+    stored = [Stored(f"{key}.{p.name}", torch.empty(p.shape, device="meta", dtype=old[
+        f"{key}.{p.dense_name}"].dtype if p.dense_name else None)) for key, _, p in wanted]
+    made = itertools.starmap(moment, wanted)
+    write_moments(directory, step, stored, o.shard_size, lambda _: next(made))
 
 
 # Keys of config.json that stay as the source has them, RoPE in whichever form.
@@ -386,7 +389,7 @@ def upcycle(o):
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
-            write_moments(directory, upcycled_moments(o, first, pieces))
+            write_upcycled_moments(o, first, pieces, directory)
         copy_tokenizer(o.source, directory)
         record["sources"] = [{"path": s.path, "tokens": tokens_seen(s.state) if s.state else None,
                               "sha256": digest} for s, digest in zip(sources, digests)]

@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from configurator import ConfigError
-from model import (ModelConfig, MoE, Transformer, balance_loss, compiled, effective_experts,
-                   flops_per_token, grouped_mm, grouped_op, loop_mm, parameter_counts)
+from model import (ModelConfig, MoE, Transformer, balance_loss, effective_experts, flops_per_token,
+                   grouped_mm, grouped_op, loop_mm, parameter_counts)
+from parallel import compiled
 
 DENSE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 64}
