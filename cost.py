@@ -11,13 +11,14 @@ from start import passes
 VOCABULARY = 50_257  # of GPT-2's encoding, which is assumed for data that are not there yet
 
 
-def activation_bytes(m, tokens, wide_products):
+def activation_bytes(m, tokens, wide_products, recompute=False):
     """Bytes that the backward pass of a ModelConfig needs of the forward pass of `tokens` tokens.
 
     wide_products: whether products are in fp32; else they are in bf16. Counted from model.py: a layer keeps
     the residual stream before both of its norms in fp32, and in the type of products what goes into each
     product, q, k, v, the output of attention, gate, up, silu(gate) and their product. A mixture keeps the
-    rows of the chosen experts too. The head keeps its gradients.
+    rows of the chosen experts too. The head keeps its gradients. recompute: all but one layer keep their
+    input alone.
     """
     D, E, F = m.hidden_size, m.num_local_experts, m.intermediate_size
     q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
@@ -28,16 +29,29 @@ def activation_bytes(m, tokens, wide_products):
         layer += 0 if wide_products else 4 * D  # the router's input
     else:
         layer += w * 4 * F
-    return tokens * (m.num_hidden_layers * layer + (4 + w) * D) + 4 * m.vocab_size * D
+    layers = m.num_hidden_layers * 4 * D + layer if recompute else m.num_hidden_layers * layer
+    return tokens * (layers + (4 + w) * D) + 4 * m.vocab_size * D
 
 
 def device_bytes(job):
-    """Bytes that a sweep.Job needs on each device at the end of a forward pass: weights, gradients and
-    AdamW's two moments in fp32, the weights in bf16 where products are, DDP's buckets, activations."""
-    wide_products = job.settings.dtype != "bfloat16"
-    held = 16 + (0 if wide_products else 2) + (4 if job.ranks > 1 else 0)
-    tokens = passes(job.settings, job.ranks)[0] * job.settings.max_seq_len
-    return held * parameter_counts(job.model)["total"] + activation_bytes(job.model, tokens, wide_products)
+    """Bytes that a sweep.Job needs on each device at the end of a forward pass: activations, and for each
+    parameter weight, gradient and AdamW's two moments in fp32, and the weight in bf16 if products are.
+
+    ddp adds its buckets of gradients. fsdp divides all but the gathered weights and their gradients among the
+    ranks: of two layers' matrices at a time, and of what belongs to no layer.
+    """
+    c, n = job.settings, parameter_counts(job.model)
+    wide_products = c.dtype != "bfloat16"
+    product = 4 if wide_products else 2
+    matrices = n["attention"] + n["mlp"]
+    if c.parallel == "fsdp" and job.ranks > 1:
+        layer = matrices / job.model.num_hidden_layers
+        held = (0 if c.cpu_offload else 16 * n["total"] / job.ranks) + 8 * (n["total"] - matrices)
+        held += layer * (2 * product + product + 4)  # gradients in that type, and in fp32 to be summed
+    else:
+        held = n["total"] * (16 + product % 4 + (4 if job.ranks > 1 else 0))
+    tokens = passes(c, job.ranks)[0] * c.max_seq_len
+    return held + activation_bytes(job.model, tokens, wide_products, c.activation_checkpointing)
 
 
 def disk_bytes(job):

@@ -117,12 +117,12 @@ def test_a_run_under_torchrun_stops_goes_on_and_equals_one_process(mini, tmp_pat
     assert 0 < stopped < 10**6 and sum(told) == 128 * stopped
 
     longer = job(stopped + 20)
-    row = launch(longer, told.append)
+    row = launch(dataclasses.replace(longer, launcher=sys.executable), told.append)
     assert sum(told) == longer.tokens
     alone = train(dataclasses.replace(longer.settings, out_dir=str(tmp_path / "alone")), report=told.append)
     two, one = ([json.loads(line)["loss"] for line in open(Path(folder) / "log.jsonl")]
                 for folder in (longer.settings.out_dir, tmp_path / "alone"))
-    np.testing.assert_allclose(two[:20], one[:20], rtol=2e-4)  # ranks sum in another order,
+    np.testing.assert_allclose(two[:20], one[:20], rtol=2e-4)  # two ranks sum in another order,
     np.testing.assert_allclose(two, one, rtol=5e-3)  # and rounding grows
     assert row["loss"] == pytest.approx(alone["loss"], rel=5e-3)
     assert row == json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])

@@ -24,7 +24,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_backend=c10d --rdzv_endpoint="$head:29500" \
     --signals_to_handle=SIGTERM,SIGINT,SIGUSR1 --shutdown_timeout=500 \
-    train.py config/dense_150m.py --resume &
+    train.py config/dense_150m.py --parallel=fsdp --resume &
 child=$!
 wait "$child"
 status=$?

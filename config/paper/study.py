@@ -5,9 +5,9 @@ rates are not at hand: all numbers here are our own, and the learning rates are 
     python sweep.py config/paper/study.py --dry_run       # hours, memory and disk, with the data or without
     python data/prepare.py cerebras/SlimPajama-627B --tokenizer=gpt2 --max_bytes=6e11 --out_dir=data/slimpajama
     python sweep.py config/paper/study.py                 # on a machine of 8 GPUs
-    sbatch config/cluster/study.sh                        # on 10 such machines
+    sbatch config/cluster/study.sh                        # on 10 such machines, in two parts: see there
 
-Nothing of this has run on a GPU. --dry_run says 5,400 GPU-hours.
+Nothing of this has run on a GPU. --dry_run says 5,600 GPU-hours on H100s, 38 GB a GPU and 5.0 TB of disk.
 """
 out_dir = "out/paper"
 launcher = "torchrun --standalone --nproc_per_node=8"
@@ -32,5 +32,5 @@ D_moe = [_B, 4 * _B, 16 * _B, 64 * _B]
 
 train = {
     "dataset": "data/slimpajama", "tokens_per_step": 2**19, "max_seq_len": 2048, "warmup_steps": 200,
-    "eval_tokens": 2**22, "dtype": "bfloat16",
+    "eval_tokens": 2**22, "dtype": "bfloat16", "parallel": "fsdp",
 }
