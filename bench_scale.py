@@ -191,7 +191,7 @@ def scale(options):
     print("\nA step lasts a x FLOPs / (n x FLOP/s) + b x (bytes / bandwidth + hops x latency), with "
           f"a = {a:.2f} and b = {b:.2f}, fitted to {len(rows)} kinds of steps on {card or 'this CPU'} "
           f"(rms error {error:.0%}).\nAn estimate by these constants: {options.model} on GPUs of "
-          f"{options.flops_per_gpu:.3g} FLOP/s, {options.bandwidth:.3g} bytes/s, {options.latency:.3g} s a hop")
+          f"{options.flops_per_gpu:.3g} FLOP/s, {options.bandwidth:.3g} bytes/s and {options.latency:.0e} s")
     for row in estimated:
         print(f"  {row['parallel']} on {row['gpus']}: {row['seconds']:.3g} s a step, "
               f"{row['communication']:.0%} of it communication; {row['tokens_per_s']:,.0f} tokens/s")

@@ -49,7 +49,7 @@ def device_bytes(job):
         held = (0 if c.cpu_offload else 16 * n["total"] / job.ranks) + 8 * (n["total"] - matrices)
         held += layer * (2 * product + product + 4)  # gradients in that type, and in fp32 to be summed
     else:
-        held = n["total"] * (16 + product % 4 + (4 if job.ranks > 1 else 0))
+        held = n["total"] * (16 + (0 if wide_products else 2) + (4 if job.ranks > 1 else 0))
     tokens = passes(c, job.ranks)[0] * c.max_seq_len
     return held + activation_bytes(job.model, tokens, wide_products, c.activation_checkpointing)
 

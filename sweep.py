@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 import re
-import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -58,8 +57,6 @@ class Study:
                                   "launcher, one", least=1)
     launcher: str | None = setting(None, "command that starts each run, for runs larger than a device, as "
                                    "'torchrun --standalone --nproc_per_node=8'; none: workers train them")
-    ranks: int | None = setting(None, "processes of a run; none: nnodes x nproc_per_node of launcher",
-                                least=1)
     shard: str | None = setting(None, "i/n: make the i-th of n shares of the study, balanced by FLOPs; n "
                                 "machines that see out_dir make all of it; none: all")
     families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
@@ -128,7 +125,6 @@ def study_jobs(study):
     """[Job] in an order in which each one's needs come before it. Raises ConfigError."""
     if study.dataset:
         study = dataclasses.replace(study, train=study.train | {"dataset": study.dataset})
-    study = dataclasses.replace(study, ranks=ranks_of(study))
     for key in ("seeds",) if study.dense else ("sizes", "D1", "D2", "seeds"):
         if not getattr(study, key):
             raise ConfigError(f"{study.config}: {key} is empty")
@@ -167,18 +163,15 @@ def study_jobs(study):
     return jobs
 
 
-def ranks_of(study):
-    """How many processes share a run. Raises ConfigError where neither ranks nor launcher says it."""
-    if study.ranks or not study.launcher:
-        return study.ranks or 1
+def ranks_of(launcher):
+    """How many processes a launcher starts: nnodes x nproc_per_node, 1 where it does not say. Raises
+    ConfigError."""
+    found = [re.search(rf"--{name}(?:=|\s+)(\S+)", launcher or "")
+             for name in ("nproc[-_]per[-_]node", "nnodes")]
     try:
-        words = " ".join(shlex.split(study.launcher))
-    except ValueError as error:
-        raise ConfigError(f"launcher: {study.launcher!r}: {error}") from None
-    found = [re.search(rf"--{name}[= ](\d+)(?!\S)", words) for name in ("nproc[-_]per[-_]node", "nnodes")]
-    if not found[0]:
-        raise ConfigError(f"launcher: {study.launcher!r} has no --nproc_per_node=NUMBER; give --ranks=NUMBER")
-    return math.prod(int(match[1]) for match in found if match)
+        return math.prod(int(match[1]) for match in found if match)
+    except ValueError:
+        raise ConfigError(f"launcher: {launcher!r}: nproc_per_node and nnodes are to be numbers") from None
 
 
 def compile_where_it_pays(jobs):
@@ -306,7 +299,7 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None,
     or from c.init_from, after c.D1 tokens. base: see jobs_of_size.
     """
     step, seen = c.tokens_per_step, c.D1 or 0
-    c, m, data_sha256 = resolved(c, base, study.dry_run)
+    ranks, (c, m, data_sha256) = ranks_of(study.launcher), resolved(c, base, study.dry_run)
     per_token = flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
@@ -318,9 +311,9 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None,
         trunk.init_from, trunk.branch = upcycling.destination, upcycling.optimizer == "copy"
 
     def job(settings, needs, begin, end, made=None):
-        row = planned_row(settings, m, lineage, seen + end, data_sha256, seen, study.ranks)
+        row = planned_row(settings, m, lineage, seen + end, data_sha256, seen, ranks)
         return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, m, study.launcher,
-                   study.ranks)
+                   ranks)
     jobs = [job(trunk, upcycling and upcycling.source, 0, stops[-1], upcycling)]
     for end, start in points:
         first = checkpoint_path(trunk.out_dir, start, c)
@@ -421,7 +414,7 @@ def chain_flops(jobs):
 
 def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
-    if study.launcher and not shutil.which(program := shlex.split(study.launcher)[0]):
+    if study.launcher and not shutil.which(program := study.launcher.split()[0]):
         raise ConfigError(f"launcher: there is no command {program!r} here")
     share, of_shard = "", ""
     if study.shard:

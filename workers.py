@@ -7,7 +7,6 @@ import ctypes
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -87,7 +86,7 @@ def launch(job, report):
     environment.pop("LOCAL_RANK", None)
     with file, caught_signals() as signals:
         signals.at_once, passed_on, status = False, False, None
-        process = subprocess.Popen([*shlex.split(job.launcher), os.path.join(HERE, "train.py"), config],
+        process = subprocess.Popen([*job.launcher.split(), os.path.join(HERE, "train.py"), config],
                                    stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                    env=environment, preexec_fn=end_with_parent)
         while status is None:
