@@ -55,14 +55,11 @@ def device_bytes(job):
 
 
 def disk_bytes(job):
-    """Bytes of the checkpoints of a sweep.Job that stay: weights in fp32 and AdamW's two moments. What an
-    upcycling made has no moments, or those of the dense model."""
-    n = parameter_counts(job.model)
-    size = 12 * n["total"] * (len(job.settings.save_at_tokens) if job.is_trunk else 1)
-    if job.upcycling:
-        dense = job.row["N"] + n["embedding"] + n["lm_head"]
-        size += 4 * n["total"] + (8 * dense if job.upcycling.optimizer == "copy" else 0)
-    return size
+    """Bytes of the checkpoints of a sweep.Job that stay: weights in fp32 and AdamW's two moments, which those
+    that an upcycling made have only where it keeps them."""
+    kept = 3 * (len(job.settings.save_at_tokens) if job.is_trunk else 1)
+    made = (3 if job.upcycling.optimizer == "copy" else 1) if job.upcycling else 0
+    return 4 * parameter_counts(job.model)["total"] * (kept + made)
 
 
 def describe(study, jobs):

@@ -195,11 +195,11 @@ def test_disk_is_what_the_checkpoints_take(jobs):
 def test_memory_is_what_a_run_takes_beyond_its_imports(jobs):
     """Within a factor of 1.5: the allocator, the head and what the kernels need come on top."""
     job = next(job for job in jobs if job.row["family"] == "moe")
-    code = ("import resource, sys, train; from configurator import parse\n"
-            "page = resource.getpagesize()\n"
-            "before = int(open('/proc/self/statm').read().split()[1]) * page\n"
+    code = ("import re, sys, train; from configurator import parse\n"
+            "def kb(key): return int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+            "before = kb('VmRSS')\n"
             "train.train(parse(train.Train, sys.argv[1:]), report=str)\n"
-            "print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
+            "print(1024 * (kb('VmHWM') - before))\n")
     config = Path(job.settings.out_dir).with_suffix(".py")
     config.parent.mkdir()
     write_config(job.settings, config)
