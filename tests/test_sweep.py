@@ -346,7 +346,7 @@ def test_make_study_end_to_end(mini, tmp_path):
 
 def test_ci_and_readme_name_commands_that_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in ("study", "pilot", "test"):
+    for target in ("study", "pilot", "test", "gpu"):
         assert f"make {target}" in readme and re.search(rf"^{target}:", makefile, re.M)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     for script in re.findall(r"python (\w+(?:/\w+)?\.py)", readme):
