@@ -29,6 +29,8 @@ from train import Train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WARM_UP = 5  # steps that are not measured
+GLOO = DEVICE.type == "cpu"
+DTYPE = "float32" if GLOO else "bfloat16"
 
 
 def traffic(m, parallel, n, in_bf16, accumulate, gloo=False):
@@ -72,7 +74,9 @@ def output(process):
 
 def probe(hidden, family):
     """Rank 0 prints what n processes reach at once: FLOP/s of products alone, bytes/s and seconds a hop."""
-    dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+    if not GLOO:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if GLOO else "nccl")
     n, c = dist.get_world_size(), model_config(int(hidden), family)
     large, small = torch.zeros(2 ** 22, device=DEVICE), torch.zeros(1, device=DEVICE)
 
@@ -85,7 +89,7 @@ def probe(hidden, family):
             small.item()  # waits for a GPU
             times.append(time.perf_counter() - start)
         return float(np.median(times))
-    found = {"flops_per_s": TOKENS * flops_per_token(c, 0) / seconds(products_alone(c, "float32")),
+    found = {"flops_per_s": TOKENS * flops_per_token(c, 0) / seconds(products_alone(c, DTYPE)),
              "bandwidth": max(2 * (n - 1) / n * large.nbytes, 1) / seconds(lambda: dist.all_reduce(large)),
              "latency": seconds(lambda: dist.all_reduce(small)) / max(2 * math.log2(n), 1)}
     if dist.get_rank() == 0:
@@ -124,7 +128,7 @@ def measure(c, n):
         speeds = [json.loads(line)["tokens_per_s"] for line in f][WARM_UP:]
     points = {steps: sent for steps, sent in seen if WARM_UP <= steps < WARM_UP + len(speeds)}
     seconds, slope = c.tokens_per_step / float(np.median(speeds)), None
-    if DEVICE.type == "cpu" and n > 1 and len(points) > 1:
+    if GLOO and n > 1 and len(points) > 1:
         slope = float(np.polyfit(*zip(*points.items()), 1)[0]) / n
     return seconds, slope
 
@@ -139,8 +143,7 @@ def fit(rows):
 
 def races(options, folder):
     """Rows of the measured steps: family, hidden size, parallel and n, with what was counted for each."""
-    rows, gloo = [], DEVICE.type == "cpu"
-    most = math.inf if gloo else torch.cuda.device_count()
+    rows, most = [], math.inf if GLOO else torch.cuda.device_count()
     for family, hidden, n in product(options.families, options.sizes, options.processes):
         if n > most:
             continue
@@ -152,10 +155,10 @@ def races(options, folder):
                       hidden_size=hidden, intermediate_size=F, num_hidden_layers=L, num_attention_heads=heads,
                       num_local_experts=m.num_local_experts, max_seq_len=SEQUENCE, tokens_per_step=TOKENS,
                       max_tokens=TOKENS * (WARM_UP + options.repeats), save_every_seconds=0, compile=False,
-                      dtype="float32", decay_steps=0, parallel=parallel)
+                      dtype=DTYPE, decay_steps=0, parallel=parallel)
             seconds, sent = measure(c, n)
-            work, communication = parts(m, c, n, gloo=gloo, **reached)
-            counted = traffic(m, parallel, n, False, 1, gloo)[0]
+            work, communication = parts(m, c, n, gloo=GLOO, **reached)
+            counted = traffic(m, parallel, n, not GLOO, 1, GLOO)[0]
             rows.append({"family": family, "hidden": hidden, "parallel": parallel, "processes": n,
                          "seconds": seconds, "tokens_per_s": TOKENS / seconds, "bytes_counted": counted,
                          "bytes_sent": sent, "work": work, "communication": communication, **reached})
@@ -187,7 +190,7 @@ def scale(options):
         rows = races(options, folder)
     a, b, error = fit(rows)
     estimated = estimates(options, a, b)
-    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
+    card = None if GLOO else torch.cuda.get_device_name()
     print("\nA step lasts a x FLOPs / (n x FLOP/s) + b x (bytes / bandwidth + hops x latency), with "
           f"a = {a:.2f} and b = {b:.2f}, fitted to {len(rows)} kinds of steps on {card or 'this CPU'} "
           f"(rms error {error:.0%}).\nAn estimate by these constants: {options.model} on GPUs of "
