@@ -216,7 +216,7 @@ def build(run):
     elif dist.is_initialized():
         run.forward = torch.nn.parallel.DistributedDataParallel(
             run.forward, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False)  # every rank computes the same buffers
+            broadcast_buffers=False, gradient_as_bucket_view=True)  # all ranks compute the same buffers
         run.no_sync = run.forward.no_sync
 
 

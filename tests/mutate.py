@@ -104,7 +104,7 @@ def targets(world):
                   for name in ("config.json", "model.safetensors")]
         found.append((made / kind / "trainer_state.json", begun))
     optimizer = torch.optim.AdamW(good.parameters())
-    found.append((made / "dense" / "optimizer.pt",
+    found.append((made / "dense" / "optimizer.moments",
                   lambda path: checkpoint.load_moments(path.parent, good, optimizer)))
     try:
         prepare.train_bpe(["some text of a few words"] * 3, 270).save(str(made / "tokenizer.json"))

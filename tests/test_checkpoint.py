@@ -38,7 +38,7 @@ def test_weights_state_and_moments_come_back_bit_for_bit(saved):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[p][key], fresh.state[q][key])
     assert checkpoint.read_state(path) == STATE
-    torch.load(path / "optimizer.pt", weights_only=True)
+    assert len(load_file(path / "optimizer.moments")) == 1 + 2 * len(load_file(path / "model.safetensors"))
 
 
 def test_tensor_names_are_mixtrals(saved):
@@ -73,15 +73,6 @@ def test_a_real_full_disk(tmp_path):
             with open(os.path.join(temporary, "model.safetensors"), "wb") as f:
                 f.write(b"x" * 10_000_000)
     assert os.listdir(tmp_path) == []
-
-
-def test_a_disk_that_fills_up_under_the_moments_is_said_to_be_full(saved):
-    path, model, optimizer = saved
-    with pytest.raises(ConfigError, match="the disk is full") as error:
-        with checkpoint.atomic_directory(path.parent / "again") as temporary:
-            os.symlink("/dev/full", os.path.join(temporary, "optimizer.pt"))
-            checkpoint.write_moments(temporary, checkpoint.moments(model, optimizer))
-    assert "\n" not in str(error.value) and os.listdir(path.parent) == ["c"]
 
 
 def test_leftovers_of_a_killed_writer_are_cleared_and_not_mistaken(saved):
@@ -172,11 +163,13 @@ def test_pickled_weights_are_never_loaded(saved):
 
 @pytest.mark.parametrize("damage", [lambda p: cut(p, 0.5), lambda p: p.unlink(), lambda p: p.write_bytes(b""),
                                     lambda p: p.write_bytes(pickle.dumps(os.getcwd)),
-                                    lambda p: torch.save({"step": 1, "exp_avg": {}, "exp_avg_sq": {}}, p)])
+                                    lambda p: torch.save({"step": 1, "exp_avg": {}, "exp_avg_sq": {}}, p),
+                                    lambda p: rewrite(p, lambda t: t.pop("step")),
+                                    lambda p: rewrite(p, lambda t: t.pop("exp_avg.model.norm.weight"))])
 def test_damaged_or_dangerous_optimizer_files_are_named(saved, damage):
     path, model, optimizer = saved
-    damage(path / "optimizer.pt")
-    with pytest.raises(ConfigError, match="optimizer.pt"):
+    damage(path / "optimizer.moments")
+    with pytest.raises(ConfigError, match="optimizer.moments|/c: tensor (step|exp_avg.*) is missing"):
         checkpoint.load_moments(path, model, torch.optim.AdamW(model.parameters()))
 
 

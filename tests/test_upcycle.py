@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM)
 
-import checkpoint
 import rows
+import tensors
 import upcycle as u
-from checkpoint import load_model, load_moments, save
+from checkpoint import KEYS, load_model, load_moments, save
 from configurator import ConfigError, run
 from methods import Method
 from model import ModelConfig, Transformer, parameter_counts
@@ -303,17 +303,17 @@ def test_a_method_may_work_in_place(tmp_path, random_dense, monkeypatch):
     optimizer.step()
     shutil.rmtree(dense)
     save(dense, model, {"tokens": 1, "history": [], "lineage": {}}, optimizer)
-    files = [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")]
+    files = [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.moments")]
     monkeypatch.setitem(u.METHODS, "copy", Method(
         weights=lambda o, w, p: w.mul_(1.05), moments=lambda o, m, p, power: m.mul_(2)))
     path, _ = upcycled(tmp_path, str(dense), optimizer="copy")
-    assert [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.pt")] == files
+    assert [(dense / name).read_bytes() for name in ("model.safetensors", "optimizer.moments")] == files
     old, new = mlp(dense), experts(path)
     assert all(torch.equal(new[0, e, w], old[w] * 1.05) for e in range(8) for w in old)
-    old, new = (torch.load(Path(p) / "optimizer.pt", weights_only=True)["exp_avg_sq"] for p in (dense, path))
+    old, new = (load(Path(p) / "optimizer.moments") for p in (dense, path))
     for e in range(8):
-        assert torch.equal(new[f"model.layers.1.block_sparse_moe.experts.{e}.w3.weight"],
-                           2 * old["model.layers.1.mlp.up_proj.weight"])
+        assert torch.equal(new[f"exp_avg_sq.model.layers.1.block_sparse_moe.experts.{e}.w3.weight"],
+                           2 * old["exp_avg_sq.model.layers.1.mlp.up_proj.weight"])
 
 
 def test_every_method_is_described_and_its_knobs_are_settings(tmp_path, random_dense):
@@ -339,9 +339,9 @@ def without_memory_maps(*args):
 def test_copies_go_from_file_to_file(tmp_path, random_dense, monkeypatch, platform):
     """On Linux no tensor of the source is read. Elsewhere, without sendfile, the bytes are the same."""
     expected, _ = upcycled(tmp_path, random_dense, "expected", method="noise", noise_std=0.0)
-    monkeypatch.setattr(checkpoint.sys, "platform", platform)
+    monkeypatch.setattr(tensors.sys, "platform", platform)
     if platform == "linux":
-        monkeypatch.setattr(checkpoint.Span, "read", without_memory_maps)
+        monkeypatch.setattr(tensors.Span, "read", without_memory_maps)
     else:
         monkeypatch.delattr(os, "sendfile")
     path, _ = upcycled(tmp_path, random_dense)
@@ -351,7 +351,7 @@ def test_copies_go_from_file_to_file(tmp_path, random_dense, monkeypatch, platfo
 
 def test_a_source_that_shrinks_is_no_endless_copy(tmp_path):
     (tmp_path / "short").write_bytes(bytes(100))
-    span = checkpoint.Span("a", (50,), torch.float32, None, str(tmp_path / "short"), 60, 200)
+    span = tensors.Span("a", (50,), torch.float32, None, str(tmp_path / "short"), 60, 200)
     with pytest.raises(OSError, match="short ended early"), open(tmp_path / "copy", "wb") as f:
         f.write(b"header")
         span.copy_to(f)
@@ -603,13 +603,15 @@ def test_check_agrees_with_transformers(tmp_path, monkeypatch):
 def test_moments_come_along(tmp_path, trained_dense, method):
     G = METHODS[method].get("granularity", 1)
     path, _ = upcycled(tmp_path, trained_dense, method=method, optimizer="copy", **METHODS[method])
-    stored = [torch.load(Path(p) / "optimizer.pt", weights_only=True) for p in (trained_dense, path)]
+    stored = [load(Path(p) / "optimizer.moments") for p in (trained_dense, path)]
     model = load_model(path, torch.float64)
     load_moments(path, model, torch.optim.AdamW(model.parameters()))
     assert stored[1]["step"] == 60
-    assert stored[1]["exp_avg"].keys() == load(Path(path) / "model.safetensors").keys()
+    names = load(Path(path) / "model.safetensors").keys()
+    assert stored[1].keys() == {"step", *(f"{key}.{name}" for key in KEYS for name in names)}
     for power, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
-        old, new = stored[0][key], stored[1][key]
+        old, new = ({name.removeprefix(f"{key}."): t for name, t in file.items()
+                     if name.startswith(f"{key}.")} for file in stored)
         assert new["model.layers.0.block_sparse_moe.gate.weight"].eq(0).all()
         assert (new["model.layers.1.self_attn.q_proj.weight"]
                 == old["model.layers.1.self_attn.q_proj.weight"]).all()
@@ -668,7 +670,7 @@ def test_moments_of_one_whole_group_are_its_gradients(tmp_path, random_dense):
     (dict(method="merge"), "further checkpoints"),
     (dict(shard_size="5GB"), "shard_size: '5GB' is not of type int"),
     (dict(shard_size=0), "shard_size: 0 is not at least 1"),
-    (dict(optimizer="copy"), "optimizer.pt")])
+    (dict(optimizer="copy"), "optimizer.moments")])
 def test_settings_refused(tmp_path, random_dense, options, message):
     with pytest.raises(ConfigError, match=message):
         upcycled(tmp_path, random_dense, **options)
@@ -853,7 +855,7 @@ def python(code, *args, **kwargs):
 def test_killed_or_cut_off_it_leaves_nothing(tmp_path, random_dense):
     """A file-size limit makes a write fail midway, and SIGKILL ends the next one between two shards."""
     done = python("""
-import checkpoint, resource, sys, upcycle as u
+import resource, sys, tensors, upcycle as u
 from configurator import ConfigError
 o = u.Options(sys.argv[1], sys.argv[2], shard_size=40_000, check=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
@@ -863,12 +865,12 @@ except ConfigError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 import os; print(os.listdir(os.path.dirname(sys.argv[2])), flush=True)
-write, shards = checkpoint.write_shard, []
+write, shards = tensors.write_shard, []
 def killed(*args):
     if len(shards) == 2:
         os.kill(os.getpid(), 9)
     shards.append(write(*args))
-checkpoint.write_shard = killed
+tensors.write_shard = killed
 u.upcycle(o)
 """, random_dense, str(tmp_path / "moe"))
     assert done.returncode == -9, done.stderr
