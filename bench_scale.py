@@ -193,7 +193,7 @@ def scale(options):
     card = None if GLOO else torch.cuda.get_device_name()
     print("\nA step lasts a x FLOPs / (n x FLOP/s) + b x (bytes / bandwidth + hops x latency), with "
           f"a = {a:.2f} and b = {b:.2f}, fitted to {len(rows)} kinds of steps on {card or 'this CPU'} "
-          f"(rms error {error:.0%}).\nAn estimate by these constants: {options.model} on GPUs of "
+          f"(rms error {error:.0%}); training uses {1 / a:.0%} of f (--mfu of sweep.py).\nAn estimate by these constants: {options.model} on GPUs of "
           f"{options.flops_per_gpu:.3g} FLOP/s, {options.bandwidth:.3g} bytes/s and {options.latency:.0e} s")
     for row in estimated:
         print(f"  {row['parallel']} on {row['gpus']}: {row['seconds']:.3g} s a step, "

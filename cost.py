@@ -37,8 +37,8 @@ def device_bytes(job):
     """Bytes that a sweep.Job needs on each device at the end of a forward pass: activations, and for each
     parameter weight, gradient and AdamW's two moments in fp32, and the weight in bf16 if products are.
 
-    ddp adds its buckets of gradients. fsdp divides all but the gathered weights and their gradients among the
-    ranks: of two layers' matrices at a time, and of what belongs to no layer.
+    fsdp divides them among the ranks. Beyond its share a rank holds the gathered weights of two layers at a
+    time with the gradients of one, and all that are no layer's matrices.
     """
     c, n = job.settings, parameter_counts(job.model)
     wide_products = c.dtype != "bfloat16"
@@ -49,7 +49,7 @@ def device_bytes(job):
         held = (0 if c.cpu_offload else 16 * n["total"] / job.ranks) + 8 * (n["total"] - matrices)
         held += layer * (2 * product + product + 4)  # gradients in that type, and in fp32 to be summed
     else:
-        held = n["total"] * (16 + (0 if wide_products else 2) + (4 if job.ranks > 1 else 0))
+        held = n["total"] * (16 + (0 if wide_products else 2))
     tokens = passes(c, job.ranks)[0] * c.max_seq_len
     return held + activation_bytes(job.model, tokens, wide_products, c.activation_checkpointing)
 

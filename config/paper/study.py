@@ -1,9 +1,10 @@
-"""The grid of the paper (arXiv 2502.03009): dense models of 15M to 1B backbone parameters, mixtures of 8 experts
-of which a token uses 2, upcycled by copying, on SlimPajama. The paper's own shapes, token counts and learning
-rates are not at hand: all numbers here are our own, and the learning rates are guesses to be checked first.
+"""The grid of the paper (arXiv 2502.03009): dense models of 15M to 1B backbone parameters, mixtures of 8
+experts of which a token uses 2, upcycled by copying, on SlimPajama. The paper's own shapes, token counts and
+learning rates are not at hand: all numbers here are our own, and the learning rates are guesses.
 
     python sweep.py config/paper/study.py --dry_run       # hours, memory and disk, with the data or without
-    python data/prepare.py cerebras/SlimPajama-627B --tokenizer=gpt2 --max_bytes=6e11 --out_dir=data/slimpajama
+    python data/prepare.py cerebras/SlimPajama-627B --tokenizer=gpt2 --max_bytes=6e11 \\
+        --out_dir=data/slimpajama
     python sweep.py config/paper/study.py                 # on a machine of 8 GPUs
     sbatch config/cluster/study.sh                        # on 10 such machines, in two parts: see there
 
