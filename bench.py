@@ -123,26 +123,24 @@ def gpu(options):
     """The tests of devices, `train` and a study of 30 minutes on GPUs, in a JSON of the card's name."""
     if not torch.cuda.is_available():
         raise ConfigError("torch sees no GPU here, so there is nothing to run")
-    card, folder = torch.cuda.get_device_name(), os.path.join("out", "gpu")
-    result = {"card": card, "cards": torch.cuda.device_count(), "git": code_version(),
-              "torch": torch.__version__}
+    card, folder = torch.cuda.get_device_name(), os.path.join(HERE, "out", "gpu")
     numbers, study = os.path.join(folder, "bench_train.json"), os.path.join(folder, "study")
+    result = {"card": card, "cards": torch.cuda.device_count(), "torch": torch.__version__,
+              "git": code_version()}
     for name, words in {"data": ["data/prepare.py", "pysource"],
                         "tests": ["-m", "pytest", "-q", "-k", "cuda", "tests/test_devices.py"],
                         "train": ["bench.py", "train", "--sizes=256,768", f"--out={numbers}"],
                         "study": ["sweep.py", "config/study_gpu.py", f"--out_dir={study}"]}.items():
-        print(f"{name}: {' '.join(words)}", flush=True)
         begin = time.perf_counter()
-        done = subprocess.run([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True)
         result[name] = {"status": done.returncode, "seconds": round(time.perf_counter() - begin),
-                        "output": done.stdout[-10_000:]}
-        print(f"{name}: status {done.returncode}, {result[name]['seconds']} s", flush=True)
+                        "output": (done.stdout + done.stderr)[-10_000:]}
+        print(f"{' '.join(words)}: status {done.returncode}, {result[name]['seconds']} s", flush=True)
     if os.path.exists(numbers):
         result["train"]["numbers"] = read_json(numbers)
-    if os.path.exists(os.path.join(study, "rows.jsonl")):
-        result["study"]["rows"] = read_rows([os.path.join(study, "rows.jsonl")])[0]
-    out = os.path.join("results", f"gpu_{card.replace(' ', '_')}.json")
+    if os.path.exists(rows := os.path.join(study, "rows.jsonl")):
+        result["study"]["rows"] = read_rows([rows])[0]
+    out = os.path.join(HERE, "results", f"gpu_{card.replace(' ', '_')}.json")
     write_text_atomically(out, json.dumps(result, indent=1))
     print(f"{out}: commit it, failures too")
 

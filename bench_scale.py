@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
-from bench_train import DEVICE, SEQUENCE, SHAPES, TOKENS, VOCABULARY, model_config, products_alone
+from bench_train import DEVICE, SEQUENCE, SHAPES, TOKENS, model_config, products_alone
 from configurator import (ConfigError, code_version, from_dict, read_config, write_config,
                           write_text_atomically)
+from data.prepare import Options as Prepare, prepare
 from model import flops_per_token, parameter_counts
 from start import passes
 from sweep import resolved
@@ -58,17 +59,18 @@ def parts(m, c, n, flops_per_s, bandwidth, latency, gloo=False):
     return work, size / bandwidth + hops * latency
 
 
-def torchrun(n, *words):
-    """A process that runs a script on n processes."""
+def torchrun(n, *words, watch=lambda: None):
+    """What a script prints on n processes; watch() is called every 10 ms. Raises ConfigError if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
-    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def output(process):
-    """What a process printed. Raises ConfigError where it failed."""
-    text, _ = process.communicate()
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            watch()
+            time.sleep(0.01)
+        file.seek(0)
+        text = file.read()
     if process.returncode:
-        raise ConfigError(f"{' '.join(process.args)} failed: {text[-500:]}")
+        raise ConfigError(f"{' '.join(command)} failed: {text[-500:]}")
     return text
 
 
@@ -103,27 +105,15 @@ def sent_bytes():
         return next(int(line.split()[9]) for line in f if line.lstrip().startswith("lo:"))
 
 
-def write_data(folder):
-    """Random bytes, as data/prepare.py writes a data set."""
-    os.makedirs(folder)
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2 ** 16, dtype=np.uint16)
-    for split in ("train", "val"):
-        np.save(os.path.join(folder, f"{split}.npy"), tokens)
-    meta = {"vocab_size": VOCABULARY, "eos_token_id": None, "dtype": "uint16", "tokenizer": "bytes",
-            "data_sha256": "random", "tokens": {"train": len(tokens), "val": len(tokens)}}
-    write_text_atomically(os.path.join(folder, "meta.json"), json.dumps(meta))
-
-
 def measure(c, n):
     """(seconds of a step, bytes that a rank sends in it or None) of train.py on n processes."""
     config, log, seen = f"{c.out_dir}.py", os.path.join(c.out_dir, "log.jsonl"), []
     write_config(c, config)
-    process = torchrun(n, "train.py", config)
-    while process.poll() is None:
+
+    def watch():
         with contextlib.suppress(OSError), open(log, encoding="utf-8") as f:
             seen.append((f.read().count("\n"), sent_bytes()))
-        time.sleep(0.01)
-    output(process)
+    torchrun(n, "train.py", config, watch=watch)
     with open(log, encoding="utf-8") as f:
         speeds = [json.loads(line)["tokens_per_s"] for line in f][WARM_UP:]
     points = {steps: sent for steps, sent in seen if WARM_UP <= steps < WARM_UP + len(speeds)}
@@ -147,7 +137,8 @@ def races(options, folder):
     for family, hidden, n in product(options.families, options.sizes, options.processes):
         if n > most:
             continue
-        reached = json.loads(output(torchrun(n, "bench_scale.py", str(hidden), family)).splitlines()[-1])
+        said = torchrun(n, "bench_scale.py", str(hidden), family).splitlines()
+        reached = next(json.loads(line) for line in said if line.startswith("{"))
         m, (F, L, heads) = model_config(hidden, family), SHAPES[hidden]
         for parallel in ("ddp", "fsdp") if n > 1 else ("ddp", ):
             name = f"{family} {hidden} {parallel} {n}"
@@ -186,14 +177,15 @@ def estimates(options, a, b):
 def scale(options):
     """Training on several processes, ddp and fsdp: tokens/s, bytes sent, and an estimate for many GPUs."""
     with tempfile.TemporaryDirectory(prefix="bench_scale_") as folder:
-        write_data(os.path.join(folder, "data"))
+        data = os.path.join(folder, "data")
+        prepare(Prepare(source=os.path.join(HERE, "config"), out_dir=data, val_fraction=0.2))
         rows = races(options, folder)
     a, b, error = fit(rows)
     estimated = estimates(options, a, b)
     card = None if GLOO else torch.cuda.get_device_name()
     print("\nA step lasts a x FLOPs / (n x FLOP/s) + b x (bytes / bandwidth + hops x latency), with "
           f"a = {a:.2f} and b = {b:.2f}, fitted to {len(rows)} kinds of steps on {card or 'this CPU'} "
-          f"(rms error {error:.0%}); training uses {1 / a:.0%} of f (--mfu of sweep.py).\nAn estimate by these constants: {options.model} on GPUs of "
+          f"(rms error {error:.0%}).\nAn estimate by these constants: {options.model} on GPUs of "
           f"{options.flops_per_gpu:.3g} FLOP/s, {options.bandwidth:.3g} bytes/s and {options.latency:.0e} s")
     for row in estimated:
         print(f"  {row['parallel']} on {row['gpus']}: {row['seconds']:.3g} s a step, "

@@ -57,8 +57,8 @@ class Study:
                                   "launcher, one", least=1)
     launcher: str | None = setting(None, "command that starts each run, for runs larger than a device, as "
                                    "'torchrun --standalone --nproc_per_node=8'; none: workers train them")
-    shard: str | None = setting(None, "i/n: make the i-th of n shares of the study, balanced by FLOPs; n "
-                                "machines that see out_dir make all of it; none: all")
+    shard: str = setting("1/1", "i/n: make the i-th of n shares of the study, balanced by FLOPs; n machines "
+                         "that see out_dir make all of it")
     families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
     withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
                                    "{column: value, or list of values} each")
@@ -92,7 +92,10 @@ class Job:
     upcycling: UpcycleOptions | None = None  # what makes the checkpoint that the run starts from
     model: ModelConfig | None = None
     launcher: str | None = None  # the command that starts the run; None: a worker trains it
-    ranks: int = 1  # processes that share the run
+
+    @property
+    def ranks(self):
+        return ranks_of(self.launcher)
 
     @property
     def is_trunk(self):
@@ -299,8 +302,8 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None,
     or from c.init_from, after c.D1 tokens. base: see jobs_of_size.
     """
     step, seen = c.tokens_per_step, c.D1 or 0
-    ranks, (c, m, data_sha256) = ranks_of(study.launcher), resolved(c, base, study.dry_run)
-    per_token = flops_per_token(m, c.max_seq_len)
+    c, m, data_sha256 = resolved(c, base, study.dry_run)
+    ranks, per_token = ranks_of(study.launcher), flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
         points.append((end, end - max(1, round(end * study.decay_fraction / step)) * step))
@@ -312,8 +315,7 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None,
 
     def job(settings, needs, begin, end, made=None):
         row = planned_row(settings, m, lineage, seen + end, data_sha256, seen, ranks)
-        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, m, study.launcher,
-                   ranks)
+        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, m, study.launcher)
     jobs = [job(trunk, upcycling and upcycling.source, 0, stops[-1], upcycling)]
     for end, start in points:
         first = checkpoint_path(trunk.out_dir, start, c)
@@ -368,34 +370,28 @@ def check_unchanged(job):
 
 
 def share_of(study, jobs):
-    """The [Job] of `jobs` that study.shard says, in their order. Jobs of which one needs another's checkpoint
-    are in one share, so shares wait for nothing; unless study.families leaves the other job out, as one that
-    is done. Raises ConfigError for a shard that is none."""
-    if not study.shard:
-        return jobs
+    """The [Job] of `jobs` that study.shard says, in their order. A job is in the share of the one that makes
+    its checkpoint, so shares wait for nothing, unless study.families leaves that one out, as it is done.
+    Raises ConfigError for a shard that is none."""
     match = re.fullmatch(r"(\d+)/(\d+)", study.shard)
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise ConfigError(f"shard: {study.shard!r} is not i/n with i in 1 .. n")
-
-    def asked(job):
-        return not study.families or job.row["family"] in study.families
-
-    def weight(jobs):
-        return flops_of(filter(asked, jobs))
-    groups, group_of = [], {}  # lists of jobs; {folder of a run: its group}
+    groups, group_of, others = [], {}, []  # lists of jobs; {folder of a run: its group}; trunks made before
     for job in jobs:
+        if study.families and job.row["family"] not in study.families:
+            others.append(job)
+            continue
         group = group_of.get(os.path.dirname(os.path.normpath(job.needs or "")))
         if group is None:
             groups.append(group := [])
         group.append(job)
-        if asked(job):
-            group_of[os.path.normpath(job.settings.out_dir)] = group
+        group_of[os.path.normpath(job.settings.out_dir)] = group
     shares = [[] for _ in range(count)]
-    for group in sorted(groups, key=weight, reverse=True):  # the largest first, each to the smallest share
-        min(shares, key=weight).extend(group)
-    chosen = {id(job) for job in shares[number - 1]}
-    return [job for job in jobs if id(job) in chosen]
+    for group in sorted(groups, key=flops_of, reverse=True):  # the largest first, each to the smallest share
+        min(shares, key=flops_of).extend(group)
+    shares[-1] += others
+    return [job for job in jobs if any(job is chosen for chosen in shares[number - 1])]
 
 
 def flops_of(jobs):
@@ -416,14 +412,11 @@ def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
     if study.launcher and not shutil.which(program := study.launcher.split()[0]):
         raise ConfigError(f"launcher: there is no command {program!r} here")
-    share, of_shard = "", ""
-    if study.shard:
-        share, of_shard = f"-{study.shard.replace('/', '-of-')}", f" of shard {study.shard}"
     with writing(study.out_dir):
         os.makedirs(study.out_dir, exist_ok=True)
-        lock_file = open(os.path.join(study.out_dir, f".lock{share}"), "w")
+        lock_file = open(os.path.join(study.out_dir, f".lock-{study.shard.replace('/', '-of-')}"), "w")
     with lock_file:
-        lock(lock_file, f"{study.out_dir}: another sweep{of_shard} is running there")
+        lock(lock_file, f"{study.out_dir}: another sweep of shard {study.shard} is running there")
         for job in jobs:
             check_unchanged(job)
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
@@ -447,7 +440,7 @@ def main(study):
     plan = study_jobs(study)
     jobs = share_of(study, plan)
     print(describe(study, plan))
-    if study.shard:
+    if study.shard != Study.shard:
         part = flops_of(jobs) / flops_of(plan)
         print(f"shard {study.shard}: {len(jobs)} of {len(plan)} runs, {part:.0%} of the FLOPs")
     if study.dense:

@@ -13,6 +13,7 @@ from bench_train import (alternate, contestants, model_config, products_alone, r
                          report_races, stages)
 from configurator import ConfigError
 from model import ModelConfig, flops_per_token, parameter_counts
+from test_train import data  # noqa: F401  (a fixture)
 from train import Train
 
 
@@ -119,12 +120,11 @@ def test_the_two_constants_of_a_step_are_found():
     assert eight["seconds"] == pytest.approx(2 * work / 8 + 0.5 * sent / 1e10)
 
 
-def test_two_processes_send_what_is_counted(tmp_path):
+def test_two_processes_send_what_is_counted(data, tmp_path):  # noqa: F811
     """As the loopback device counts it; its other traffic and headers come on top."""
-    bench_scale.write_data(tmp_path / "data")
     hidden = 256
     intermediate, layers, heads = bench_train.SHAPES[hidden]
-    c = Train(out_dir=str(tmp_path / "run"), rows=None, dataset=str(tmp_path / "data"), hidden_size=hidden,
+    c = Train(out_dir=str(tmp_path / "run"), rows=None, dataset=data, hidden_size=hidden,
               intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
               max_seq_len=16, tokens_per_step=32, max_tokens=32 * 20, warmup_steps=1, save_every_seconds=0,
               compile=False, dtype="float32")
