@@ -11,22 +11,20 @@ from start import passes
 VOCABULARY = 50_257  # of GPT-2's encoding, which is assumed for data that are not there yet
 
 
-def activation_bytes(m, tokens, wide_products, recompute=False):
+def activation_bytes(m, tokens, w, recompute=False):
     """Bytes that the backward pass of a ModelConfig needs of the forward pass of `tokens` tokens.
 
-    wide_products: whether products are in fp32; else they are in bf16. Counted from model.py: a layer keeps
-    the residual stream before both of its norms in fp32, and in the type of products what goes into each
-    product, q, k, v, the output of attention, gate, up, silu(gate) and their product. A mixture keeps the
-    rows of the chosen experts too. The head keeps its gradients. recompute: all but one layer keep their
-    input alone.
+    w: bytes of a number in products, 4 for fp32, 2 for bf16. Counted from model.py: a layer keeps the
+    residual stream before both of its norms in fp32, and in the type of products what goes into each product,
+    q, k, v, the output of attention, gate, up, silu(gate) and their product. A mixture keeps the rows of the
+    chosen experts too. The head keeps its gradients. recompute: all layers but one keep their input alone.
     """
     D, E, F = m.hidden_size, m.num_local_experts, m.intermediate_size
     q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
-    w = 4 if wide_products else 2
     layer = 4 * 2 * D + w * (2 * D + 2 * q + 2 * kv) + 4 * (m.num_attention_heads + 2)
     if E:
         layer += m.num_experts_per_tok * (w * (2 * D + 4 * F) + 4 * D) + 8 * E
-        layer += 0 if wide_products else 4 * D  # the router's input
+        layer += 4 * D if w < 4 else 0  # the router's input
     else:
         layer += w * 4 * F
     layers = m.num_hidden_layers * 4 * D + layer if recompute else m.num_hidden_layers * layer
@@ -40,18 +38,15 @@ def device_bytes(job):
     fsdp divides them among the ranks. Beyond its share a rank holds the gathered weights of two layers at a
     time with the gradients of one, and all that are no layer's matrices.
     """
-    c, n = job.settings, parameter_counts(job.model)
-    wide_products = c.dtype != "bfloat16"
-    product = 4 if wide_products else 2
+    c, n, w = job.settings, parameter_counts(job.model), 2 if job.settings.dtype == "bfloat16" else 4
     matrices = n["attention"] + n["mlp"]
     if c.parallel == "fsdp" and job.ranks > 1:
-        layer = matrices / job.model.num_hidden_layers
         held = (0 if c.cpu_offload else 16 * n["total"] / job.ranks) + 8 * (n["total"] - matrices)
-        held += layer * (2 * product + product + 4)  # gradients in that type, and in fp32 to be summed
+        held += matrices / job.model.num_hidden_layers * (3 * w + 8)  # gradients are summed in fp32
     else:
-        held = n["total"] * (16 + (0 if wide_products else 2))
+        held = n["total"] * (16 if w == 4 else 18)
     tokens = passes(c, job.ranks)[0] * c.max_seq_len
-    return held + activation_bytes(job.model, tokens, wide_products, c.activation_checkpointing)
+    return held + activation_bytes(job.model, tokens, w, c.activation_checkpointing)
 
 
 def disk_bytes(job):

@@ -157,7 +157,7 @@ def test_activations_are_what_autograd_saves(kind, dtype):
         out = model(ids, ids)
     measured = sum(n for place, n in saved.items() if place not in own)
     assert out[0].isfinite()
-    expected = cost.activation_bytes(c, tokens, dtype == "float32")
+    expected = cost.activation_bytes(c, tokens, 4 if dtype == "float32" else 2)
     if dtype == "bfloat16":  # a CPU's attention is in fp32: q, k, v take twice as much, the output thrice
         q, kv = 4 * 16, (c.num_key_value_heads or 4) * 16
         expected += 2 * tokens * (2 * (q + 2 * kv) + 4 * q)
