@@ -1,5 +1,6 @@
 # make study: from nothing to a fitted law.  make test: all tests, offline once installed.
 # make pilot: is a dense checkpoint of the quick study, or of a short training, worth upcycling?
+# make gpu: on a machine with GPUs, their tests, the speed of training and a study, as a file in results/.
 # make figures: every figure of the README, from the rows in results/.
 # A machine without a GPU can install the small build of torch (once, with the first make):
 #     make study TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -35,6 +36,9 @@ $(PILOT)/dense/checkpoint-512:
 test: .venv/test
 	$(PY) -m pytest -q tests
 
+gpu: .venv/test
+	@$(PY) bench.py gpu
+
 figures: .venv/runtime
 	for study in study_quick study_methods study_router; do \
 		$(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; \
@@ -52,4 +56,4 @@ figures: .venv/runtime
 	$(PY) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: study pilot test figures
+.PHONY: study pilot test gpu figures

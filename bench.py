@@ -4,10 +4,13 @@
     python bench.py laws      fitting scaling laws, on one core
     python bench.py coverage  how often intervals hold the truth of simulated studies, on one core
     python bench.py upcycle   a 0.65B Llama to 8 experts beside cp and sync; 16 GB in the temporary directory
+    python bench.py scale     1, 2 and 4 processes, ddp and fsdp, and an estimate for many GPUs
+    python bench.py gpu       on a GPU: its tests, `train` and a study of 30 minutes
 
 `train` wants an idle machine. On a busy one the processor time of one thread tells more:
 `taskset -c 1 python bench.py train --threads=1 --clock=cpu`.
 """
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,14 +23,18 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import REQUIRED, ConfigError, run, setting
+from configurator import (REQUIRED, ConfigError, code_version, read_json, run, setting,
+                          write_text_atomically)
 
 import numpy as np
+import torch
 
+from bench_scale import scale
 from bench_train import SHAPES, alternate, train
 from checkpoint import save
 from engine import fit
 from model import ModelConfig, Transformer
+from rows import read_rows
 from uncertainty import bootstrap, fit_with_noise
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -112,7 +119,34 @@ def coverage(options):
             print(f"  {target:26}{100 * wide:4.0f} {100 * narrow:4.0f}", flush=True)
 
 
-BENCHMARKS = {"train": train, "laws": laws, "coverage": coverage, "upcycle": upcycle}
+def gpu(options):
+    """The tests of devices, `train` and a study of 30 minutes on GPUs, in a JSON of the card's name."""
+    if not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU here, so there is nothing to run")
+    card, folder = torch.cuda.get_device_name(), os.path.join(HERE, "out", "gpu")
+    numbers, study = os.path.join(folder, "bench_train.json"), os.path.join(folder, "study")
+    result = {"card": card, "cards": torch.cuda.device_count(), "torch": torch.__version__,
+              "git": code_version()}
+    for name, words in {"data": ["data/prepare.py", "pysource"],
+                        "tests": ["-m", "pytest", "-q", "-k", "cuda", "tests/test_devices.py"],
+                        "train": ["bench.py", "train", "--sizes=256,768", f"--out={numbers}"],
+                        "study": ["sweep.py", "config/study_gpu.py", f"--out_dir={study}"]}.items():
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True)
+        result[name] = {"status": done.returncode, "seconds": round(time.perf_counter() - begin),
+                        "output": (done.stdout + done.stderr)[-10_000:]}
+        print(f"{' '.join(words)}: status {done.returncode}, {result[name]['seconds']} s", flush=True)
+    if os.path.exists(numbers):
+        result["train"]["numbers"] = read_json(numbers)
+    if os.path.exists(rows := os.path.join(study, "rows.jsonl")):
+        result["study"]["rows"] = read_rows([rows])[0]
+    out = os.path.join(HERE, "results", f"gpu_{card.replace(' ', '_')}.json")
+    write_text_atomically(out, json.dumps(result, indent=1))
+    print(f"{out}: commit it, failures too")
+
+
+BENCHMARKS = {"train": train, "scale": scale, "laws": laws, "coverage": coverage, "upcycle": upcycle,
+              "gpu": gpu}
 
 
 @dataclass
@@ -121,17 +155,31 @@ class Options:
     what: Literal[tuple(BENCHMARKS)] = setting(
         REQUIRED, "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items()),
         positional=True)
-    families: list[str] = setting(["dense", "moe"], "train: of the models")
-    sizes: list[int] = setting([64, 128, 256], f"train: hidden sizes, of {', '.join(map(str, SHAPES))}")
+    families: list[str] = setting(["dense", "moe"], "train, scale: of the models")
+    sizes: list[int] = setting([64, 128, 256], "train, scale: hidden sizes, of "
+                               f"{', '.join(map(str, SHAPES))}")
     dtypes: list[str] = setting(["float32", "bfloat16"], "train: of matrix products")
     modes: list[str] = setting(["eager", "compiled"], "train: of which models")
     threads: list[int] = setting([1, os.cpu_count()], "train: processor threads", least=1)
     repeats: int = setting(15, "runs of which the median counts", least=1)
     clock: Literal["wall", "cpu"] = setting("wall", "train: cpu counts the time of the processors")
     sets: int = setting(100, "coverage: simulated studies of each kind", least=1)
-    out: str = setting("out/bench_train.json", "train: file of the numbers; its figure is the .png beside it")
+    processes: list[int] = setting([1, 2, 4], "scale: numbers of processes that are measured", least=1)
+    model: str = setting("config/dense_150m.py", "scale: settings of train.py whose step is estimated")
+    gpus: list[int] = setting([1, 8, 64, 512], "scale: numbers of GPUs in the estimate", least=1)
+    flops_per_gpu: float = setting(989e12, "scale: FLOP/s of products on a GPU; an H100 in bf16 (data sheet)",
+                                   least=1)
+    bandwidth: float = setting(50e9, "scale: bytes/s between GPUs; InfiniBand NDR, 400 Gb/s a GPU", least=1)
+    latency: float = setting(1e-5, "scale: seconds of a message between GPUs; assumed", least=0)
+    out: str = setting("", "train, scale: file of the numbers; empty: out/bench_train.json or "
+                       "out/bench_scale.json; the figure of train is the .png beside it")
     against: str | None = setting(None, "train: an older file of numbers to compare with")
 
 
+def main(options):
+    options.out = options.out or f"out/bench_{options.what}.json"
+    BENCHMARKS[options.what](options)
+
+
 if __name__ == "__main__":
-    run(lambda options: BENCHMARKS[options.what](options), Options)
+    run(main, Options)

@@ -2,38 +2,36 @@
 
     python sweep.py config/study_quick.py [--dry_run]
     python sweep.py config/pilot.py --dense=DIR --dataset=DATA --budget=TOKENS    # of one checkpoint
+    python sweep.py config/study.py --shard=1/4    # on the first of 4 machines that see out_dir
 
 A trunk is trained once, at a stable learning rate; each point of the laws is a branch of it that decays.
 Upcycling starts from checkpoints of the dense trunk. Rows go to out_dir/rows.jsonl; what is done is skipped.
 Ctrl-C, SIGTERM and, on Linux, a kill of this process let each run save its step. A run that is killed itself
 goes on from its last checkpoint (save_every_seconds).
 """
-import contextlib
-import ctypes
 import dataclasses
-import multiprocessing
+import math
 import os
-import signal
-import sys
-import traceback
+import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 
-from configurator import (REQUIRED, ConfigError, convert, from_dict, lasting_streams, lock, progress,
-                          read_config, run, setting, writing)
+from configurator import (REQUIRED, ConfigError, convert, from_dict, lock, note, progress, read_config, run,
+                          setting, writing)
 
 import torch
 
 import checkpoint
+import cost
 import pilot
-from data.stream import load_tokens
+from data.stream import load_tokens, locate
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import (EXPERTS, FAMILIES, RUN, SIZES, append_row, differences, loss_text, read_row, run_key,
-                  unusual_knobs)
-from start import STOP, Stopped, caught_signals, planned_row, resolve_architecture
-from train import Train, pays_to_compile, train
-from upcycle import Options as UpcycleOptions, knobs, upcycle
+from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, loss_text, read_row, run_key, unusual_knobs
+from start import Stopped, caught_signals, planned_row, resolve_architecture
+from train import Train, pays_to_compile
+from upcycle import Options as UpcycleOptions, knobs
+from workers import check_row, run_jobs
 
 
 @dataclass
@@ -55,7 +53,12 @@ class Study:
     decay_fraction: float = setting(0.2, "share of a point's tokens over which its learning rate decays")
     train: dict = setting({}, "settings of train.py for all runs, as learning_rate and tokens_per_step")
     workers: int | None = setting(None, "runs trained side by side, one thread each; on GPUs worker i trains "
-                                  "on GPU i modulo their number; none: one a GPU, or one a core", least=1)
+                                  "on GPU i modulo their number; none: one a GPU, or one a core; with "
+                                  "launcher, one", least=1)
+    launcher: str | None = setting(None, "command that starts each run, for runs larger than a device, as "
+                                   "'torchrun --standalone --nproc_per_node=8'; none: workers train them")
+    shard: str = setting("1/1", "i/n: make the i-th of n shares of the study, balanced by FLOPs; n machines "
+                         "that see out_dir make all of it")
     families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
     withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
                                    "{column: value, or list of values} each")
@@ -64,7 +67,12 @@ class Study:
     dense: str | None = setting(None, "pilot: the checkpoint in place of sizes; D_dense is counted from it")
     budget: int | None = setting(None, "pilot: tokens of MoE training that it decides on; empty D2, D_moe, "
                                  "D_dense are shares of it", least=1)
-    dry_run: bool = setting(False, "print the plan, train nothing")
+    dry_run: bool = setting(False, "print the plan and what it costs, train nothing; data that is not there "
+                            "is assumed to have the vocabulary of GPT-2")
+    flops_per_gpu: float = setting(989e12, "dry run: peak FLOP/s of a device; an H100 in bf16 (data sheet)",
+                                   least=1)
+    mfu: float = setting(0.4, "dry run: share of the peak that training uses; 0.38 to 0.43 in arXiv "
+                         "2407.21783, Table 4", least=0.001, most=1)
 
 
 # What a study sets itself in its runs.
@@ -82,7 +90,12 @@ class Job:
     flops: int  # of those tokens
     row: dict  # the row of the run, or that a trunk would have: see train.planned_row
     upcycling: UpcycleOptions | None = None  # what makes the checkpoint that the run starts from
-    base: ModelConfig | None = None  # of a pilot's checkpoint, for what settings of train.py cannot say
+    model: ModelConfig | None = None
+    launcher: str | None = None  # the command that starts the run; None: a worker trains it
+
+    @property
+    def ranks(self):
+        return ranks_of(self.launcher)
 
     @property
     def is_trunk(self):
@@ -93,6 +106,15 @@ class Job:
         c = self.settings
         made = [checkpoint_path(c.out_dir, tokens, c) for tokens in c.save_at_tokens]
         return all(map(os.path.exists, made if self.is_trunk else [os.path.join(c.out_dir, "row.json")]))
+
+    @property
+    def tokens_done(self):
+        """Tokens of the job that are trained and saved."""
+        if self.done:
+            return self.tokens
+        saved = checkpoint.checkpoints(self.settings.out_dir)
+        before = self.settings.max_tokens - self.tokens
+        return saved[-1][0] * self.settings.tokens_per_step - before if saved else 0
 
 
 def checkpoint_path(run_dir, tokens, c):
@@ -130,7 +152,7 @@ def study_jobs(study):
             if dense.tokens_per_step % dense.max_seq_len:
                 raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
                                   f"multiple of max_seq_len = {dense.max_seq_len}")
-            dense, m, _ = resolved(dense)
+            dense, m, _ = resolved(dense, dry_run=study.dry_run)
             n = parameter_counts(m)["N"]
             if (n, seed) in seen:
                 raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
@@ -142,6 +164,17 @@ def study_jobs(study):
     jobs = due_jobs(study, jobs)
     compile_where_it_pays(jobs)
     return jobs
+
+
+def ranks_of(launcher):
+    """How many processes a launcher starts: nnodes x nproc_per_node, 1 where it does not say. Raises
+    ConfigError."""
+    found = [re.search(rf"--{name}(?:=|\s+)(\S+)", launcher or "")
+             for name in ("nproc[-_]per[-_]node", "nnodes")]
+    try:
+        return math.prod(int(match[1]) for match in found if match)
+    except ValueError:
+        raise ConfigError(f"launcher: {launcher!r}: nproc_per_node and nnodes are to be numbers") from None
 
 
 def compile_where_it_pays(jobs):
@@ -199,8 +232,9 @@ def jobs_of_pilot(study):
 def jobs_of_size(study, dense, n, upcycled_at, base=None):
     """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches.
 
-    upcycled_at: the levels of D1 from which this seed is upcycled. base: of a pilot, see Job. There `dense`
-    goes on from the checkpoint study.dense, which is upcycled, and a MoE from scratch has its architecture.
+    upcycled_at: the levels of D1 from which this seed is upcycled. base: of a pilot, its ModelConfig. There
+    `dense` goes on from the checkpoint study.dense, which is upcycled, and a MoE from scratch has its
+    architecture.
     """
     experts = {key: getattr(study, key) for key in EXPERTS}
     dense_trunk, name = f"dense-N{n}-s{dense.seed}", f"moe-N{n}-s{dense.seed}"
@@ -239,12 +273,16 @@ def method_name(study, options):
     return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
-def resolved(c, base=None):
+def resolved(c, base=None, dry_run=False):
     """(settings with the architecture resolved, its ModelConfig, the data's sha256). base: a ModelConfig that
-    says what the settings cannot say. Raises ConfigError."""
-    meta = load_tokens(c.dataset, "train")[1]
+    says what the settings cannot say. Raises ConfigError, but on a dry run not for data that is not there."""
+    if dry_run and not locate(c.dataset).exists():
+        note(f"{c.dataset} is not there; a vocabulary of {cost.VOCABULARY:,} tokens is assumed")
+        meta = {"vocab_size": cost.VOCABULARY}
+    else:
+        meta = load_tokens(c.dataset, "train")[1]
     if base:
-        return c, pilot.model_config(c, base), meta["data_sha256"]
+        return c, pilot.model_config(c, base), meta.get("data_sha256")
     return *resolve_architecture(c, None, meta), meta.get("data_sha256")
 
 
@@ -261,11 +299,11 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None,
     """[Job] of the trunk `name` and of its branches, one for each of the token counts `levels`.
 
     The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes,
-    or from c.init_from, after c.D1 tokens. base: see Job.
+    or from c.init_from, after c.D1 tokens. base: see jobs_of_size.
     """
     step, seen = c.tokens_per_step, c.D1 or 0
-    c, m, data_sha256 = resolved(c, base)
-    per_token = flops_per_token(m, c.max_seq_len)
+    c, m, data_sha256 = resolved(c, base, study.dry_run)
+    ranks, per_token = ranks_of(study.launcher), flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
         points.append((end, end - max(1, round(end * study.decay_fraction / step)) * step))
@@ -276,8 +314,8 @@ def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None,
         trunk.init_from, trunk.branch = upcycling.destination, upcycling.optimizer == "copy"
 
     def job(settings, needs, begin, end, made=None):
-        row = planned_row(settings, m, lineage, seen + end, data_sha256, seen)
-        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, base)
+        row = planned_row(settings, m, lineage, seen + end, data_sha256, seen, ranks)
+        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, m, study.launcher)
     jobs = [job(trunk, upcycling and upcycling.source, 0, stops[-1], upcycling)]
     for end, start in points:
         first = checkpoint_path(trunk.out_dir, start, c)
@@ -297,19 +335,19 @@ def planned_rows(study):
 def study_totals(study):
     """{"tokens", "flops"}: what the whole study trains, shared trunks counted once."""
     jobs = study_jobs(study)
-    return {"tokens": sum(j.tokens for j in jobs), "flops": sum(j.flops for j in jobs)}
+    return {"tokens": sum(j.tokens for j in jobs), "flops": flops_of(jobs)}
 
 
-def describe(jobs):
+def describe(study, jobs):
     """The plan as text: rows, tokens and FLOPs by family, and how much it saves that rows share trunks."""
     lines = [f"{'family':10}{'trunks':>8}{'rows':>6}{'tokens':>12}{'FLOPs':>10}"]
     for family in ("dense", "moe", "upcycled", "all"):
         chosen = [job for job in jobs if family in (job.row["family"], "all")]
         trunks = sum(job.is_trunk for job in chosen)
-        tokens, flops = sum(job.tokens for job in chosen), sum(job.flops for job in chosen)
+        tokens, flops = sum(job.tokens for job in chosen), flops_of(chosen)
         lines.append(f"{family:10}{trunks:8}{len(chosen) - trunks:6}{tokens:12.4g}{flops:10.3g}")
     branches = [job for job in jobs if not job.is_trunk]  # the D1 of a pilot is trained already
-    alone = sum(job.settings.max_tokens + (0 if job.base else job.row.get("D1", 0)) for job in branches)
+    alone = sum(job.settings.max_tokens + (0 if study.dense else job.row.get("D1", 0)) for job in branches)
     lines.append(f"shared trunks save {1 - tokens / alone:.0%} of the tokens of training each row alone; "
                  f"{sum(job.done for job in jobs)} of {len(jobs)} runs are finished")
     return "\n".join(lines)
@@ -318,48 +356,6 @@ def describe(jobs):
 # ---------------------------------------------------------------------------------------------------------
 # Running it
 
-@lasting_streams()
-def worker(connection, number):
-    """Run jobs from `connection` until it closes; answers (kind, value): tokens | done | failed | stopped."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save when the parent is killed
-    torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # where train() looks
-
-    def tell(kind, value=None):
-        with contextlib.suppress(OSError):  # where the parent is gone, the run under way is still to be saved
-            connection.send((kind, value))
-
-    while True:
-        try:
-            job = connection.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            if job.upcycling and not os.path.isdir(job.upcycling.destination):
-                (upcycle if job.row["family"] == "upcycled" else pilot.write_fresh)(job.upcycling)
-            row = train(job.settings, report=lambda tokens: tell("tokens", tokens))
-            if row:
-                check_row(job, row, job.settings.out_dir)
-            tell("done")
-        except KeyboardInterrupt:  # Stopped, when it has saved
-            tell("stopped")
-            return
-        except ConfigError as error:
-            tell("failed", str(error))
-        except Exception as error:  # the other runs go on
-            tell("failed", f"{job.settings.out_dir}: {type(error).__name__}: {error}")
-            traceback.print_exc()
-
-
-def check_row(job, row, where):
-    """Raises ConfigError, naming the column, where `row`, found in the file `where`, is not the job's."""
-    for key, there, planned in differences(row, job.row):
-        raise ConfigError(f"{where}: {key} was {there!r}, the study now says {planned!r}; take another "
-                          "--out_dir, or delete that run")
-
-
 def check_unchanged(job):
     """Raises ConfigError where the job's directory holds a run of other settings, begun or finished."""
     path, config = (os.path.join(job.settings.out_dir, name) for name in ("row.json", "config.py"))
@@ -367,19 +363,39 @@ def check_unchanged(job):
         check_row(job, read_row(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
-        begun, m, data_sha256 = resolved(begun, job.base)
+        begun, m, data_sha256 = resolved(begun, job.model)
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
         before = job.row["tokens_before_schedule"]
-        check_row(job, planned_row(begun, m, job.row, tokens, data_sha256, before), config)
+        check_row(job, planned_row(begun, m, job.row, tokens, data_sha256, before, job.ranks), config)
 
 
-def tokens_done(job):
-    """Tokens of the job that are trained and saved."""
-    if job.done:
-        return job.tokens
-    saved = checkpoint.checkpoints(job.settings.out_dir)
-    before = job.settings.max_tokens - job.tokens
-    return saved[-1][0] * job.settings.tokens_per_step - before if saved else 0
+def share_of(study, jobs):
+    """The [Job] of `jobs` that study.shard says, in their order. A job is in the share of the one that makes
+    its checkpoint, so shares wait for nothing, unless study.families leaves that one out, as it is done.
+    Raises ConfigError for a shard that is none."""
+    match = re.fullmatch(r"(\d+)/(\d+)", study.shard)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise ConfigError(f"shard: {study.shard!r} is not i/n with i in 1 .. n")
+    groups, group_of, others = [], {}, []  # lists of jobs; {folder of a run: its group}; trunks made before
+    for job in jobs:
+        if study.families and job.row["family"] not in study.families:
+            others.append(job)
+            continue
+        group = group_of.get(os.path.dirname(os.path.normpath(job.needs or "")))
+        if group is None:
+            groups.append(group := [])
+        group.append(job)
+        group_of[os.path.normpath(job.settings.out_dir)] = group
+    shares = [[] for _ in range(count)]
+    for group in sorted(groups, key=flops_of, reverse=True):  # the largest first, each to the smallest share
+        min(shares, key=flops_of).extend(group)
+    shares[-1] += others
+    return [job for job in jobs if any(job is chosen for chosen in shares[number - 1])]
+
+
+def flops_of(jobs):
+    return sum(job.flops for job in jobs)
 
 
 def chain_flops(jobs):
@@ -394,11 +410,13 @@ def chain_flops(jobs):
 
 def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
+    if study.launcher and not shutil.which(program := study.launcher.split()[0]):
+        raise ConfigError(f"launcher: there is no command {program!r} here")
     with writing(study.out_dir):
         os.makedirs(study.out_dir, exist_ok=True)
-        lock_file = open(os.path.join(study.out_dir, ".lock"), "w")
+        lock_file = open(os.path.join(study.out_dir, f".lock-{study.shard.replace('/', '-of-')}"), "w")
     with lock_file:
-        lock(lock_file, f"{study.out_dir}: another sweep is running there")
+        lock(lock_file, f"{study.out_dir}: another sweep of shard {study.shard} is running there")
         for job in jobs:
             check_unchanged(job)
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
@@ -408,80 +426,27 @@ def sweep(study, jobs):
         todo = sorted((j for j in jobs if not j.done), key=lambda j: -order[id(j)])
         if not todo:
             return []
-        total, done = sum(j.tokens for j in jobs), sum(map(tokens_done, jobs))
+        total, done = sum(j.tokens for j in jobs), sum(job.tokens_done for job in jobs)
         with caught_signals() as signals, progress(total, "study", "tok", initial=done) as bar:
             signals.at_once = False  # the workers save first
-            workers = study.workers or torch.cuda.device_count() or os.cpu_count() or 1
-            failed = run_jobs(todo, min(workers, len(todo)), signals.caught, bar)
+            devices = 1 if study.launcher else torch.cuda.device_count() or os.cpu_count() or 1
+            failed = run_jobs(todo, min(study.workers or devices, len(todo)), signals.caught, bar)
         if signals.caught:
             raise Stopped(signals.caught[0])
         return failed
 
 
-def start_workers(numbers):
-    """{connection: process} of workers with these numbers. Of all signals they take SIGTERM alone."""
-    context, workers = multiprocessing.get_context("spawn"), {}
-    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP) - {signal.SIGTERM})  # which a child inherits
-    for number in numbers:
-        connection, far_end = context.Pipe()
-        process = context.Process(target=worker, args=(far_end, number), daemon=True, name=str(number))
-        process.start()
-        far_end.close()
-        workers[connection] = process
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    return workers
-
-
-def run_jobs(todo, count, caught, bar):
-    """Run jobs on `count` workers until all are run or `caught` holds a signal. Returns what failed."""
-    workers, busy, failed = start_workers(range(count)), {}, []
-    try:
-        while (todo or busy) and not caught:
-            for connection in workers.keys() - busy.keys():
-                if job := next((j for j in todo if j.needs is None or os.path.isdir(j.needs)), None):
-                    todo.remove(job)
-                    busy[connection] = job
-                    with contextlib.suppress(OSError):  # its process has died, as recv will tell
-                        connection.send(job)
-            if not busy:
-                return failed + [f"{j.settings.out_dir}: not run, {j.needs} was not made" for j in todo]
-            for connection in wait(list(busy), timeout=0.5):
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, OSError):
-                    failed.append(f"{busy.pop(connection).settings.out_dir}: its process died")
-                    workers |= start_workers([int(workers.pop(connection).name)])
-                    continue
-                if kind == "tokens":
-                    bar.update(value)
-                    continue
-                bar.set_postfix_str(os.path.basename(busy.pop(connection).settings.out_dir), refresh=False)
-                failed += [value] if kind == "failed" else []
-                caught += [signal.SIGTERM] if kind == "stopped" else []
-        return failed
-    finally:
-        end_workers(workers, busy, terminate=bool(caught))
-
-
-def end_workers(workers, busy, terminate):
-    """Wait for the workers in `busy` to answer, and for all to end; `terminate` them first if so asked."""
-    for process in workers.values() if terminate else ():
-        process.terminate()  # a run under way is saved
-    for connection in busy:
-        with contextlib.suppress(EOFError, OSError):
-            while connection.recv()[0] == "tokens":
-                pass
-    for connection, process in workers.items():
-        connection.close()
-        process.join()
-
-
 def main(study):
-    jobs = study_jobs(study)
-    print(describe(jobs))
+    plan = study_jobs(study)
+    jobs = share_of(study, plan)
+    print(describe(study, plan))
+    if study.shard != Study.shard:
+        part = flops_of(jobs) / flops_of(plan)
+        print(f"shard {study.shard}: {len(jobs)} of {len(plan)} runs, {part:.0%} of the FLOPs")
     if study.dense:
-        print(pilot.cost(study, jobs))
+        print(pilot.cost(study, plan))
     if study.dry_run:
+        print(cost.describe(study, jobs))
         return
     try:
         failed = sweep(study, jobs)

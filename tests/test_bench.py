@@ -5,12 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench
+import bench_scale
 import bench_train
 from bench import laws, watched
 from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch, ratios,
                          report_races, stages)
 from configurator import ConfigError
-from model import flops_per_token, parameter_counts
+from model import ModelConfig, flops_per_token, parameter_counts
+from test_train import data  # noqa: F401  (a fixture)
+from train import Train
 
 
 @pytest.mark.parametrize("family", ["dense", "moe"])
@@ -82,3 +86,54 @@ def test_fits_are_timed_and_failing_commands_are_named(capsys):
     assert all(took.endswith(" ms") and float(took[:-3].replace(",", "")) > 0 for _, took in times)
     with pytest.raises(ConfigError, match="false failed"):
         watched(["/usr/bin/env", "false"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many processes
+
+def test_bytes_sent_are_those_of_rings():
+    """By hand: D = 16, F = 32, 2 layers, 2 heads, 50 tokens, tied: matrices 2·(4·16² + 3·16·32)."""
+    m = ModelConfig(50, 16, 32, 2, 2, tie_word_embeddings=True)
+    matrices, others = 2 * (4 * 16 * 16 + 3 * 16 * 32), 50 * 16 + 5 * 16
+    for n in (1, 2, 4, 8):
+        share = (n - 1) / n
+        assert bench_scale.traffic(m, "ddp", n, True, 3)[0] == 2 * share * 4 * (matrices + others)
+        # Each of three passes gathers matrices twice and the rest once, and scatters gradients in fp32.
+        assert bench_scale.traffic(m, "fsdp", n, False, 3)[0] == 3 * share * (12 * matrices + 8 * others)
+        assert bench_scale.traffic(m, "fsdp", n, True, 3)[0] == 3 * share * (8 * matrices + 8 * others)
+    assert [bench_scale.traffic(m, "ddp", n, False, 1)[1] for n in (1, 2, 8, 9)] == [0, 2, 6, 8]
+    assert bench_scale.traffic(m, "fsdp", 8, False, 1)[1] == 3 * (3 * 2 + 2)
+
+
+def test_the_two_constants_of_a_step_are_found():
+    rows = [{"work": w, "communication": c, "seconds": 2.5 * w + 0.7 * c}
+            for w, c in ((1, 0), (1, 2), (0.5, 3))]
+    assert bench_scale.fit(rows) == pytest.approx((2.5, 0.7, 0), abs=1e-9)
+    options = SimpleNamespace(model="config/dense_150m.py", gpus=[1, 8, 1000], flops_per_gpu=1e14,
+                              bandwidth=1e10, latency=0.0)
+    alone, eight, *fsdp = bench_scale.estimates(options, 2.0, 0.5)
+    assert len(fsdp) == 2  # 512 sequences do not divide among 1000
+    m = ModelConfig(50257, 768, 2048, 16, 12, tie_word_embeddings=True)
+    work = 2 ** 19 * flops_per_token(m, 1024) / 1e14
+    assert alone["seconds"] == pytest.approx(2 * work) and alone["communication"] == 0
+    sent = 2 * 7 / 8 * 4 * parameter_counts(m)["total"]
+    assert eight["seconds"] == pytest.approx(2 * work / 8 + 0.5 * sent / 1e10)
+
+
+def test_two_processes_send_what_is_counted(data, tmp_path):  # noqa: F811
+    """As the loopback device counts it; its other traffic and headers come on top."""
+    hidden = 256
+    intermediate, layers, heads = bench_train.SHAPES[hidden]
+    c = Train(out_dir=str(tmp_path / "run"), rows=None, dataset=data, hidden_size=hidden,
+              intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+              max_seq_len=16, tokens_per_step=32, max_tokens=32 * 20, warmup_steps=1, save_every_seconds=0,
+              compile=False, dtype="float32")
+    seconds, sent = bench_scale.measure(c, 2)
+    counted = bench_scale.traffic(model_config(hidden, "dense"), "ddp", 2, False, 1, gloo=True)[0]
+    assert seconds > 0 and 0.9 * counted < sent < 1.5 * counted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the benchmark would run")
+def test_the_benchmark_of_gpus_says_where_there_is_none():
+    with pytest.raises(ConfigError, match="torch sees no GPU here"):
+        bench.main(SimpleNamespace(what="gpu", out=""))

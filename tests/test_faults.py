@@ -22,6 +22,7 @@ import sample
 import start
 import sweep
 import train as train_module
+import workers
 from configurator import ConfigError, read_config, read_json, write_config
 from data.prepare import Options as Prepare, load_tokenizer, prepare
 from data.stream import load_tokens
@@ -509,9 +510,9 @@ def test_a_worker_that_dies_while_it_starts_costs_one_run(monkeypatch):
     """The first worker ends before it takes its job; the second one makes the others."""
     class Bar:
         update = set_postfix_str = staticmethod(lambda *args, **kwargs: None)
-    monkeypatch.setattr(sweep, "worker", ends_or_answers)
+    monkeypatch.setattr(workers, "worker", ends_or_answers)
     jobs = [sweep.Job(dataclasses.replace(Train(), out_dir=name), None, 1, 1, {}) for name in "abc"]
-    failed = sweep.run_jobs(list(jobs), 1, [], Bar)
+    failed = workers.run_jobs(list(jobs), 1, [], Bar)
     assert failed == ["a: its process died"]
 
 

@@ -71,7 +71,7 @@ def test_plan_shares_trunks_and_counts_what_it_trains(mini):
         assert job.needs is None or any(os.path.normpath(job.needs).startswith(run) for run in runs)
     for r in rows:
         assert r["N_total"] > r["N_active"] > r["N"] if r["family"] != "dense" else r["N_total"] == r["N"]
-    text = describe(jobs)
+    text = describe(s, jobs)
     alone = 2 * 128 * ((10 + 20 + 40) + (10 + 20 + 40) + (3 * 70 + 3 * 70))
     saved = 1 - study_totals(s)["tokens"] / alone
     assert f"save {saved:.0%} of the tokens" in text and "0 of" in text
@@ -239,14 +239,17 @@ def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
 
 
 def test_two_runs_of_a_study_on_one_machine_give_identical_rows(mini):
-    """Losses to the last bit, whatever the number of workers and the order in which they end."""
+    """Losses to the last bit, with two workers, or with two shards at once that share a directory."""
     found = []
-    for name, workers in (("a", 1), ("b", 2)):
+    shards = [["--workers=1", f"--shard={i}/2"] for i in (1, 2)]
+    for name, sweeps in (("a", [["--workers=2"]]), ("b", shards)):
         mini.write_text(one_size(mini))
         out = mini.parent / name
-        result = subprocess.run(command(mini, f"--out_dir={out}", f"--workers={workers}"), cwd=ROOT,
-                                capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+        processes = [subprocess.Popen(command(mini, f"--out_dir={out}", *flags), cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for flags in sweeps]
+        said = [process.communicate(timeout=300) for process in processes]
+        assert not any(process.returncode for process in processes), said
+        assert all(" rows in " in text and " 0 rows" not in text for text, _ in said)  # none was idle
         rows = map(json.loads, (out / "rows.jsonl").read_text().splitlines())
         found.append(sorted(json.dumps(row | {"config": None}) for row in rows))
     assert found[0] == found[1] and len(found[0]) == 4
@@ -344,7 +347,7 @@ def test_make_study_end_to_end(mini, tmp_path):
 
 def test_ci_and_readme_name_commands_that_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in ("study", "pilot", "test"):
+    for target in ("study", "pilot", "test", "gpu"):
         assert f"make {target}" in readme and re.search(rf"^{target}:", makefile, re.M)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     for script in re.findall(r"python (\w+(?:/\w+)?\.py)", readme):
