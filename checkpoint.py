@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from configurator import ConfigError, check_file, one_line, read_json, writing
 from files import LIMITS, MOST_EXPERTS, atomic_directory, check_state, checked_value, remove_directory
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
-from model import ModelConfig, Transformer, is_finite
+from model import ModelConfig, Transformer
 from parallel import fill, gather, ranks
-from tensors import Stored, check_tensors, open_tensors, write_json, write_weights
+from tensors import Stored, check_tensors, is_finite, open_tensors, write_json, write_weights
 
 MOMENTS, KEYS = "optimizer.moments", ("exp_avg", "exp_avg_sq")
 TOKENIZER_FILES = (

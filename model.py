@@ -114,11 +114,6 @@ def wide(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def is_finite(t):
-    """Whether all numbers of a tensor are finite, in a twentieth of the time of t.isfinite().all()."""
-    return not t.numel() or bool(torch.stack(torch.aminmax(t)).isfinite().all())
-
-
 def narrow(t):
     """t in the type of matrix products: autocast's where autocast is on, else as it is."""
     kind = t.device.type

@@ -47,6 +47,11 @@ class Span(NamedTuple):
                 position += sent
 
 
+def is_finite(t):
+    """Whether all numbers of a tensor are finite, in a twentieth of the time of t.isfinite().all()."""
+    return not t.numel() or bool(torch.stack(torch.aminmax(t)).isfinite().all())
+
+
 def open_tensors(directory, stored=WEIGHTS):
     """{tensor name: Span} of the file `stored` or its shards, of which only the headers are read. Raises
     ConfigError for a missing, truncated or lying file, for a header beyond MOST_HEADER, for an index that

@@ -43,8 +43,8 @@ from checkpoint import (KEYS, atomic_directory, copy_tokenizer, load_model, open
 from data.stream import bits_per_byte, load_tokens, locate, sequences
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
-from model import Transformer, effective_experts, is_finite, parameter_counts, wide
-from tensors import Stored, check_tensors, open_tensors, write_json, write_weights
+from model import Transformer, effective_experts, parameter_counts, wide
+from tensors import Stored, check_tensors, is_finite, open_tensors, write_json, write_weights
 
 MEASURED = {"loss_before": "loss of the dense model, nats a token", "loss_after": "loss of the result",
             "bits_per_byte_before": "dense model, bits a byte", "bits_per_byte_after": "result, bits a byte",
