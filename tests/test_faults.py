@@ -489,12 +489,13 @@ def torchrun_without_rank_1(c, tmp_path, *extra):
 
 
 def test_torchrun_starts_dead_ranks_anew(tiny, tmp_path):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=40 * STEP, save_at_tokens=[5 * STEP], parallel="fsdp", resume=True)
+    c = dataclasses.replace(tiny, max_tokens=80 * STEP, save_at_tokens=[5 * STEP], parallel="fsdp",
+                            resume=True)
     write_config(c, tmp_path / "c.py")
     process = torchrun_without_rank_1(c, tmp_path, "--max_restarts=1")
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in text, text
-    assert [line["step"] for line in log(c)] == list(range(1, 41)) and os.path.exists(c.rows)
+    assert [line["step"] for line in log(c)] == list(range(1, 81)) and os.path.exists(c.rows)
 
 
 def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path):  # noqa: F811
