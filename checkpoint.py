@@ -3,9 +3,8 @@
     config.json          names the architecture and its sizes, as transformers reads them
     model.safetensors    (or shards with model.safetensors.index.json) has Hugging Face's tensor names
     trainer_state.json   step, tokens, position in the token stream, lineage, history (see tokens_seen)
-    optimizer.moments    (or shards with optimizer.moments.index.json) has AdamW's moments as exp_avg.NAME and
-                         exp_avg_sq.NAME, and its step; another safetensors file, under a name that no tool
-                         takes for weights
+    optimizer.moments    (or shards likewise) AdamW's step and moments, exp_avg.NAME and exp_avg_sq.NAME; a
+                         safetensors file too, under a name that no tool takes for weights
 
 In memory q k v, gate and up, and the experts are stacked. On disk most architectures have them apart. FORMATS
 in formats.py says what each calls its keys and tensors. hf_views cuts a parameter into them, both ways. A

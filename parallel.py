@@ -44,6 +44,8 @@ def process_group(kind, timeout_seconds):
         yield device
         return
     store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun --max_restarts keeps its store, with the addresses of ranks that are gone and their errors.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timedelta(seconds=timeout_seconds))
     try:
@@ -53,7 +55,7 @@ def process_group(kind, timeout_seconds):
         if not lost and not isinstance(error, ConfigError):
             raise
         with contextlib.suppress(RuntimeError):  # torchrun's store may be gone too
-            if store.add("errors" + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) > 1:
+            if store.add("errors", 1) > 1:
                 raise SystemExit(2)
         text = "another rank has gone; --resume goes on from the last checkpoint" if lost else error
         print(f"train.py: rank {rank}: {text}", file=sys.stderr)

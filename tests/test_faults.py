@@ -489,17 +489,32 @@ def test_an_error_that_all_ranks_meet_is_said_once(tiny, tmp_path):  # noqa: F81
     assert "rank " in result.stderr
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path, parallel):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP], parallel=parallel)
-    write_config(c, tmp_path / "c.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+def torchrun_without_rank_1(c, tmp_path, *extra):
+    """torchrun with two ranks, one of which was killed when checkpoint-5 was there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", *extra,
                "--standalone", "train.py", str(tmp_path / "c.py")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, lambda: os.path.exists(os.path.join(c.out_dir, "checkpoint-5")))
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(int(victim), signal.SIGKILL)
+    return process
+
+
+def test_torchrun_starts_dead_ranks_anew(tiny, tmp_path):  # noqa: F811
+    c = dataclasses.replace(tiny, max_tokens=80 * STEP, save_at_tokens=[5 * STEP], parallel="fsdp",
+                            resume=True)
+    write_config(c, tmp_path / "c.py")
+    process = torchrun_without_rank_1(c, tmp_path, "--max_restarts=1")
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in text, text
+    assert [line["step"] for line in log(c)] == list(range(1, 81)) and os.path.exists(c.rows)
+
+
+def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path):  # noqa: F811
+    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP])
+    write_config(c, tmp_path / "c.py")
+    process = torchrun_without_rank_1(c, tmp_path)
     _, text = process.communicate(timeout=60)
     assert process.returncode != 0 and text.count("train.py: rank 0: another rank has gone") == 1, text
     row = train(dataclasses.replace(c, resume=True, max_tokens=20 * STEP), report=quiet)
