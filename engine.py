@@ -126,8 +126,8 @@ def descend(problem, theta, delta, y=None, whiten=None, prior=None, max_steps=40
     """Many Huber fits at once by Levenberg-Marquardt: theta (S, p) starts -> (theta, objective (S,)).
 
     delta: Huber's. y: (S, n) or (n,), by default the problem's own ln losses. whiten: (n, n), what residuals
-    are multiplied by; a row of zeros leaves a row out. prior: (place of a parameter, its mean, a number or
-    (S,), its standard deviation) counts as one more whitened residual.
+    are multiplied by; a row of zeros leaves a row out. prior: (places of parameters (q,), their means (q,) or
+    (S, q), their standard deviations (q,)) counts as q more whitened residuals.
     """
     theta = np.array(theta, float)
     count, n = len(theta), len(problem.y)
@@ -140,10 +140,10 @@ def descend(problem, theta, delta, y=None, whiten=None, prior=None, max_steps=40
         residual, jacobian = whitened(y[live] - predicted, whiten), whitened(jacobian, whiten)
         if prior:
             place, mean, sd = prior
-            off = (np.broadcast_to(mean, count)[live] - theta[:, place]) / sd
-            slope = np.broadcast_to((np.arange(theta.shape[1]) == place) / sd, theta.shape)
-            residual = np.concatenate([residual, off[:, None]], axis=1)
-            jacobian = np.concatenate([jacobian, slope[:, :, None]], axis=2)
+            off = (np.broadcast_to(mean, (count, len(sd)))[live] - theta[:, place]) / sd
+            slope = (np.arange(theta.shape[1])[:, None] == place) / sd
+            residual = np.concatenate([residual, off], axis=1)
+            jacobian = np.concatenate([jacobian, np.broadcast_to(slope, (len(theta), *slope.shape))], axis=2)
         return residual, jacobian
 
     residual, jacobian = tried(theta, live)
@@ -222,7 +222,7 @@ class Fit:
     residual: np.ndarray   # (n,) ln measured - ln fitted
     whiten: object = None  # (n, n) what residuals were multiplied by, or None
     noise: object = None   # uncertainty.Noise
-    prior: tuple = None    # (place of an exponent, mean, standard deviation)
+    prior: tuple = None    # (places of exponents, means, standard deviations), (q,) each
 
     def params(self, law, theta=None, method=None):
         """{parameter: value} of a law of the system, for one method of upcycling; from theta (S, p) arrays of

@@ -295,6 +295,8 @@ def missing(rows, system):
         if law in SHARED_CURVE and ("upcycled" not in families or pilot):  # the MoE's own curve
             names = ["D", "N"] + ["D1", "D2"] * pilot
         found = {name: count_levels(members, name) for name in names}
+        if law == "dense.local":  # D1 may be much larger than what comes after it
+            found["D"] = len({row["D"] for row in members})
         one_D = law in ("dense", "moe") and found["D"] == 1
         for name, count in found.items():
             needed = fewest.get((law, name), 1 if name == "N" and not one_D else 3)

@@ -201,16 +201,17 @@ def whitening(covariance, kept=None):
     return csr_array(whiten) if n > 400 else whiten
 
 
-def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, prior=None):
+def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, priors=None):
     """The Fit of a system {family: law} with its Noise. With delta "auto" it is generalised least squares:
     Huber's loss, delta 1.345, of residuals whitened by the estimated noise; else plain Huber on log
-    residuals. prior: (mean, standard deviation) of the alpha of the MoE law, in generalised least squares."""
+    residuals. priors: {law: (mean, standard deviation) of its alpha}, in generalised least squares."""
     fitted = fit(rows, system, share, 0.01 if delta == "auto" else delta, A_of_N)
     problem = fitted.problem
     fitted.noise = noise_of(problem, fitted.theta)
     if delta != "auto":
         return fitted
-    prior = prior and (problem.places(system["moe"])["alpha"], *prior)
+    prior = (np.array([problem.places(law)["alpha"] for law in priors]),
+             *np.array(list(priors.values())).T) if priors else None
     theta = np.concatenate([fitted.theta[None], starts(problem)[:2]])
     for _ in range(2):
         whiten = whitening(fitted.noise.covariance())
@@ -254,7 +255,7 @@ def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
         y = fitted.problem.y - fitted.residual + fitted.noise.redraw(part, random)
         if fitted.prior:  # the prior is an observation, and is redrawn as the others are
             place, mean, sd = fitted.prior
-            prior = (place, fitted.theta[place] + sd * random.standard_normal(len(part)), sd)
+            prior = (place, fitted.theta[place] + sd * random.standard_normal((len(part), len(sd))), sd)
         found.append(refits(fitted, len(part), y=y, prior=prior, tolerance=1e-6, max_steps=60))
         tick(len(part))
     return np.concatenate(found)
@@ -262,12 +263,12 @@ def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
 
 def covariance(jacobian, noise, whiten=None, prior=None):
     """(p, p) of the estimate to first order, from its Jacobian (p, n), the noise (n, n), what residuals were
-    multiplied by (n, n), and the prior (place, mean, sd)."""
+    multiplied by (n, n), and the prior of engine.descend."""
     if whiten is not None:
         jacobian, noise = jacobian @ whiten.T, whiten @ noise @ whiten.T
-    if prior:  # one more observation, with noise of 1
-        slope = (np.arange(len(jacobian)) == prior[0]) / prior[2]
-        jacobian, noise = np.column_stack([jacobian, slope]), block_diag(noise, 1.0)
+    if prior:  # more observations, with noise of 1
+        slope = (np.arange(len(jacobian))[:, None] == prior[0]) / prior[2]
+        jacobian, noise = np.column_stack([jacobian, slope]), block_diag(noise, np.eye(len(prior[2])))
     scale = np.linalg.norm(jacobian, axis=1) + 1e-12
     scaled = jacobian / scale[:, None]
     inverse = np.linalg.pinv(scaled @ scaled.T, rcond=1e-12, hermitian=True) / np.outer(scale, scale)
@@ -322,7 +323,7 @@ def profile_E(fitted, law):
     theta = np.tile(fitted.theta, (len(E), 1))
     theta[:, place] = np.log(E) - problem.to_raw0[place]
     theta, cost = descend(problem, theta, fitted.delta, whiten=fitted.whiten,
-                          prior=(place, theta[:, place], 1e-6))
+                          prior=([place], theta[:, [place]], [1e-6]))
     objective = cost / max(fitted.cost, 1e-300) - 1
     inside = objective < 3.84 / max(len(fitted.residual) - len(fitted.theta), 1)
     return {"E": E.tolist(), "alpha3": fitted.params(law, theta)["alpha3"].tolist(),

@@ -156,7 +156,8 @@ def pilot_errors(rows, most, priors):
             here = [row for row in rows if row["N"] == n and row.get("D1", d1) == d1 and row["seed"] == 0]
             small = [row for row in here if row["family"] == "moe" and row["D"] <= most
                      or row["family"] == "upcycled" and row["D2"] < 6e5]
-            fitted = uncertainty.fit_with_noise(small, {"moe": law, "upcycled": law}, prior=prior)
+            fitted = uncertainty.fit_with_noise(small, {"moe": law, "upcycled": law},
+                                                priors=prior and {law: prior})
             found += list(F.errors(fitted, law, [row for row in here if row.get("D2", 0) > 6e5]))
     return np.array(found)
 
@@ -205,6 +206,37 @@ def test_command_fits_a_pilot_with_a_prior_and_with_the_dense_model_beside_it(tm
     for bad in (str(tmp_path / "none.json"), os.path.join(ROOT, "laws", "liew2025.json")):
         with pytest.raises(ConfigError, match="json"):
             F.alpha_prior(bad)
+
+
+def test_a_pilot_of_a_checkpoint_far_longer_than_it_knows_how_the_dense_model_goes_on(tmp_path):
+    """The two levels of D are 0.8 % apart, and the noise of a run is as large as what they differ by."""
+    H, D1, budget, seen = 2e9, 1e10, 6.4e8, []
+
+    def moe(D):
+        return 30 * D ** -0.16 + 1.2
+
+    def dense(D):
+        return 32 * D ** -0.16 + 1.5
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        rows = [{"family": "moe", "N": 1e8, "D": share * budget, "loss": moe(share * budget),
+                 "trunk": "moe"} for share in (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)]
+        for more in (budget / 16, budget / 8):
+            rows += [{"family": "upcycled", "N": 1e8, "D1": D1, "D2": more, "loss": moe(H + more),
+                      "trunk": "upcycled", "dense_trunk": "dense"},
+                     {"family": "dense", "N": 1e8, "D": D1 + more, "loss": dense(D1 + more),
+                      "trunk": "dense"}]
+        for row in rows:
+            row["loss"] *= math.exp(0.003 * random.standard_normal())
+        path = write(tmp_path / "rows.jsonl", rows)
+        F.main(F.Options(rows=[path], out=str(tmp_path), draws=100, laws=["upcycled.head_start"]))
+        content = json.loads((tmp_path / "laws.json").read_text())
+        local = content["laws"]["upcycled.head_start"]["beside"]["dense.local"]["draws"]
+        losses = np.array(local["A"]) * (D1 + 1.7 * budget) ** -np.array(local["alpha"])
+        low, high = np.quantile(losses, (0.005, 0.995))
+        assert low < dense(D1 + 1.7 * budget) < high
+        seen.append(math.log(high / low))
+    assert np.median(seen) < 0.15  # by the rows alone: 0.003 * sqrt(2) / ln 1.004 * ln 1.1 * 5.2 = 0.5
 
 
 # Published tables

@@ -164,7 +164,7 @@ def test_a_prior_on_alpha_is_one_more_observation(sd):
     law, system = "upcycled.head_start", {family: "upcycled.head_start" for family in ("moe", "upcycled")}
     rows = simulate(HEAD_START, SHARED, **PILOT, noise=0.003)
     plain = uncertainty.fit_with_noise(rows, system)
-    fitted = uncertainty.fit_with_noise(rows, system, prior=(0.3, sd))
+    fitted = uncertainty.fit_with_noise(rows, system, priors={law: (0.3, sd)})
     free, alpha = plain.params(law)["alpha"], fitted.params(law)["alpha"]
     error = uncertainty.standard_errors(fitted, law)["alpha"]
     draws = fitted.params(law, uncertainty.bootstrap(fitted, 200))["alpha"]
