@@ -13,7 +13,7 @@ import sys
 import traceback
 from multiprocessing.connection import wait
 
-from configurator import ConfigError, lasting_streams, read_text, write_config, writing
+from configurator import ConfigError, lasting_streams, write_config, writing
 
 import torch
 
@@ -101,8 +101,8 @@ def launch(job, report):
     if signals.caught:
         raise Stopped(signals.caught[0])
     if status:
-        text = read_text(output, errors="replace")
-        said = re.search(r"^train\.py: (?:rank \d+: )?(.+)", text, re.MULTILINE)
+        with open(output, encoding="utf-8", errors="replace") as f:
+            said = re.search(r"^train\.py: (?:rank \d+: )?(.+)", f.read(), re.MULTILINE)
         raise ConfigError(said[1] if said else f"{output}: {job.launcher} ended with status {status}")
     return None if job.is_trunk else read_row(os.path.join(c.out_dir, "row.json"))
 
