@@ -221,13 +221,14 @@ def peak():
 
 
 def test_memory_of_a_rank_is_what_the_readme_says(tiny):  # noqa: F811
-    """Two ranks, 7 M parameters: training, saving and loading, each within 6 MB, which the libraries take."""
+    """Two ranks, 7 M parameters: training, saving and loading, each within 9 MB, which libraries and free pages take."""
     c = variant(tiny, "dense", 2, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
                 tokens_per_step=32, micro_batch_size=1)
-    path, slack = f"{c.out_dir}/checkpoint-1", 6e6
+    path, slack = f"{c.out_dir}/checkpoint-1", 9e6
 
     def job(rank):
-        ctypes.CDLL(None).mallopt(-3, 65536)  # what is freed goes back to the system
+        ctypes.CDLL(None).mallopt(-3, 65536)  # what is freed goes back to the system,
+        ctypes.CDLL(None).malloc_trim(0)      # and so does what was freed before the fork
         start, cpu = anonymous(), torch.device("cpu")
         with contextlib.ExitStack() as stack:
             run = train_module.plan_run(c, cpu, stack)
@@ -251,7 +252,7 @@ def test_memory_of_a_rank_is_what_the_readme_says(tiny):  # noqa: F811
             with peak() as loading:
                 train_module.build(run)
         print(rank, P, L, R, between, training, writing, loading)
-        reused = 2 ** 20  # bytes that were free in this process before
+        reused = 2 ** 20  # bytes in pages that were partly in use
         assert 12 * P / 2 - reused < between < 12 * P / 2 + slack
         assert 16 * P / 2 - reused < training[0] < 16 * P / 2 + 8 * R + 16 * L + slack
         assert writing[0] < 3 * 4 * largest + slack and loading[0] < 12 * P / 2 + 3 * 4 * largest + slack
