@@ -221,7 +221,7 @@ def peak():
 
 
 def test_memory_of_a_rank_is_what_the_readme_says(tiny):  # noqa: F811
-    """Two ranks, 7 M parameters: training, saving and loading, each within 9 MB, which libraries and free pages take."""
+    """Two ranks, 7 M parameters: training, saving, loading, within 9 MB, which libraries and pages take."""
     c = variant(tiny, "dense", 2, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
                 tokens_per_step=32, micro_batch_size=1)
     path, slack = f"{c.out_dir}/checkpoint-1", 9e6
