@@ -244,7 +244,8 @@ def commands_of(script):
 @pytest.mark.parametrize("name", ["run.sh", "study.sh"])
 def test_examples_for_slurm_are_valid_and_their_options_exist(name):
     script = ROOT / "config" / "cluster" / name
-    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+    for path in (script, script.with_name("requeue.sh")):
+        assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
     (words, ), kinds = commands_of(script), {"train.py": Train, "sweep.py": sweep.Study}
     words = [word for word in words if word != "$@" and not word.startswith("--kill-on-bad-exit")]
     place = next(i for i, word in enumerate(words) if word in kinds)

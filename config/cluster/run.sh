@@ -16,20 +16,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=run-%j.txt
 
-# Ten minutes before the time is over, SLURM sends USR1 to this shell. The run saves, and the job comes again.
 # torchrun passes USR1 on to train.py, and waits long enough for a large checkpoint.
-again=""
-trap 'again=yes; kill -USR1 "$child"' USR1
+source config/cluster/requeue.sh
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_backend=c10d --rdzv_endpoint="$head:29500" \
     --signals_to_handle=SIGTERM,SIGINT,SIGUSR1 --shutdown_timeout=500 \
     train.py config/dense_150m.py --parallel=fsdp --resume &
-child=$!
-wait "$child"
-status=$?
-if [ "$again" ]; then
-    wait "$child"  # the first wait ended with the signal
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+wait_or_requeue "$SLURM_JOB_ID"

@@ -19,15 +19,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=study-%A_%a.txt
 
-# Ten minutes before the time is over, SLURM sends USR1 to this shell. The runs save, and the task comes again.
-again=""
-trap 'again=yes; kill -USR1 "$child"' USR1
+source config/cluster/requeue.sh
 srun python sweep.py config/paper/study.py --shard="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" "$@" &
-child=$!
-wait "$child"
-status=$?
-if [ "$again" ]; then
-    wait "$child"  # the first wait ended with the signal
-    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-fi
-exit "$status"
+wait_or_requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
