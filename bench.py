@@ -10,6 +10,7 @@
 `train` wants an idle machine. On a busy one the processor time of one thread tells more:
 `taskset -c 1 python bench.py train --threads=1 --clock=cpu`.
 """
+import contextlib
 import json
 import os
 
@@ -29,7 +30,7 @@ from configurator import (REQUIRED, ConfigError, code_version, read_json, run, s
 import numpy as np
 import torch
 
-from bench_scale import scale
+from bench_scale import said_by, scale
 from bench_train import SHAPES, alternate, train
 from checkpoint import save
 from engine import fit
@@ -95,20 +96,14 @@ def watched(command):
     """Run a command and sync: (seconds, most bytes resident beyond mapped files). Raises ConfigError if the
     command fails."""
     os.sync()
-    begin, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        try:
-            with open(f"/proc/{process.pid}/status", encoding="utf-8") as f:
-                resident = [int(line.split()[1]) for line in f if line.startswith("RssAnon")]  # kB
-        except OSError:
-            resident = []
-        peak = max(peak, *(1024 * n for n in resident), 0)
-        time.sleep(0.01)
-    if process.returncode:
-        raise ConfigError(f"{' '.join(command)} failed")
+    begin, resident = time.perf_counter(), [0]  # kB
+
+    def look(pid):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8") as f:
+            resident.extend(int(line.split()[1]) for line in f if line.startswith("RssAnon"))
+    said_by(command, look)
     os.sync()
-    return time.perf_counter() - begin, peak
+    return time.perf_counter() - begin, 1024 * max(resident)
 
 
 def coverage(options):

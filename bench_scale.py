@@ -29,6 +29,7 @@ from sweep import resolved
 from train import Train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 WARM_UP = 5  # steps that are not measured
 GLOO = DEVICE.type == "cpu"
 DTYPE = "float32" if GLOO else "bfloat16"
@@ -59,13 +60,12 @@ def parts(m, c, n, flops_per_s, bandwidth, latency, gloo=False):
     return work, size / bandwidth + hops * latency
 
 
-def torchrun(n, *words, watch=lambda: None):
-    """What a script prints on n processes; watch() is called every 10 ms. Raises ConfigError if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
+def said_by(command, look=lambda pid: None):
+    """What a command prints; look(its pid) is called every 10 ms. Raises ConfigError if it fails."""
     with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            watch()
+            look(process.pid)
             time.sleep(0.01)
         file.seek(0)
         text = file.read()
@@ -110,10 +110,10 @@ def measure(c, n):
     config, log, seen = f"{c.out_dir}.py", os.path.join(c.out_dir, "log.jsonl"), []
     write_config(c, config)
 
-    def watch():
+    def look(pid):
         with contextlib.suppress(OSError), open(log, encoding="utf-8") as f:
             seen.append((f.read().count("\n"), sent_bytes()))
-    torchrun(n, "train.py", config, watch=watch)
+    said_by([*TORCHRUN, f"--nproc_per_node={n}", "train.py", config], look)
     with open(log, encoding="utf-8") as f:
         speeds = [json.loads(line)["tokens_per_s"] for line in f][WARM_UP:]
     points = {steps: sent for steps, sent in seen if WARM_UP <= steps < WARM_UP + len(speeds)}
@@ -137,8 +137,8 @@ def races(options, folder):
     for family, hidden, n in product(options.families, options.sizes, options.processes):
         if n > most:
             continue
-        said = torchrun(n, "bench_scale.py", str(hidden), family).splitlines()
-        reached = next(json.loads(line) for line in said if line.startswith("{"))
+        said = said_by([*TORCHRUN, f"--nproc_per_node={n}", "bench_scale.py", str(hidden), family])
+        reached = next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
         m, (F, L, heads) = model_config(hidden, family), SHAPES[hidden]
         for parallel in ("ddp", "fsdp") if n > 1 else ("ddp", ):
             name = f"{family} {hidden} {parallel} {n}"

@@ -277,16 +277,16 @@ def write_directory(directory, saved, wholes, state, tokenizer_from, shard_size)
     """`write` on the rank that has the directory. wholes: an iterator over the views of the parts."""
     c, dtype = saved.config, saved.weights[0].local.dtype
     idle = [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
-    weights = [piece for part in saved.weights for piece in part.pieces(c)] + idle
-    moments = [piece for part in saved.moments for piece in part.pieces(c)]
+    weights, moments = ([part.pieces(c) for part in parts] for parts in (saved.weights, saved.moments))
 
-    def tensors(parts):
-        for part in parts:
-            for piece, t in zip(part.pieces(c), next(wholes)):
+    def tensors(pieces_of_parts):
+        for pieces in pieces_of_parts:
+            for piece, t in zip(pieces, next(wholes)):
                 if not is_finite(t):
                     raise ConfigError(f"{directory}: not written: {piece.name} is not finite")
                 yield t.cpu()
-    made = itertools.chain(tensors(saved.weights), (p.tensor for p in idle), tensors(saved.moments))
+    made = itertools.chain(tensors(weights), (p.tensor for p in idle), tensors(moments))
+    weights, moments = [*itertools.chain(*weights), *idle], [*itertools.chain(*moments)]
     with atomic_directory(directory, sum(p.bytes for p in weights + moments)) as temporary:
         write_json(temporary, "config.json", to_hf_config(c, dtype))
         write_weights(temporary, weights, shard_size, lambda p: next(made))

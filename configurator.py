@@ -154,6 +154,17 @@ def lock(file, held, wait=False):
         note(f"this file system has no locks ({error.strerror}): nothing keeps a second process away")
 
 
+@contextlib.contextmanager
+def locked(folder, name, held):
+    """Makes a folder, and locks its file `name` in the context. Raises ConfigError as lock and writing do."""
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, name), "w")
+    with file:
+        lock(file, held)
+        yield
+
+
 @functools.cache
 def note(text):
     """Print a note to the user, once."""

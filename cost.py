@@ -57,12 +57,16 @@ def disk_bytes(job):
     return 4 * parameter_counts(job.model)["total"] * (kept + made)
 
 
+def flops_of(jobs):
+    """FLOPs of [sweep.Job]."""
+    return sum(job.flops for job in jobs)
+
+
 def describe(study, jobs):
     """What [sweep.Job] cost, in words."""
     if not jobs:
         return "there is nothing to estimate"
-    flops, largest = sum(job.flops for job in jobs), max(jobs, key=device_bytes)
-    hours = flops / (study.flops_per_gpu * study.mfu * 3600)
+    largest, hours = max(jobs, key=device_bytes), flops_of(jobs) / (study.flops_per_gpu * study.mfu * 3600)
     micro, n = passes(largest.settings, largest.ranks)[0], parameter_counts(largest.model)
     return "\n".join((
         f"time: {hours:,.3g} hours of one device, if training uses {study.mfu:.0%} of "

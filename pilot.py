@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import checkpoint
 from configurator import ConfigError, from_dict, read_json
+from cost import flops_of
 from data.stream import load_tokens, locate
 from model import Transformer, flops_per_token, rope_frequencies
 from rows import EXPERTS
@@ -69,7 +70,7 @@ def write_fresh(o):
 
 def cost(study, jobs):
     """The FLOPs of `jobs`, and their share of those of the study's budget, in words."""
-    flops = sum(job.flops for job in jobs)
+    flops = flops_of(jobs)
     m = replace(jobs[0].model, **{key: getattr(study, key) for key in EXPERTS})
     share = flops / flops_per_token(m, jobs[0].settings.max_seq_len) / study.budget
     return (f"the pilot costs {flops:.3g} FLOPs, {share:.1%} of training the MoE on {study.budget:,} tokens; "

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from data.prepare import load_tokenizer
+from tensors import is_finite
 
 
 @dataclass
@@ -47,7 +48,7 @@ def main(c):
     saved = checkpoint.checkpoints(c.checkpoint)
     directory = saved[-1][1] if saved else c.checkpoint
     model = checkpoint.load_model(directory).eval()
-    if not all(p.isfinite().all() for p in model.parameters()):
+    if not all(map(is_finite, model.parameters())):
         raise ConfigError(f"{directory}: its weights are not finite")
     beside = os.path.join(directory, "tokenizer.json")
     known = beside if os.path.exists(beside) else checkpoint.read_state(directory).get("tokenizer")

@@ -13,7 +13,7 @@ import time
 import types
 
 import checkpoint
-from configurator import ConfigError, lock, note, writing
+from configurator import ConfigError, locked, note, writing
 from model import ModelConfig, flops_per_token, parameter_counts
 from parallel import on_cuda
 from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
@@ -237,15 +237,9 @@ def caught_signals():
 
 
 def claim(c, stack):
-    """Make and lock out_dir while `stack` lasts, and remove what a killed run left unfinished there.
-
-    Raises ConfigError where that or the rows cannot be written, or where another process has the lock.
-    """
-    path = os.path.join(c.out_dir, ".lock")
-    with writing(c.out_dir):
-        os.makedirs(c.out_dir, exist_ok=True)
-        file = stack.enter_context(open(path, "w"))
-    lock(file, f"{c.out_dir}: another process is training there")
+    """Make and lock out_dir while `stack` lasts, and remove what a killed run left unfinished there. Raises
+    ConfigError where that or the rows cannot be written, or where another process has the lock."""
+    stack.enter_context(locked(c.out_dir, ".lock", f"{c.out_dir}: another process is training there"))
     checkpoint.tidy(c.out_dir)
     if c.rows:
         folder = os.path.dirname(c.rows) or "."

@@ -17,8 +17,8 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 
-from configurator import (REQUIRED, ConfigError, convert, from_dict, lock, note, progress, read_config, run,
-                          setting, writing)
+from configurator import (REQUIRED, ConfigError, convert, from_dict, locked, note, progress, read_config,
+                          run, setting)
 
 import torch
 
@@ -335,7 +335,7 @@ def planned_rows(study):
 def study_totals(study):
     """{"tokens", "flops"}: what the whole study trains, shared trunks counted once."""
     jobs = study_jobs(study)
-    return {"tokens": sum(j.tokens for j in jobs), "flops": flops_of(jobs)}
+    return {"tokens": sum(j.tokens for j in jobs), "flops": cost.flops_of(jobs)}
 
 
 def describe(study, jobs):
@@ -344,7 +344,7 @@ def describe(study, jobs):
     for family in ("dense", "moe", "upcycled", "all"):
         chosen = [job for job in jobs if family in (job.row["family"], "all")]
         trunks = sum(job.is_trunk for job in chosen)
-        tokens, flops = sum(job.tokens for job in chosen), flops_of(chosen)
+        tokens, flops = sum(job.tokens for job in chosen), cost.flops_of(chosen)
         lines.append(f"{family:10}{trunks:8}{len(chosen) - trunks:6}{tokens:12.4g}{flops:10.3g}")
     branches = [job for job in jobs if not job.is_trunk]  # the D1 of a pilot is trained already
     alone = sum(job.settings.max_tokens + (0 if study.dense else job.row.get("D1", 0)) for job in branches)
@@ -388,14 +388,10 @@ def share_of(study, jobs):
         group.append(job)
         group_of[os.path.normpath(job.settings.out_dir)] = group
     shares = [[] for _ in range(count)]
-    for group in sorted(groups, key=flops_of, reverse=True):  # the largest first, each to the smallest share
-        min(shares, key=flops_of).extend(group)
+    for group in sorted(groups, key=cost.flops_of, reverse=True):  # large ones first
+        min(shares, key=cost.flops_of).extend(group)
     shares[-1] += others
     return [job for job in jobs if any(job is chosen for chosen in shares[number - 1])]
-
-
-def flops_of(jobs):
-    return sum(job.flops for job in jobs)
 
 
 def chain_flops(jobs):
@@ -412,11 +408,8 @@ def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
     if study.launcher and not shutil.which(program := study.launcher.split()[0]):
         raise ConfigError(f"launcher: there is no command {program!r} here")
-    with writing(study.out_dir):
-        os.makedirs(study.out_dir, exist_ok=True)
-        lock_file = open(os.path.join(study.out_dir, f".lock-{study.shard.replace('/', '-of-')}"), "w")
-    with lock_file:
-        lock(lock_file, f"{study.out_dir}: another sweep of shard {study.shard} is running there")
+    with locked(study.out_dir, f".lock-{study.shard.replace('/', '-of-')}",
+                f"{study.out_dir}: another sweep of shard {study.shard} is running there"):
         for job in jobs:
             check_unchanged(job)
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
@@ -441,7 +434,7 @@ def main(study):
     jobs = share_of(study, plan)
     print(describe(study, plan))
     if study.shard != Study.shard:
-        part = flops_of(jobs) / flops_of(plan)
+        part = cost.flops_of(jobs) / cost.flops_of(plan)
         print(f"shard {study.shard}: {len(jobs)} of {len(plan)} runs, {part:.0%} of the FLOPs")
     if study.dense:
         print(pilot.cost(study, plan))

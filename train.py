@@ -33,6 +33,7 @@ from model import ModelConfig, Transformer, balance_loss, effective_experts, flo
 from parallel import any_rank, compiled, on_cuda, process_group, ranks, shard, whole
 from rows import append_row, differences, loss_text, read_row
 from start import Stopped, caught_signals, claim, passes, resolve
+from tensors import is_finite
 
 
 @dataclass
@@ -169,11 +170,12 @@ def plan_run(c, device, stack):
     if rank == 0:
         claim(c, stack)
         check_ids(c.dataset, meta, tokens, val_tokens)
-        if not c.resume and checkpoint.checkpoints(c.out_dir):
+        there = frozenset(step for step, _ in checkpoint.checkpoints(c.out_dir))
+        if there and not c.resume:
             raise ConfigError(f"{c.out_dir}: holds a run already; --resume goes on with it")
         path = os.path.join(c.out_dir, "row.json")
         plan = [(*resolve(c, meta, world), read_row(path) if c.resume and os.path.exists(path) else None,
-                 frozenset(step for step, _ in checkpoint.checkpoints(c.out_dir)))]
+                 there)]
     if dist.is_initialized():
         dist.broadcast_object_list(plan)
     c, m, state, source, max_steps, row, finished, there = plan[0]
@@ -272,7 +274,7 @@ def skip(run, measured):
     """Drop the gradient of a step that is not finite. Raises ConfigError beyond skip_nonfinite such steps."""
     c, state, last = run.c, run.state, checkpoint.checkpoints(run.c.out_dir)
     wrong = [name for name, p in run.model.named_parameters()
-             if p.grad is not None and not whole(p.grad).isfinite().all()]
+             if p.grad is not None and not is_finite(whole(p.grad))]
     state["skipped"] += 1
     if state["skipped"] > c.skip_nonfinite:
         raise ConfigError(
