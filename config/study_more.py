@@ -20,7 +20,7 @@ methods = [
     {"method": "drop", "drop_ratio": 0.25},
     {"method": "drop", "drop_ratio": 0.75},
     {"method": "drop", "drop_ratio": 1.0},
-    {"method": "drop", "drop_ratio": 0.5, "drop_per_matrix": True},
+    {"method": "drop_per_matrix", "drop_ratio": 0.5},
     {"method": "virtual_groups", "granularity": 2, "num_local_experts": 16, "num_experts_per_tok": 4},
 ]
 
