@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from bench_scale import said_by, scale
-from bench_train import SHAPES, alternate, train
+from bench_train import BACKENDS, SHAPES, alternate, train
 from checkpoint import save
 from engine import fit
 from model import ModelConfig, Transformer
@@ -150,11 +150,12 @@ class Options:
     what: Literal[tuple(BENCHMARKS)] = setting(
         REQUIRED, "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items()),
         positional=True)
-    families: list[str] = setting(["dense", "moe"], "train, scale: of the models")
-    sizes: list[int] = setting([64, 128, 256], "train, scale: hidden sizes, of "
-                               f"{', '.join(map(str, SHAPES))}")
-    dtypes: list[str] = setting(["float32", "bfloat16"], "train: of matrix products")
-    modes: list[str] = setting(["eager", "compiled"], "train: of which models")
+    families: list[Literal["dense", "moe"]] = setting(["dense", "moe"], "train, scale: of the models")
+    sizes: list[Literal[tuple(SHAPES)]] = setting([64, 128, 256], "train, scale: hidden sizes")
+    dtypes: list[Literal["float32", "bfloat16"]] = setting(["float32", "bfloat16"], "train: of products")
+    modes: list[Literal["eager", "compiled"]] = setting(["eager", "compiled"], "train: of which models")
+    backends: list[Literal[BACKENDS]] = setting(
+        ["eager", "grouped_mm"], "train: experts of Mixtral that race; batched_mm takes 30 times as long")
     threads: list[int] = setting([1, os.cpu_count()], "train: processor threads", least=1)
     repeats: int = setting(15, "runs of which the median counts", least=1)
     clock: Literal["wall", "cpu"] = setting("wall", "train: cpu counts the time of the processors")

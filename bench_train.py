@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import to_hf_config
-from configurator import ConfigError, code_version, read_json, write_text_atomically
-from model import HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_token, run_experts
+from configurator import code_version, one_line, read_json, write_text_atomically
+from model import (HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_token, narrow,
+                   parameter_counts, run_experts)
 from parallel import compiled
+from train import Train, make_optimizer
 
 SHAPES = {32: (96, 3, 2), 64: (176, 4, 4), 128: (352, 4, 4), 256: (704, 6, 8), 768: (2048, 12, 12)}
 TOKENS, SEQUENCE, VOCABULARY = 2048, 128, 257  # tokens of a step and of a sequence; bytes and an end of text
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # FLOP/s, data sheets
-EXPERT_BACKENDS = ("eager", "batched_mm", "grouped_mm")
+BACKENDS = ("eager", "batched_mm", "grouped_mm")  # of the experts of transformers' Mixtral
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+AUTOCAST = partial(torch.autocast, DEVICE.type, torch.bfloat16)
 
 
 def model_config(hidden, family, **changes):
@@ -32,37 +35,32 @@ def model_config(hidden, family, **changes):
     return ModelConfig(**sizes | changes)
 
 
-def ours(c, to_compile):
-    """(model, its training loss as a function of ids and targets): this repository's."""
-    model = Transformer(c).init_weights(0)
-    forward = compiled(model) if to_compile else model
-
-    def loss(ids, targets):
+def ours(c):
+    """(our model, its training loss as a function of the model as it is called, ids and targets)."""
+    def loss(forward, ids, targets):
         cross_entropy, router = forward(ids, targets)
         if router is None:
             return cross_entropy
         balance = balance_loss(router["counts"], router["probs"])
         return cross_entropy + 0.01 * balance + 0.001 * router["z_loss"]
 
-    return model, loss
+    return Transformer(c).init_weights(0), loss
 
 
-def hugging_face(c, to_compile, backend=None):
+def hugging_face(c, backend=None):
     """The same for transformers' Llama, or its Mixtral with the expert backend `backend`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = to_hf_config(c)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     kinds = {"attn_implementation": "sdpa"} | ({"experts_implementation": backend} if backend else {})
-    model = AutoModelForCausalLM.from_config(config, **kinds)
-    forward = torch.compile(model, dynamic=False) if to_compile else model
 
-    def loss(ids, targets):
+    def loss(forward, ids, targets):
         out = forward(ids, use_cache=False, **({"output_router_logits": True} if backend else {}))
         cross_entropy = F.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten())
         return cross_entropy + 0.01 * out.aux_loss if backend else cross_entropy
 
-    return model, loss
+    return AutoModelForCausalLM.from_config(config, **kinds), loss
 
 
 class GPT2Like(nn.Module):
@@ -94,17 +92,12 @@ class GPT2Like(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def gpt2_like(c, to_compile):
-    """The same for a GPT2Like."""
-    model = GPT2Like(c)
-    return model, torch.compile(model, dynamic=False) if to_compile else model
-
-
-def contestants(family):
-    """{name: function of (ModelConfig, to_compile) that makes (model, loss)}."""
+def contestants(family, backends=BACKENDS):
+    """{name: function of a ModelConfig that makes (model, loss)}."""
     if family == "dense":
-        return {"ours": ours, "Llama": hugging_face, "GPT-2-like": gpt2_like}
-    mixtral = {f"Mixtral {name}": partial(hugging_face, backend=name) for name in EXPERT_BACKENDS}
+        return {"ours": ours, "Llama": hugging_face,
+                "GPT-2-like": lambda c: (GPT2Like(c), lambda forward, *batch: forward(*batch))}
+    mixtral = {f"Mixtral {name}": partial(hugging_face, backend=name) for name in backends}
     return {"ours": ours} | mixtral
 
 
@@ -114,21 +107,21 @@ def random_batch(c, tokens=TOKENS, length=SEQUENCE):
     return drawn[:, :-1].contiguous().to(DEVICE), drawn[:, 1:].contiguous().to(DEVICE)
 
 
-def training_step(model, loss, batch, dtype):
+def training_step(model, dtype, loss=None, batch=()):
     """A function that does one step as train.py does: forward and backward with products in `dtype`,
-    clipping, AdamW."""
+    clipping, AdamW. Without a loss it does the last two, with the gradients that are there."""
     model.to(DEVICE).train()
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    optimizer = make_optimizer(model, Train())
 
     def step():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = loss(*batch)
-        value.backward()
+        if loss:
+            with AUTOCAST(enabled=dtype == "bfloat16"):
+                value = loss(*batch)
+            value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        if loss:
+            optimizer.zero_grad()
 
     return step
 
@@ -182,137 +175,134 @@ def race(family, hidden, dtype, mode, options):
     """Rows of one race: each contestant's tokens/s, share of the speed of the products alone, and memory."""
     c = model_config(hidden, family)
     batch, steps = random_batch(c), {}
-    for name, make in contestants(family).items():
+    for name, make in contestants(family, options.backends).items():
         try:
-            step = training_step(*make(c, mode == "compiled"), batch, dtype)
+            model, loss = make(c)
+            fast = compiled if name == "ours" else partial(torch.compile, dynamic=False)
+            forward = fast(model) if mode == "compiled" else model
+            step = training_step(model, dtype, loss, (forward, *batch))
             step()
             steps[name] = step
         except Exception as error:  # a peer that does not run in this mode is named and left out
             if name == "ours":
                 raise
-            print(f"{name}, {mode}, {dtype}, left out: {str(error).strip().splitlines()[0][:90]}", flush=True)
-    limit = {"products alone": products_alone(c, dtype)}
-    took = alternate(steps | limit, options.repeats, options.clock)
-    rows = [{"name": name, "tokens_per_s": TOKENS / t, "share_of_products": took["products alone"] / t,
-             "peak_mb": peak_bytes(steps[name]) / 1e6 if name in steps else None,
+            print(f"{name}, {mode}, {dtype}, left out: {one_line(error)[:90]}", flush=True)
+    steps["products alone"] = products_alone(c, dtype)
+    took = alternate(steps, options.repeats, options.clock)
+    return [{"family": family, "hidden": hidden, "dtype": dtype, "mode": mode, "name": name,
+             "tokens_per_s": TOKENS / t, "share_of_products": took["products alone"] / t,
+             "peak_mb": peak_bytes(steps[name]) / 1e6,
              "flops_per_s": flops_per_token(c, SEQUENCE) * TOKENS / t if name == "ours" else None}
             for name, t in took.items()]
-    return [{"family": family, "hidden": hidden, "dtype": dtype, "mode": mode} | row for row in rows]
 
 
-def stages(family, hidden, options):
-    """{stage: seconds} of our eager fp32 step: each stage alone, forward and backward, times its number."""
-    c = model_config(hidden, family)
-    batch = ids, targets = random_batch(c)
-    model, loss = ours(c, False)
-    step = training_step(model, loss, batch, "float32")
-    layer, L = model.layers[0], c.num_hidden_layers
+def stages(family, hidden, dtype, options):
+    """{"STAGE, forward", "STAGE, backward", "optimizer" or "whole step": seconds} of our eager step: each
+    stage alone, times its number. Dispatch is what a MoE layer takes beyond its router and its experts."""
+    c, low = model_config(hidden, family), getattr(torch, dtype)
+    ids, targets = random_batch(c)
+    model, L, E = ours(c)[0].to(DEVICE), c.num_hidden_layers, c.num_local_experts
+    layer, head, turns = model.layers[0], model.lm_head.weight, model.turns[:SEQUENCE]
     draw = partial(torch.randn, device=DEVICE, requires_grad=True)
-    x = draw(*ids.shape, c.hidden_size)
-    q_k_v = [draw(len(ids), c.num_attention_heads, SEQUENCE, c.head_dim) for _ in "qkv"]
-    attention, head, turns = layer.self_attn, model.lm_head.weight, model.turns[:SEQUENCE]
+    x, rows = draw(*ids.shape, c.hidden_size), draw(TOKENS * c.num_experts_per_tok, c.hidden_size, dtype=low)
+    q_k_v = [draw(len(ids), c.num_attention_heads, SEQUENCE, c.head_dim,
+                  dtype=low if DEVICE.type == "cuda" else None) for _ in "qkv"]
+    attend = partial(F.scaled_dot_product_attention, *q_k_v, is_causal=True)
+    attention, mlp, flat = layer.self_attn, layer.mlp, x.flatten(0, 1)
     parts = {"embedding": (1, lambda: model.embed_tokens(ids)), "norms": (2 * L + 1, lambda: model.norm(x)),
              "q k v and RoPE": (L, lambda: attention.turned_qkv(x, turns, model.pairs)),
-             "attention": (L, lambda: F.scaled_dot_product_attention(*q_k_v, is_causal=True)),
-             "output": (L, lambda: attention.o_proj(x)),
-             "head and loss": (1, lambda: HeadLoss.apply(x.flatten(0, 1), head, targets.flatten()))}
-    mlp, E = layer.mlp, c.num_local_experts
+             "attention": (L, AUTOCAST(enabled=False)(attend)), "output": (L, lambda: attention.o_proj(x))}
     if E:
-        rows = draw(TOKENS * c.num_experts_per_tok, c.hidden_size)
         ends = (torch.arange(1, E + 1, device=DEVICE) * (len(rows) // E)).int()
-        parts |= {"router": (L, lambda: mlp.route(x.flatten(0, 1))[0]), "whole MoE": (L, lambda: mlp(x)[0]),
-                  "experts": (L, lambda: run_experts(rows, mlp.gate_up_proj, mlp.down_proj, ends))}
+        parts |= {"router": (L, lambda: mlp.route(flat)[0]), "dispatch": (L, lambda: mlp(x)[0]),
+                  "experts": (L, lambda: run_experts(rows, narrow(mlp.gate_up_proj), narrow(mlp.down_proj),
+                                                     ends))}
     else:
         parts["MLP"] = (L, lambda: mlp(x))
-
-    def both_ways(forward):
+    parts["head and loss"] = (1, lambda: HeadLoss.apply(flat, head, targets.flatten()))
+    (updated, _), (whole, loss) = ours(c), ours(c)
+    works = {"optimizer": training_step(updated, dtype),
+             "whole step": training_step(whole, dtype, loss, (whole, ids, targets))}
+    for p in updated.parameters():
+        p.grad = torch.ones_like(p)
+    for name, (_, part) in parts.items():
+        forward = works[f"{name}, forward"] = AUTOCAST(enabled=dtype == "bfloat16")(part)
         out = forward()
-        grad = torch.ones_like(out)
-
-        def work():
-            forward().backward(grad)
-            model.zero_grad()
-        return work
-
-    works = {name: both_ways(forward) for name, (_, forward) in parts.items()}
-    took = alternate({"whole step": step} | works, options.repeats, options.clock)
-    result = {name: took[name] * times for name, (times, _) in parts.items()}
-    if E:
-        result["dispatch"] = result.pop("whole MoE") - result["router"] - result["experts"]
-    return result | {"optimizer and the rest": took["whole step"] - sum(result.values())}
-
-
-def growth(options):
-    """Rows of how a step of ours grows: tokens/s over experts at a fixed top-k, context and micro-batch."""
-    variations = [  # (what, value, changes of the model, tokens of a step, tokens of a sequence)
-        *(("experts", n, {"num_local_experts": n}, TOKENS, SEQUENCE) for n in (2, 4, 8, 16, 32)),
-        *(("context", n, {"max_position_embeddings": n}, TOKENS, n) for n in (64, 128, 256, 512, 1024)),
-        *(("sequences", n, {}, n * SEQUENCE, SEQUENCE) for n in (1, 2, 4, 8, 16, 32))]
-    works = {}
-    for what, value, changes, tokens, length in variations:
-        c = model_config(64, "moe", **changes)
-        batch = random_batch(c, tokens, length)
-        works[what, value] = training_step(*ours(c, False), batch, "float32")
+        works[f"{name}, backward"] = partial(
+            torch.autograd.grad, out, [x, rows, *q_k_v, *model.parameters()], torch.ones_like(out),
+            retain_graph=True, allow_unused=True)
     took = alternate(works, options.repeats, options.clock)
-    return [{"what": what, "value": value, "tokens": tokens, "tokens_per_s": tokens / took[what, value]}
-            for what, value, _, tokens, _ in variations]
+    result = {name: t * parts.get(name.split(",")[0], (1,))[0] for name, t in took.items()}
+    for way in ("forward", "backward") if E else ():
+        result[f"dispatch, {way}"] -= result[f"router, {way}"] + result[f"experts, {way}"]
+    return result
+
+
+def growth(options, hidden=64):
+    """Rows of how a step of our MoE grows: tokens/s over N and, at one `hidden` size, over experts at a fixed
+    top-k, context and sequences of a pass."""
+    moe, works, rows = partial(model_config, hidden, "moe"), {}, []
+    variations = [  # (what, value, ModelConfig, tokens of a step, tokens of a sequence)
+        *(("hidden size", n, model_config(n, "moe"), TOKENS, SEQUENCE) for n in options.sizes),
+        *(("experts", n, moe(num_local_experts=n), TOKENS, SEQUENCE) for n in (2, 4, 8, 16, 32)),
+        *(("context", n, moe(max_position_embeddings=n), TOKENS, n) for n in (64, 128, 256, 512, 1024)),
+        *(("sequences", n, moe(), n * SEQUENCE, SEQUENCE) for n in (1, 2, 4, 8, 16, 32))]
+    for what, value, c, tokens, length in variations:
+        model, loss = ours(c)
+        batch = model, *random_batch(c, tokens, length)
+        works[what, value] = training_step(model, "float32", loss, batch)
+        rows.append({"what": what, "value": value, "N": parameter_counts(c)["N"], "tokens": tokens})
+    took = alternate(works, options.repeats, options.clock)
+    return [row | {"tokens_per_s": row["tokens"] / t} for row, t in zip(rows, took.values())]
 
 
 def draw_stages(breakdown, path):
-    """The figure of where a step's time goes: one bar a model, in shares of its step."""
+    """The figure of where a step's time goes: a bar a model, in shares of its step, backward hatched."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(breakdown) + 2))
-    left = np.zeros(len(breakdown))
-    for i, stage in enumerate(dict.fromkeys(stage for parts in breakdown.values() for stage in parts)):
-        shares = [max(0.0, parts.get(stage, 0.0)) / sum(parts.values()) for parts in breakdown.values()]
-        axes.barh(list(breakdown), shares, left=left, color=pyplot.cm.tab20(i), label=stage)
+    names = {name for parts in breakdown.values() for name in parts} - {"whole step"}
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(breakdown) + 2))
+    bars = [f"{model}: {1000 * parts['whole step']:,.0f} ms" for model, parts in breakdown.items()]
+    left, colors = np.zeros(len(bars)), {}
+    for name in sorted(names, key=lambda name: (", " not in name, name.endswith("backward"), name)):
+        stage, _, way = name.partition(", ")
+        color = colors.setdefault(stage, pyplot.cm.tab20(len(colors)))
+        shares = [max(0.0, parts.get(name, 0.0)) / parts["whole step"] for parts in breakdown.values()]
+        axes.barh(bars, shares, left=left, color=color, edgecolor="white",
+                  hatch="///" if way == "backward" else "", label="_" * (way == "backward") + stage)
         left += shares
-    axes.set_xlabel("share of a training step, forward and backward")
+    axes.set_xlabel("share of a training step; each stage alone, backward hatched")
     axes.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def by_race(rows):
-    """{(threads, family, dtype, mode, hidden): {contestant: its row}}."""
-    races = {}
-    for row in rows:
-        race_key = tuple(row[name] for name in ("threads", "family", "dtype", "mode", "hidden"))
-        races.setdefault(race_key, {})[row["name"]] = row
-    return races
-
-
 def ratios(rows, old_rows=(), peak=None):
     """{race: {name: ratio}} of rows: ours over the fastest peer, the products, the dense model, what it was
     in old_rows, and `peak`, a card's bf16 FLOP/s."""
-    races, old, result = by_race(rows), by_race(old_rows), {}
-    for race_key, by_name in races.items():
-        row = by_name["ours"]
-        found = result[race_key] = {"share of products": row["share_of_products"]}
-        if peers := by_name.keys() - {"ours", "products alone"}:
-            fastest = max(by_name[name]["tokens_per_s"] for name in peers)
-            found["over the fastest peer"] = row["tokens_per_s"] / fastest
-        threads, family, dtype, *rest = race_key
-        if family == "moe" and (dense := races.get((threads, "dense", dtype, *rest))):
-            found["FLOP/s over dense"] = row["flops_per_s"] / dense["ours"]["flops_per_s"]
-        if race_key in old:
-            found["over the older file"] = row["tokens_per_s"] / old[race_key]["ours"]["tokens_per_s"]
-        if peak and dtype == "bfloat16":
+    def race_of(row):
+        return tuple(row[name] for name in ("threads", "family", "dtype", "mode", "hidden"))
+    races, old = ({race_of(row): row for row in some if row["name"] == "ours"} for some in (rows, old_rows))
+    result = {}
+    for key, row in races.items():
+        found = result[key] = {"share of products": row["share_of_products"]}
+        if peers := [other["tokens_per_s"] for other in rows
+                     if race_of(other) == key and other["name"] not in ("ours", "products alone")]:
+            found["over the fastest peer"] = row["tokens_per_s"] / max(peers)
+        if row["family"] == "moe" and (dense := races.get(race_of(row | {"family": "dense"}))):
+            found["FLOP/s over dense"] = row["flops_per_s"] / dense["flops_per_s"]
+        if key in old:
+            found["over the older file"] = row["tokens_per_s"] / old[key]["tokens_per_s"]
+        if peak and row["dtype"] == "bfloat16":
             found["MFU"] = row["flops_per_s"] / peak
     return result
 
 
 def train(options):
     """A training step beside transformers' and a GPT-2-like model's, and where its time goes."""
-    if missing := set(options.sizes) - set(SHAPES):
-        raise ConfigError(f"--sizes: {min(missing)} is none of {', '.join(map(str, SHAPES))}")
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError("transformers is missing: pip install -r requirements-test.txt") from None
+    import transformers
     transformers.logging.set_verbosity_error()
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {"git": code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -324,11 +314,14 @@ def train(options):
             for row in race(*race_of, options):
                 result["races"].append(row | {"threads": threads})
                 print(threads, *race_of, row["name"], f"{row['tokens_per_s']:,.0f} tokens/s",
-                      f"{row['share_of_products']:.2f} of the products", sep=", ", flush=True)
+                      f"{row['share_of_products']:.2f} of the products", f"{row['peak_mb']:,.0f} MB",
+                      sep=", ", flush=True)
         if threads == options.threads[0]:
-            for family, hidden in product(options.families, options.sizes):
-                result["stages"][f"{family} {hidden}"] = stages(family, hidden, options)
+            for model in product(options.families, options.sizes, options.dtypes):
+                result["stages"][" ".join(map(str, model))] = stages(*model, options)
             result["growth"] = growth(options)
+            for row in result["growth"]:
+                print(row["what"], row["value"], f"{row['tokens_per_s']:,.0f} tokens/s", sep=", ", flush=True)
     report_races(result, options, card)
 
 

@@ -1,6 +1,7 @@
 """The methods that make experts of an MLP. The table at the head of upcycle.py says what each keeps."""
 import hashlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
@@ -21,6 +22,7 @@ class Piece(NamedTuple):
     layer: int = 0
     expert: int | None = None  # None: attention, norms, embeddings, router
     part: int = 0  # gate 0, up 1, down 2
+    std: list | None = None  # of the dense tensor, from when one of its experts has wanted it
     drawn: bool = False  # the router; what is neither drawn nor of a dense tensor is zero
 
     @property
@@ -49,6 +51,7 @@ class Method(NamedTuple):
     knobs: tuple = ()  # the settings that tell two uses of the method apart
 
 
+STD_LOCK = threading.Lock()  # one std at a time is in fp32
 SAME_WEIGHTS = {"channels_kept": 1.0, "weight_change": 0.0}
 SAME_FUNCTION = {"relative_logit_difference": 0.0, "kl": 0.0}
 
@@ -90,8 +93,11 @@ def clusters(x, n, g):
 
 
 def add_noise(o, w, p):
-    """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries."""
-    return add_normal(w, o.noise_std * wide(w).std(), generator(o.seed, p.name), o.noise_fraction)
+    """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries. The first thread that
+    wants the std of a dense matrix computes it for all its experts."""
+    with STD_LOCK:
+        p.std[:] = p.std or [wide(w).std()]
+    return add_normal(w, o.noise_std * p.std[0], generator(o.seed, p.name), o.noise_fraction)
 
 
 def dropped(o, t, p):

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 from configurator import (REQUIRED, ConfigError, convert, from_dict, locked, note, progress, read_config,
                           run, setting)
@@ -59,7 +60,7 @@ class Study:
                                    "'torchrun --standalone --nproc_per_node=8'; none: workers train them")
     shard: str = setting("1/1", "i/n: make the i-th of n shares of the study, balanced by FLOPs; n machines "
                          "that see out_dir make all of it")
-    families: list[str] = setting([], "families to train now, of dense, moe and upcycled; empty: all")
+    families: list[Literal[tuple(FAMILIES)]] = setting([], "families to train now; empty: all")
     withheld: list[dict] = setting([], "rows that no fit may see yet, so that they can test its predictions: "
                                    "{column: value, or list of values} each")
     train_withheld: bool = setting(False, "train the withheld rows too")
@@ -135,8 +136,6 @@ def study_jobs(study):
         raise ConfigError(f"{study.config}: decay_fraction = {study.decay_fraction} is not between 0 and 1")
     for key in (key for row in study.withheld for key in row if key not in RUN):
         raise ConfigError(f"{study.config}: withheld: {key} is no column that tells runs apart")
-    for family in (family for family in study.families if family not in FAMILIES):
-        raise ConfigError(f"{study.config}: families: {family!r} is none of {', '.join(FAMILIES)}")
     for key in (key for values in (study.train, *study.sizes) for key in values if key in SET_BY_STUDY):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     for key in {"source", "destination", "merge_with"} & {key for method in study.methods for key in method}:
@@ -161,9 +160,8 @@ def study_jobs(study):
     keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
     if len(set(keys)) < len(keys):
         raise ConfigError(f"{study.config}: two of methods are equal")
-    jobs = due_jobs(study, jobs)
     compile_where_it_pays(jobs)
-    return jobs
+    return due_jobs(study, jobs)
 
 
 def ranks_of(launcher):
@@ -178,7 +176,8 @@ def ranks_of(launcher):
 
 
 def compile_where_it_pays(jobs):
-    """Set `compile` of the jobs that leave it open. A worker compiles a shape once for all its runs."""
+    """Set `compile` of the jobs that leave it open, by the FLOPs of all `jobs` of one shape, which a worker
+    compiles once. The jobs are those of the whole study, so a trunk is compiled alike in every call."""
     def shape(job):
         return tuple(job.row[key] for key in (*SIZES, *EXPERTS))
     flops = Counter()

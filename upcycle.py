@@ -170,12 +170,13 @@ def pieces_of(source, moe):
             layer = int(parameter.split(".")[1])
             pieces += [Piece(name, shape, pieces[0].dtype, layer=layer, drawn=True) for name, shape in views]
             continue
+        stds = [[] for _ in dense_views]
         for i, (name, shape) in enumerate(views):
             expert, part = divmod(i, len(dense_views))  # gate and up in turn, or down alone
             dense_name, _ = dense_views[part]
             piece = Piece(name, shape, source.tensors[dense_name].dtype, dense_name)
             if parameter not in source.layout:
-                piece = piece._replace(layer=int(parameter.split(".")[1]), expert=expert,
+                piece = piece._replace(layer=int(parameter.split(".")[1]), expert=expert, std=stds[part],
                                        part=part if len(dense_views) == 2 else 2)
             pieces.append(piece)
     return pieces + [Piece(name, shape, pieces[0].dtype) for name, shape in idle_tensors(moe).items()]

@@ -9,9 +9,9 @@ import bench
 import bench_scale
 import bench_train
 from bench import laws, watched
-from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch, ratios,
-                         report_races, stages)
-from configurator import ConfigError
+from bench_train import (alternate, contestants, growth, model_config, products_alone, race, random_batch,
+                         ratios, report_races, stages)
+from configurator import ConfigError, parse
 from model import ModelConfig, flops_per_token, parameter_counts
 from test_train import data  # noqa: F401  (a fixture)
 from train import Train
@@ -23,11 +23,11 @@ def test_contestants_have_models_of_one_size_and_losses_of_fresh_models(family):
     c = model_config(32, family)
     counts, batch = parameter_counts(c), random_batch(c, tokens=256)
     for name, make in contestants(family).items():
-        model, loss = make(c, False)
+        model, loss = make(c)
         own = sum(p.numel() for p in model.parameters())
         assert own == counts["total"] or name == "GPT-2-like" and abs(own / counts["total"] - 1) < 0.2, name
         with torch.no_grad():
-            assert loss(*batch).item() == pytest.approx(5.549, abs=0.08), name
+            assert loss(model, *batch).item() == pytest.approx(5.549, abs=0.08), name
 
 
 @pytest.mark.parametrize("family", ["dense", "moe"])
@@ -41,21 +41,65 @@ def test_the_products_alone_are_the_flops_of_a_step_without_attention(family):
 
 
 def test_a_race_measures_each_contestant_and_the_stages_sum_to_the_step():
-    options = SimpleNamespace(repeats=1, clock="cpu")
+    options = SimpleNamespace(repeats=1, clock="cpu", backends=[])
     rows = race("dense", 32, "float32", "eager", options)
     assert [row["name"] for row in rows] == ["ours", "Llama", "GPT-2-like", "products alone"]
-    assert all(row["tokens_per_s"] > 0 for row in rows) and rows[0]["peak_mb"] > 1
+    assert all(row["tokens_per_s"] > 0 and row["peak_mb"] > 0 for row in rows) and rows[0]["peak_mb"] > 1
     assert rows[0]["flops_per_s"] == pytest.approx(
         rows[0]["tokens_per_s"] * flops_per_token(model_config(32, "dense"), bench_train.SEQUENCE))
-    for family in ("dense", "moe"):
-        parts = stages(family, 32, options)
-        assert {"attention", "norms", "head and loss", "optimizer and the rest"} < set(parts)
-        assert ("dispatch" in parts) == (family == "moe") and ("MLP" in parts) == (family == "dense")
+    shared = ["embedding", "norms", "q k v and RoPE", "attention", "output", "head and loss"]
+    for family, dtype, own in (("dense", "float32", ["MLP"]),
+                               ("moe", "bfloat16", ["router", "dispatch", "experts"])):
+        parts = stages(family, 32, dtype, SimpleNamespace(repeats=3, clock="cpu"))
+        both = [f"{stage}, {way}" for stage in shared + own for way in ("forward", "backward")]
+        assert sorted(parts) == sorted([*both, "optimizer", "whole step"])
+        assert all(t > 0 for name, t in parts.items() if "dispatch" not in name)
+        # Each is measured alone, so that they add up to the step is no identity.
+        assert 0.3 < sum(t for name, t in parts.items() if name != "whole step") / parts["whole step"] < 2
+
+
+def test_a_peer_that_does_not_run_is_named_and_left_out(monkeypatch, capsys):
+    """In races of MoEs in bf16, at a size that compiles fast. To compile Mixtral would take a minute."""
+    monkeypatch.setitem(bench_train.SHAPES, 16, (32, 1, 1))
+    for mode, backends in (("compiled", ["no such"]), ("eager", ["no such", "grouped_mm"])):
+        rows = race("moe", 16, "bfloat16", mode, SimpleNamespace(repeats=1, clock="cpu", backends=backends))
+        assert [row["name"] for row in rows] == ["ours", *(f"Mixtral {name}" for name in backends[1:]),
+                                                 "products alone"]
+        assert all(row["tokens_per_s"] > 0 and row["peak_mb"] > 0 for row in rows)
+        assert {(row["family"], row["hidden"], row["dtype"], row["mode"]) for row in rows} == {
+            ("moe", 16, "bfloat16", mode)}
+        left_out, = capsys.readouterr().out.splitlines()
+        assert left_out.startswith(f"Mixtral no such, {mode}, bfloat16, left out: ") and len(left_out) > 60
+
+
+def test_growth_varies_one_size_at_a_time(monkeypatch):
+    """N by hand for D = 16, F = 32: a layer has 4 D² + 3 D F + 2 D, and there is a norm of D more."""
+    monkeypatch.setitem(bench_train.SHAPES, 16, (32, 1, 1))
+    rows = growth(SimpleNamespace(repeats=1, clock="cpu", sizes=[16, 32]), hidden=16)
+    values = {what: [row["value"] for row in rows if row["what"] == what] for what in
+              dict.fromkeys(row["what"] for row in rows)}
+    assert values == {"hidden size": [16, 32], "experts": [2, 4, 8, 16, 32],
+                      "context": [64, 128, 256, 512, 1024], "sequences": [1, 2, 4, 8, 16, 32]}
+    small, large = 4 * 16 ** 2 + 3 * 16 * 32 + 3 * 16, 3 * (4 * 32 ** 2 + 3 * 32 * 96 + 2 * 32) + 32
+    assert [row["N"] for row in rows] == [small, large] + [small] * 16
+    assert [row["tokens"] for row in rows] == [2048] * 12 + [128 * n for n in (1, 2, 4, 8, 16, 32)]
+    speeds = [row["tokens_per_s"] for row in rows]
+    assert min(speeds) > 0 and speeds[0] > 1.5 * speeds[1]  # three layers of twice the width
+
+
+@pytest.mark.parametrize("flag, allowed", [
+    ("--backends=eager,fast", "eager', 'batched_mm', 'grouped_mm"), ("--sizes=100", "32, 64, 128, 256, 768"),
+    ("--modes=lazy", "'eager', 'compiled'"), ("--dtypes=float16", "'float32', 'bfloat16'"),
+    ("--families=upcycled", "'dense', 'moe'")])
+def test_what_cannot_race_is_refused_in_one_line(flag, allowed):
+    with pytest.raises(ConfigError, match=f"is none of '?{allowed}"):
+        parse(bench.Options, ["train", flag])
+    assert parse(bench.Options, ["train"]).backends == ["eager", "grouped_mm"]
 
 
 def test_ratios_are_those_of_the_rows(tmp_path, capsys):
-    def row(name, speed, family="dense"):
-        return {"threads": 1, "family": family, "dtype": "float32", "mode": "eager", "hidden": 64,
+    def row(name, speed, family="dense", dtype="float32"):
+        return {"threads": 1, "family": family, "dtype": dtype, "mode": "eager", "hidden": 64,
                 "name": name, "tokens_per_s": speed, "share_of_products": speed / 400,
                 "flops_per_s": speed * 10}
     rows = [row("ours", 110), row("Llama", 50), row("GPT-2-like", 100), row("products alone", 400),
@@ -64,10 +108,17 @@ def test_ratios_are_those_of_the_rows(tmp_path, capsys):
     dense, moe = ((1, family, "float32", "eager", 64) for family in ("dense", "moe"))
     assert found[dense] == {"over the fastest peer": pytest.approx(1.1), "share of products": 0.275}
     assert found[moe]["FLOP/s over dense"] == 0.5 and found[moe]["over the fastest peer"] == 5
+    # MFU is of bf16 alone: 200 tokens/s of 10 FLOPs on a card of 8,000 FLOP/s.
+    rows_bf16 = [row("ours", 200, dtype="bfloat16"), row("products alone", 400, dtype="bfloat16")]
+    found = ratios(rows + rows_bf16, peak=8000)
+    assert found[1, "dense", "bfloat16", "eager", 64] == {"share of products": 0.5, "MFU": 0.25}
+    assert sum("MFU" in ratio for ratio in found.values()) == 1
     old = tmp_path / "old.json"
     old.write_text(json.dumps({"races": [row("ours", 100)]}))
     options = SimpleNamespace(against=str(old), out=str(tmp_path / "new.json"))
-    report_races({"races": rows, "stages": {"dense 64": {"norms": 1.0, "attention": 3.0}}}, options, None)
+    report_races({"races": rows, "stages": {
+        "dense 64": {"norms, forward": 1.0, "norms, backward": 3.0, "optimizer": 1.0, "whole step": 6.0}}},
+        options, None)
     assert "over the older file 1.10" in capsys.readouterr().out
     assert json.loads((tmp_path / "new.json").read_text())["races"] == rows
     assert (tmp_path / "new.png").read_bytes()[:4] == b"\x89PNG"

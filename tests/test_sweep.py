@@ -103,6 +103,28 @@ def test_withheld_rows_and_what_only_they_need_wait_until_they_are_asked_for(min
     assert [j.row["family"] for j in upcycled].count("dense") == 1 and upcycled[0].is_trunk
 
 
+def test_a_trunk_is_compiled_alike_in_every_call(mini, monkeypatch):
+    """By hand: the large MoE has 6 (2048 + 2·3072 + 128 + 257·16) + 6144 = 80,736 FLOPs a token. Its runs
+    from scratch, of 30M tokens, have 2.4e12. With the upcycled runs, which have its shape, they have 4.8e12,
+    more than the 4e12 that earn a compilation. No other shape has more than 2.3e12."""
+    monkeypatch.setenv("CXX", sys.executable)
+    levels = "\n".join(f"{key} = [{30 * 10 ** 6}]" for key in ("D1", "D2", "D_dense", "D_moe"))
+    mini.write_text(mini.read_text().replace('"eval_tokens"', '"device": "cpu", "eval_tokens"') + levels)
+    assert len({job.row["N"] for job in study_jobs(study(mini))}) == 2
+    whole = {job.settings.out_dir: job for job in study_jobs(study(mini))}
+    large = max(job.row["N"] for job in whole.values())
+    for job in whole.values():
+        assert job.settings.compile == (job.row["N"] == large and job.row["family"] != "dense")
+    mini.write_text(mini.read_text() + "\nwithheld = [{'family': 'upcycled'}]\n")
+    for flags in ([], ["--train_withheld"], ["--families=moe"], ["--families=dense,moe"],
+                  ["--train_withheld", "--families=upcycled"]):
+        called = study_jobs(study(mini, *flags))
+        assert called and all(job.settings.compile == whole[job.settings.out_dir].settings.compile
+                              for job in called), flags
+    mini.write_text(mini.read_text().replace('"device"', '"compile": False, "device"'))
+    assert not any(job.settings.compile for job in study_jobs(study(mini)))
+
+
 def test_virtual_groups_keep_the_dense_N(mini):
     s = study(mini)
     s.methods = [{"method": "copy"}, {"method": "virtual_groups", "granularity": 2, "num_local_experts": 8,

@@ -431,6 +431,22 @@ def test_bfloat16_runs_near_float32(tiny, tmp_path):
 def test_compiled_equals_eager(tiny, tmp_path, kind):
     c = dataclasses.replace(moe(tiny) if kind == "moe" else tiny, num_hidden_layers=1)
     np.testing.assert_allclose(losses(c, compile=True), losses(c, out_dir=str(tmp_path / "plain")), rtol=1e-4)
+    # Products in fp32, the router's among them, stay fp32 on a GPU too.
+    assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_compiled_run_resumes_bit_for_bit(tiny, tmp_path, kind):
+    c = dataclasses.replace(moe(tiny) if kind == "moe" else tiny, num_hidden_layers=1, compile=True,
+                            rows=None, max_tokens=6 * STEP, decay_start=4, decay_steps=2)
+    train(dataclasses.replace(c, out_dir=str(tmp_path / "whole")), report=quiet)
+    train(dataclasses.replace(c, max_tokens=3 * STEP), report=quiet)
+    torch.compiler.reset()  # as in a process of its own
+    train(dataclasses.replace(c, resume=True), report=quiet)
+    same_state(tmp_path / "whole" / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    straight, resumed = ([line["loss"] for line in log(dataclasses.replace(c, out_dir=str(tmp_path / name)))]
+                         for name in ("whole", "run"))
+    assert straight == resumed
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -252,6 +252,20 @@ def test_noise_statistics(tmp_path, fraction):
     assert record["measured"]["channels_kept"] == record["predicted"]["channels_kept"] == 0
 
 
+def test_noise_is_the_formula_bit_for_bit_and_takes_the_std_of_a_matrix_once(tmp_path, random_dense,
+                                                                             monkeypatch):
+    taken, std = [], torch.Tensor.std
+    monkeypatch.setattr(torch.Tensor, "std", lambda t: taken.append(t.shape) or std(t))
+    path, _ = upcycled(tmp_path, random_dense, method="noise", noise_std=0.3, seed=7)
+    assert len(taken) == 2 * 3  # matrices of the dense MLPs, not 8 times as many
+    for layer in (0, 1):
+        old = mlp(random_dense, layer)
+        for (i, e, w), t in experts(path).items():
+            name = f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}.weight"
+            drawn = torch.empty_like(t).normal_(generator=generator(7, name))
+            assert i != layer or torch.equal(t, drawn * (0.3 * old[w].std()) + old[w]), name
+
+
 def test_router_is_drawn_per_group_and_layer(tmp_path):
     source = write(tmp_path / "dense", hidden_size=512, num_attention_heads=8)
     path, _ = upcycled(tmp_path, source, router_std=0.5, method="virtual_groups", granularity=2,
@@ -992,7 +1006,8 @@ def anonymous():
                     if line.startswith("RssAnon")).split()[1]) * 1024
 source, out = sys.argv[1:]
 u.upcycle(u.Options(source, out + "/first", num_local_experts=2, check=False))
-for method in ("copy", "drop"):
+groups = {"granularity": 2, "num_local_experts": 16, "num_experts_per_tok": 4}
+for method in ("copy", "drop", "noise", "virtual_groups"):
     start, peak, stop = anonymous(), [0], threading.Event()
     def watch():
         while not stop.is_set():
@@ -1000,7 +1015,8 @@ for method in ("copy", "drop"):
             time.sleep(0.001)
     thread = threading.Thread(target=watch)
     thread.start()
-    u.upcycle(u.Options(source, out + "/" + method, method=method, check=False))
+    more = groups if method == "virtual_groups" else {}
+    u.upcycle(u.Options(source, out + "/" + method, method=method, check=False, **more))
     stop.set(); thread.join()
     print(method, peak[0] - start)
 """, str(source), str(tmp_path))
@@ -1008,8 +1024,11 @@ for method in ("copy", "drop"):
     grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     largest = 2048 * 1024 * 2
     assert sum(f.stat().st_size for f in (tmp_path / "copy").glob("*.safetensors")) > 8 * 3 * largest
-    # drop computes in fp32, on some tensors at a time
-    assert grown["copy"] < 2 * largest and grown["drop"] < 4 * (2 + u.THREADS) * largest
+    assert grown["copy"] < 2 * largest and len(grown) == 4
+    # drop computes in fp32, on some tensors at a time; noise takes one std at a time in fp32, and virtual
+    # groups scale halves of a matrix
+    assert grown["drop"] < 4 * (2 + u.THREADS) * largest and grown["noise"] < 2 * (3 + u.THREADS) * largest
+    assert grown["virtual_groups"] < (2 + u.THREADS) * largest
 
 
 def test_command_line(tmp_path, random_dense, capsys, monkeypatch):
