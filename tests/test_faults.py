@@ -373,7 +373,7 @@ def test_so_many_steps_that_are_not_finite_are_skipped(tiny, monkeypatch, allowe
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_what_a_terminal_and_a_batch_system_send_saves_the_step(tiny, tmp_path, number):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9)
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False)
     process = start_training(c, tmp_path)
     wait_for(process, lambda: os.path.exists(os.path.join(c.out_dir, "log.jsonl")) and len(log(c)) > 3)
     process.send_signal(number)
@@ -518,7 +518,7 @@ def test_torchrun_starts_dead_ranks_anew_and_says_that_the_run_is_finished(tiny,
 
 
 def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP])
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False, save_at_tokens=[5 * STEP])
     process, _ = torchrun_that_lost_rank_1(c, tmp_path)
     began = time.monotonic()
     _, text = process.communicate(timeout=60)
@@ -529,7 +529,7 @@ def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path): 
 
 
 def test_a_rank_that_sleeps_beyond_the_timeout_is_said_once(tiny, tmp_path):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP], timeout_seconds=10)
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False, save_at_tokens=[5 * STEP], timeout_seconds=10)
     process, sleeper = torchrun_that_lost_rank_1(c, tmp_path, by=signal.SIGSTOP)
     began, said = time.monotonic(), []
     for line in process.stderr:

@@ -274,7 +274,7 @@ def test_a_disk_of_rank_0_that_is_full_ends_all_ranks(tiny):  # noqa: F811
     assert "rank 1: " in said and [name for name in os.listdir(c.out_dir) if "checkpoint" in name] == []
 
 
-@pytest.mark.parametrize("parallel, steps", [("ddp", 10**6), ("fsdp", 4)])
+@pytest.mark.parametrize("parallel, steps", [("ddp", 10**4), ("fsdp", 4)])
 def test_no_rank_ends_before_rank_0_has_written(tiny, parallel, steps):  # noqa: F811
     """srun and torchrun end all ranks when one has ended. Here both ranks get SIGUSR1 in a step, or rank 1
     alone when the last step is done; rank 0 takes 2.5 s to write and gets its SIGTERM after that."""
@@ -344,10 +344,11 @@ def readme_bytes(parallel, dtype, P, L, R, n):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_a_rank_is_what_the_readme_and_the_dry_run_say(tiny, parallel, dtype):  # noqa: F811
-    """Two ranks, 7 M parameters: training, saving, loading, within 9 MB, which libraries and pages take."""
+    """Two ranks, 7 M parameters: training, saving, loading, within 9 MB, which libraries and pages take, and
+    7 MB more in bf16, for which oneDNN keeps more."""
     c = variant(tiny, "dense", 2, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, dtype=dtype,
                 parallel=parallel, tokens_per_step=32, micro_batch_size=1)
-    path, slack = f"{c.out_dir}/checkpoint-1", 9e6
+    path, slack, w = f"{c.out_dir}/checkpoint-1", *((9e6, 4) if dtype == "float32" else (16e6, 2))
 
     def job(rank):
         ctypes.CDLL(None).mallopt(-3, 65536)  # what is freed goes back to the system,
@@ -366,7 +367,6 @@ def test_memory_of_a_rank_is_what_the_readme_and_the_dry_run_say(tiny, parallel,
             L = 4 * 384 ** 2 + 3 * 384 * 1024
             held = readme_bytes(parallel, dtype, P, L, P - 4 * L, 2)
             counted = cost.device_bytes(SimpleNamespace(settings=c, model=run.model_config, ranks=2))
-            w = 4 if dtype == "float32" else 2
             assert counted == held + cost.activation_bytes(run.model_config, 16, w)
             if rank == 0 or parallel == "fsdp":
                 saved = checkpoint.contents(run.model, run.optimizer, copy=True)
