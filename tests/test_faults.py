@@ -529,7 +529,8 @@ def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path): 
 
 
 def test_a_rank_that_sleeps_beyond_the_timeout_is_said_once(tiny, tmp_path):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False, save_at_tokens=[5 * STEP], timeout_seconds=10)
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False, save_at_tokens=[5 * STEP],
+                            timeout_seconds=10)
     process, sleeper = torchrun_that_lost_rank_1(c, tmp_path, by=signal.SIGSTOP)
     began, said = time.monotonic(), []
     for line in process.stderr:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ import cost
 import train as train_module
 from configurator import ConfigError
 from data.stream import batches
-from model import MoE, parameter_counts
+from model import Layer, MoE, parameter_counts
 from start import Stopped
 from test_train import STEP, data, log, moe, quiet, same_state, tiny  # noqa: F401  (fixtures)
 from train import train
@@ -181,7 +182,9 @@ def test_fsdp_in_bf16_has_the_losses_of_one_process_in_bf16(tiny, kind):  # noqa
         compare(one, many[world - 1], rtol=2e-2)
 
 
-def test_fsdp_compiled_by_layer_has_the_losses_of_one_process(tiny):  # noqa: F811
+def test_fsdp_compiled_by_layer_has_the_losses_of_one_process(tiny, monkeypatch):  # noqa: F811
+    """Traced and differentiated by torch.compile, but run without its C++, which takes a minute to make."""
+    monkeypatch.setattr(Layer, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     one, two = (variant(tiny, "dense", world, compile=world == 2, max_tokens=4 * STEP) for world in (1, 2))
     train(one, report=quiet)
 
