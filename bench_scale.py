@@ -140,7 +140,7 @@ def races(options, folder):
         said = said_by([*TORCHRUN, f"--nproc_per_node={n}", "bench_scale.py", str(hidden), family])
         reached = next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
         m, (F, L, heads) = model_config(hidden, family), SHAPES[hidden]
-        for parallel in ("ddp", "fsdp") if n > 1 else ("ddp", ):
+        for parallel in ("ddp", "fsdp"):
             name = f"{family} {hidden} {parallel} {n}"
             c = Train(out_dir=os.path.join(folder, name), rows=None, dataset=os.path.join(folder, "data"),
                       hidden_size=hidden, intermediate_size=F, num_hidden_layers=L, num_attention_heads=heads,

@@ -17,32 +17,33 @@ def activation_bytes(m, tokens, w, recompute=False):
     w: bytes of a number in products, 4 for fp32, 2 for bf16. Counted from model.py: a layer keeps the
     residual stream before both of its norms in fp32, and in the type of products what goes into each product,
     q, k, v, the output of attention, gate, up, silu(gate) and their product. A mixture keeps the rows of the
-    chosen experts too. The head keeps its gradients. recompute: all layers but one keep their input alone.
+    chosen experts too, and in fp32 the router's input. A layer that is not compiled keeps its q, k and v
+    weights in another order. The head keeps its gradients. recompute: all layers but one keep their input.
     """
     D, E, F = m.hidden_size, m.num_local_experts, m.intermediate_size
     q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
     layer = 4 * 2 * D + w * (2 * D + 2 * q + 2 * kv) + 4 * (m.num_attention_heads + 2)
     if E:
-        layer += m.num_experts_per_tok * (w * (2 * D + 4 * F) + 4 * D) + 8 * E
-        layer += 4 * D if w < 4 else 0  # the router's input
+        layer += m.num_experts_per_tok * (w * (2 * D + 4 * F) + 4 * D) + 8 * E + 4 * D * (w < 4)
     else:
         layer += w * 4 * F
-    layers = m.num_hidden_layers * 4 * D + layer if recompute else m.num_hidden_layers * layer
-    return tokens * (layers + (4 + w) * D) + 4 * m.vocab_size * D
+    kept, whole = (m.num_hidden_layers, 1) if recompute else (0, m.num_hidden_layers)
+    layers = whole * (tokens * layer + w * D * (q + 2 * kv))
+    return layers + tokens * (4 * kept + 4 + w) * D + 4 * m.vocab_size * D
 
 
 def device_bytes(job):
     """Bytes that a sweep.Job needs on each device at the end of a forward pass: activations, and for each
     parameter weight, gradient and AdamW's two moments in fp32, and the weight in bf16 if products are.
 
-    fsdp divides them among the ranks. Beyond its share a rank holds the gathered weights of two layers at a
-    time with the gradients of one, and all that are no layer's matrices.
+    fsdp divides them among the ranks. Beyond its share a rank holds the gathered matrices of two layers at a
+    time, the gradient of one with its copy in fp32, and weights and gradients of all that is no such matrix.
     """
     c, n, w = job.settings, parameter_counts(job.model), 2 if job.settings.dtype == "bfloat16" else 4
     matrices = n["attention"] + n["mlp"]
     if c.parallel == "fsdp" and job.ranks > 1:
         held = (0 if c.cpu_offload else 16 * n["total"] / job.ranks) + 8 * (n["total"] - matrices)
-        held += matrices / job.model.num_hidden_layers * (3 * w + 8)  # gradients are summed in fp32
+        held += matrices / job.model.num_hidden_layers * (3 * w + 4)
     else:
         held = n["total"] * (16 if w == 4 else 18)
     tokens = passes(c, job.ranks)[0] * c.max_seq_len

@@ -68,7 +68,7 @@ def process_group(kind, timeout_seconds):
 def any_rank(flag, device):
     """Whether `flag` is true on a rank. All ranks ask at the same place."""
     if dist.is_initialized():
-        flag = torch.tensor(float(flag), device=device)
+        flag = torch.tensor(float(bool(flag)), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 

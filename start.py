@@ -209,19 +209,18 @@ class Stopped(KeyboardInterrupt):
 def caught_signals():
     """Yields an object with `caught`, a list that grows by each signal of STOP, and `at_once`.
 
-    While at_once is true, the first signal raises Stopped wherever the process stands. A signal two seconds
-    after the first one ends the process. (Batch systems send several at a time.) What the process was told to
-    ignore, as by nohup, it ignores.
+    While at_once is true, the first signal raises Stopped wherever the process stands. A signal that comes
+    again after two seconds ends the process. (Batch systems and torchrun send several, and one of each kind
+    leaves time to save.) What the process was told to ignore, as by nohup, it ignores.
     """
-    signals, began = types.SimpleNamespace(caught=[], at_once=True), []
+    signals, began = types.SimpleNamespace(caught=[], at_once=True), {}
 
     def handle(number, frame):
-        began.append(time.monotonic())
-        if began[-1] > began[0] + 2:
+        if time.monotonic() > began.setdefault(number, time.monotonic()) + 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         signals.caught.append(number)
-        if signals.at_once and len(began) == 1:
+        if signals.at_once and len(signals.caught) == 1:
             raise Stopped(number)
     before = {number: signal.signal(number, handle) for number in STOP
               if signal.getsignal(number) != signal.SIG_IGN}

@@ -295,7 +295,7 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
     n = min(eval_tokens, len(tokens) - 1) // seq_len
     losses, share = torch.zeros(n, dtype=torch.float64, device=device), range(rank, n, world)
     for start in range(0, -(-n // world), batch_size):
-        if any_rank(bool(stop), device):
+        if any_rank(stop, device):
             losses.fill_(-math.inf)
             break
         places = share[start:start + batch_size]
@@ -408,7 +408,7 @@ def finished(run, report):
 
 def loop(run, signals, report):
     """Train from run.state to run.max_steps, log and save. Raises Stopped after a signal: at once before the
-    first step is done, when nothing is lost, and else when the step is saved."""
+    first step is done, when nothing is lost, and else on all ranks when the step is saved."""
     c, state, rank = run.c, run.state, ranks()[0]
     kept = {state["step"] - (state["tokens"] - level) // c.tokens_per_step for level in c.save_at_tokens}
     kept.add(run.max_steps)
@@ -458,13 +458,14 @@ def loop(run, signals, report):
                 clock = saved_at = time.perf_counter()
             if rank == 0:
                 report(c.tokens_per_step)
-            finish_saving(run, wait=measured["stop"])
             if measured["stop"]:
-                raise Stopped(signals.caught[0] if signals.caught else signal.SIGTERM)
+                break
+            finish_saving(run, wait=False)
         finish_saving(run)
+        stop = any_rank(signals.caught, run.device)  # no rank ends while rank 0 writes: that may end it too
     signals.at_once = True
-    if signals.caught:
-        raise Stopped(signals.caught[0])
+    if stop or signals.caught:
+        raise Stopped(signals.caught[0] if signals.caught else signal.SIGTERM)
 
 
 def finish(run, report):

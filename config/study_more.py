@@ -1,7 +1,7 @@
 """More ways to upcycle the smallest dense models of the reference study, beside its copy and drop 0.5: noise,
 drop at other ratios and a matrix at a time, virtual groups, a router of larger rows, AdamW's moments kept.
 
-    python sweep.py config/study_more.py --families="['upcycled']"     # after config/study.py, in its directory
+    python sweep.py config/study_more.py --families="['upcycled']"    # after config/study.py
 """
 out_dir = "out/study"
 

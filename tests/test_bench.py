@@ -1,5 +1,6 @@
 """The benchmarks: contestants do the same work, the limit is what it says, ratios are what the rows give."""
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from bench import laws, watched
 from bench_train import (alternate, contestants, growth, model_config, products_alone, race, random_batch,
                          ratios, report_races, stages)
 from configurator import ConfigError, parse
+from data.prepare import Options as Prepare
 from model import ModelConfig, flops_per_token, parameter_counts
+from sweep import Study
 from test_train import data  # noqa: F401  (a fixture)
 from train import Train
 
@@ -182,6 +185,52 @@ def test_two_processes_send_what_is_counted(data, tmp_path):  # noqa: F811
     seconds, sent = bench_scale.measure(c, 2)
     counted = bench_scale.traffic(model_config(hidden, "dense"), "ddp", 2, False, 1, gloo=True)[0]
     assert seconds > 0 and 0.9 * counted < sent < 1.5 * counted
+
+
+def test_one_process_is_measured_with_ddp_and_with_fsdp(data, tmp_path):  # noqa: F811
+    (tmp_path / "data").symlink_to(data)
+    options = SimpleNamespace(families=["dense"], sizes=[32], processes=[1], repeats=3)
+    rows = bench_scale.races(options, str(tmp_path))
+    assert [(row["parallel"], row["processes"]) for row in rows] == [("ddp", 1), ("fsdp", 1)]
+    assert all(row["bytes_counted"] == row["communication"] == 0 < row["tokens_per_s"] for row in rows)
+
+
+def test_the_benchmark_of_gpus_leaves_all_that_it_ran_in_one_file(tmp_path, monkeypatch):
+    """On a card that is made up, with commands that only write their files. The tests fail there."""
+    made, root = [], bench.HERE
+    row = json.loads(open(f"{root}/results/study_quick.jsonl").readline())
+
+    def ran(words, cwd, **options):
+        if words[0] == "git":
+            return true_run(words, cwd=cwd, **options)
+        made.append(words[1:])
+        given = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
+        for path, content in ((given.get("out"), {"races": []}),
+                              (given.get("out_dir") and f"{given['out_dir']}/rows.jsonl", row)):
+            if path:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w") as f:
+                    f.write(json.dumps(content) + "\n")
+        return SimpleNamespace(returncode=int("pytest" in words), stdout="a" * 20_000, stderr="the end")
+    true_run = bench.subprocess.run
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    monkeypatch.setattr(bench, "HERE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up 9000")
+    (tmp_path / "results").mkdir()
+    bench.main(SimpleNamespace(what="gpu", out=""))
+    found = json.loads((tmp_path / "results" / "gpu_Made_Up_9000.json").read_text())
+    assert (found["card"], found["cards"], found["torch"]) == ("Made Up 9000", 2, torch.__version__)
+    assert {name: found[name]["status"] for name in ("data", "tests", "train", "study")} == {
+        "data": 0, "tests": 1, "train": 0, "study": 0}
+    assert found["tests"]["output"] == ("a" * 20_000 + "the end")[-10_000:]
+    assert found["train"]["numbers"] == {"races": []} and len(found["study"]["rows"]) == 1
+    assert all(found["study"]["rows"][0][key] == row[key] for key in ("family", "N", "D", "loss", "trunk"))
+    kinds = {"data/prepare.py": Prepare, "bench.py": bench.Options, "sweep.py": Study}
+    for script, *words in made:  # commands that exist
+        assert script == "-m" and os.path.exists(words[-1]) or parse(kinds[script], words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the benchmark would run")

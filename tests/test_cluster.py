@@ -1,4 +1,5 @@
 """A study on many machines: shares, runs under torchrun, what it costs, and the examples for SLURM."""
+import ast
 import dataclasses
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +128,32 @@ def test_a_run_under_torchrun_stops_goes_on_and_equals_one_process(mini, tmp_pat
     assert row == json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
 
 
+def test_a_study_under_a_launcher_makes_the_rows_that_workers_make(mini, tmp_path):  # noqa: F811
+    """A dense trunk, a MoE from scratch and an upcycled one, on two ranks each and by one process."""
+    mini.write_text(one_size(mini).replace("D1 = [10 * _step, 40 * _step]", "D1 = [10 * _step]"))
+    found = []
+    for flags in ([f"--launcher={TORCHRUN}"], ["--workers=1", f"--out_dir={tmp_path / 'alone'}"]):
+        s = study(mini, "--families=['moe', 'upcycled']", *flags)
+        sweep.main(s)
+        rows = [json.loads(line) for line in open(Path(s.out_dir) / "rows.jsonl")]
+        found.append({row["family"]: row for row in rows})
+        planned = {row["family"]: row for row in planned_rows(s)}
+        assert len(rows) == 2 and found[-1].keys() == planned.keys() == {"moe", "upcycled"}
+        assert all(found[-1][family] | planned[family] == found[-1][family] for family in planned)
+    for family in planned:
+        assert found[0][family]["loss"] == pytest.approx(found[1][family]["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize("gpus, flags, count", [(3, [], 3), (0, [], os.cpu_count()), (3, ["--workers=2"], 2),
+                                                (3, [f"--launcher={TORCHRUN}"], 1)])
+def test_workers_are_as_many_as_devices(mini, monkeypatch, gpus, flags, count):  # noqa: F811
+    seen, s = [], study(mini, *flags)
+    jobs = study_jobs(s)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(sweep, "run_jobs", lambda todo, count, caught, bar: seen.append(count) or [])
+    assert sweep.sweep(s, jobs) == [] and seen == [min(count, len(jobs))]
+
+
 def test_a_launched_run_that_fails_says_what_train_printed(mini):  # noqa: F811
     mini.write_text(one_size(mini))
     branch = study_jobs(study(mini, f"--launcher={sys.executable}"))[1]
@@ -223,12 +251,68 @@ def test_the_grid_of_the_paper_is_counted_without_its_data(capsys):
     assert "vocabulary of 50,257 tokens is assumed" in said.err
     hours = sum(job.flops for job in plan) / (0.5 * 989e12 * 3600)
     assert f"time: {hours:,.3g} hours of one device" in said.out
+    largest = max(plan, key=cost.device_bytes)
+    assert largest.row["N"] == n and largest.row["family"] == "moe"
+    assert f"memory: {cost.device_bytes(largest) / 1e9:.3g} GB a device in the largest run" in said.out
+    disk = sum(cost.disk_bytes(job) for job in plan) / 1e12
+    words = ast.get_docstring(ast.parse((ROOT / "config" / "paper" / "study.py").read_text()))
+    told = re.search(r"says ([\d,]+) GPU-hours on H100s, (\S+) GB a GPU and (\S+) TB", words).groups()
+    assert [float(number.replace(",", "")) for number in told] == pytest.approx(
+        [hours * 0.5 / 0.4, cost.device_bytes(largest) / 1e9, disk], rel=0.005)
     parts = [(job.row["flops"], job.row.get("D2", job.row.get("D"))) for job in plan if job.row["N"] == n]
     per_token = {flops // tokens for flops, tokens in parts}
     dense = 6 * (n - (2 * 26 + 1) * D + 50257 * D) + 12 * 26 * D * 2048
     assert per_token == {dense, dense + 6 * 26 * (3 * D * F + 8 * D)}
     with pytest.raises(ConfigError, match="slimpajama.*no such file; make it with: python data/prepare.py"):
         study_jobs(dataclasses.replace(s, dry_run=False))
+
+
+def bytes_study(monkeypatch, name, *flags):
+    """(a study of config/ with data of bytes, which are not at hand in tests, its jobs)."""
+    monkeypatch.setattr(sweep, "load_tokens", lambda directory, split: (None, {"vocab_size": 257}))
+    s = parse(sweep.Study, [str(ROOT / "config" / f"{name}.py"), *flags])
+    return s, study_jobs(s)
+
+
+def test_the_hours_of_a_dry_run_are_those_that_make_study_took(monkeypatch):
+    """The log has how long its sweep took, and the speed of its steps."""
+    text = " ".join((ROOT / "dev" / "LOG.md").read_text().split())
+    told = re.search(r"The sweep of `make study` \((\S+)M tokens, (\S+) FLOPs, 2 workers\) took (\d+) min "
+                     r"(\d+) s.*?All its steps together ran at (\S+) FLOP/s a worker", text).groups()
+    tokens, flops, minutes, seconds, speed = map(float, told)
+    s, plan = bytes_study(monkeypatch, "study_quick", f"--flops_per_gpu={speed}", "--mfu=1")
+    assert tokens == pytest.approx(sum(job.tokens for job in plan) / 1e6, rel=1e-3)
+    assert flops == pytest.approx(sum(job.flops for job in plan), rel=2e-3)
+    hours = float(re.search(r"time: (\S+) hours of one device", cost.describe(s, plan))[1])
+    assert hours * 3600 / 2 == pytest.approx(60 * minutes + seconds, rel=0.1)
+
+
+def test_the_study_of_a_gpu_has_the_share_and_the_disk_that_it_says(monkeypatch):
+    s, plan = bytes_study(monkeypatch, "study_gpu")
+    words = " ".join(ast.get_docstring(ast.parse((ROOT / "config" / "study_gpu.py").read_text())).split())
+    minutes, percent, disk = map(float, re.search(
+        r"takes (\d+) minutes of an H100 at (\S+) % of its peak in bf16.* keeps (\S+) GB", words).groups())
+    assert percent / 100 == pytest.approx(sum(job.flops for job in plan) / (minutes * 60 * 989e12), rel=0.01)
+    assert disk == pytest.approx(sum(cost.disk_bytes(job) for job in plan) / 1e9, rel=0.001)
+
+
+@pytest.mark.parametrize("name, experts, offload", [("7B dense", 0, False), ("its mixture of 8", 8, False),
+                                                    ("the mixture with `--cpu_offload`", 8, True)])
+def test_the_table_of_large_models_is_what_is_counted(name, experts, offload):
+    """By hand: 32 layers of width 4096 and 14336, 8 key-value heads of 128, 32,000 tokens, not tied."""
+    D, F, L = 4096, 14336, 32
+    matrices = L * (2 * D * (D + 8 * 128) + max(experts, 1) * 3 * D * F)
+    others = 2 * 32000 * D + L * (2 * D + experts * D) + D
+    m = ModelConfig(32000, D, F, L, 32, 8, max_position_embeddings=D, num_local_experts=experts)
+    c = Train(max_seq_len=D, tokens_per_step=32 * D, micro_batch_size=1, dtype="bfloat16", parallel="fsdp",
+              activation_checkpointing=True, cpu_offload=offload)
+    line, = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {name}"))
+    for n, cell in zip((8, 16, 32), line.split(" | ")[1:]):
+        shares = 16 * (matrices + others) / n
+        held = 8 * others + 10 * matrices / L + cost.activation_bytes(m, D, 2, recompute=True)
+        counted = [held, shares] if offload else [held + shares]
+        assert [f"{size / 1e9:.0f}" for size in counted] == re.findall(r"\d+", cell)
+        assert cost.device_bytes(SimpleNamespace(settings=c, model=m, ranks=n)) == pytest.approx(counted[0])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from configurator import ConfigError, read_config, read_json, write_config
 from data.prepare import Options as Prepare, load_tokenizer, prepare
 from data.stream import load_tokens
 from start import Stopped
-from test_train import STEP, data, log, moe, quiet, same_state, tiny, torchrun  # noqa: F401  (fixtures)
+from test_train import STEP, data, digests, log, moe, quiet, same_state, tiny, torchrun  # noqa: F401  (fixtures)
 from train import Train, train
 from upcycle import Options, upcycle
 
@@ -373,7 +373,7 @@ def test_so_many_steps_that_are_not_finite_are_skipped(tiny, monkeypatch, allowe
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_what_a_terminal_and_a_batch_system_send_saves_the_step(tiny, tmp_path, number):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9)
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False)
     process = start_training(c, tmp_path)
     wait_for(process, lambda: os.path.exists(os.path.join(c.out_dir, "log.jsonl")) and len(log(c)) > 3)
     process.send_signal(number)
@@ -411,7 +411,7 @@ def test_a_signal_interrupts_validation_and_compilation(tiny, monkeypatch, where
     assert [json.loads(line) for line in open(c.rows)] == [row] and len(log(c)) == 20
 
 
-def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+def test_a_signal_that_comes_again_ends_the_process_at_once(monkeypatch):
     now, killed = [0.0], []
     monkeypatch.setattr(start.time, "monotonic", lambda: now[0])
     with start.caught_signals() as signals:
@@ -422,9 +422,11 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         with monkeypatch.context() as patch:
             true_kill = os.kill
             patch.setattr(start.os, "kill", lambda *args: killed.append(args))
-            true_kill(os.getpid(), signal.SIGINT)
-        assert killed == [(os.getpid(), signal.SIGINT)] and signals.caught[:2] == [signal.SIGTERM] * 2
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+            true_kill(os.getpid(), signal.SIGINT)  # of another kind: the save goes on
+            assert killed == [] and signals.caught == [signal.SIGTERM] * 2 + [signal.SIGINT]
+            true_kill(os.getpid(), signal.SIGTERM)
+        assert killed == [(os.getpid(), signal.SIGTERM)]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL != signal.getsignal(signal.SIGINT)
 
 
 def test_a_signal_in_the_middle_of_a_library_is_no_error_of_that_library():
@@ -489,36 +491,56 @@ def test_an_error_that_all_ranks_meet_is_said_once(tiny, tmp_path):  # noqa: F81
     assert "rank " in result.stderr
 
 
-def torchrun_without_rank_1(c, tmp_path, *extra):
-    """torchrun with two ranks, one of which was killed when checkpoint-5 was there."""
+def torchrun_that_lost_rank_1(c, tmp_path, *extra, by=signal.SIGKILL):
+    """(torchrun with two ranks, the process of rank 1), which got a signal when checkpoint-5 was there."""
+    write_config(c, tmp_path / "c.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", *extra,
                "--standalone", "train.py", str(tmp_path / "c.py")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, lambda: os.path.exists(os.path.join(c.out_dir, "checkpoint-5")))
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(victim), signal.SIGKILL)
-    return process
+    victim = int(next(p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes()))
+    os.kill(victim, by)
+    return process, victim
 
 
-def test_torchrun_starts_dead_ranks_anew(tiny, tmp_path):  # noqa: F811
+def test_torchrun_starts_dead_ranks_anew_and_says_that_the_run_is_finished(tiny, tmp_path):  # noqa: F811
     c = dataclasses.replace(tiny, max_tokens=80 * STEP, save_at_tokens=[5 * STEP], parallel="fsdp",
                             resume=True)
-    write_config(c, tmp_path / "c.py")
-    process = torchrun_without_rank_1(c, tmp_path, "--max_restarts=1")
+    process, _ = torchrun_that_lost_rank_1(c, tmp_path, "--max_restarts=1")
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in text, text
-    assert [line["step"] for line in log(c)] == list(range(1, 81)) and os.path.exists(c.rows)
+    assert [line["step"] for line in log(c)] == list(range(1, 81))
+    before = digests(c.out_dir), Path(c.rows).read_text()
+    again = run_ranks(c, tmp_path)
+    assert again.returncode == 0 and again.stdout.count("row.json: finished already") == 1, again.stderr
+    assert (digests(c.out_dir), Path(c.rows).read_text()) == before
 
 
 def test_a_rank_that_has_gone_is_said_once_and_the_run_resumes(tiny, tmp_path):  # noqa: F811
-    c = dataclasses.replace(tiny, max_tokens=10**9, save_at_tokens=[5 * STEP])
-    write_config(c, tmp_path / "c.py")
-    process = torchrun_without_rank_1(c, tmp_path)
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False, save_at_tokens=[5 * STEP])
+    process, _ = torchrun_that_lost_rank_1(c, tmp_path)
+    began = time.monotonic()
     _, text = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15
     assert process.returncode != 0 and text.count("train.py: rank 0: another rank has gone") == 1, text
     row = train(dataclasses.replace(c, resume=True, max_tokens=20 * STEP), report=quiet)
     assert row["D"] == 20 * STEP
+
+
+def test_a_rank_that_sleeps_beyond_the_timeout_is_said_once(tiny, tmp_path):  # noqa: F811
+    c = dataclasses.replace(tiny, max_tokens=10**9, compile=False, save_at_tokens=[5 * STEP],
+                            timeout_seconds=10)
+    process, sleeper = torchrun_that_lost_rank_1(c, tmp_path, by=signal.SIGSTOP)
+    began, said = time.monotonic(), []
+    for line in process.stderr:
+        said.append(line)
+        if "another rank has gone" in line:
+            break
+    assert 5 < time.monotonic() - began < 25
+    os.kill(sleeper, signal.SIGCONT)
+    said += process.stderr.readlines()
+    assert process.wait(timeout=60) != 0 and "".join(said).count("train.py: ") == 1, said
 
 
 def test_a_worker_that_dies_while_it_starts_costs_one_run(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 
 import checkpoint
 from configurator import ConfigError, parse
+from cost import device_bytes, disk_bytes
 from rows import method_label, run_key
 from sweep import Study, check_unchanged, describe, planned_rows, study_jobs, study_totals
 from test_train import data, digests  # noqa: F401  (data is a fixture)
@@ -326,7 +327,11 @@ def test_a_study_never_takes_runs_of_other_settings_for_its_own(mini):
 def test_dry_run_trains_nothing(mini, tmp_path):
     result = subprocess.run(command(mini, "--dry_run"), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
-    assert "shared trunks save" in result.stdout
+    said = re.search(r"shared trunks save [^\0]*\ntime: \S+ hours of one device, [^\n]*\n"
+                     r"memory: (\S+) GB a device in the largest run, [^\n]*\ndisk: (\S+) GB", result.stdout)
+    jobs = study_jobs(study(mini))
+    assert float(said[1]) == pytest.approx(max(map(device_bytes, jobs)) / 1e9, rel=0.01)
+    assert float(said[2]) == pytest.approx(sum(map(disk_bytes, jobs)) / 1e9, rel=0.01)
     assert not (tmp_path / "out").exists()
 
 

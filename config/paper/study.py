@@ -8,7 +8,7 @@ learning rates are not at hand: all numbers here are our own, and the learning r
     python sweep.py config/paper/study.py                 # on a machine of 8 GPUs
     sbatch config/cluster/study.sh                        # on 10 such machines, in two parts: see there
 
-Nothing of this has run on a GPU. --dry_run says 5,600 GPU-hours on H100s, 47 GB a GPU and 5 TB of disk.
+Nothing of this has run on a GPU. --dry_run says 5,610 GPU-hours on H100s, 47.5 GB a GPU and 5 TB of disk.
 """
 out_dir = "out/paper"
 launcher = "torchrun --standalone --nproc_per_node=8"
