@@ -318,7 +318,7 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
         assert set(entry["noise"]) == set(entry["misfit"]) == set(entry["fitted_with"])
         own = {other for other in entry["fitted_with"].values() if other != law}
         assert set(entry.get("beside", own)) == own
-        assert ("methods" in entry) == ("c" in entry["params"])
+        assert ("methods" in entry) == bool({"c", "kappa"} & set(entry["params"]))
         if "methods" in entry:
             assert set(entry["methods"]) == {"copy", "drop"}
             assert entry["methods"]["copy"]["params"] == entry["params"]

@@ -59,6 +59,8 @@ UPCYCLED_PARAMS = {  # of every law that laws.py may know, near one another at N
     "upcycled.loss_matching_0": MOE_PARAMS | {f"dense_{k}": v for k, v in DENSE_PARAMS.items()},
 }
 UPCYCLED_PARAMS["upcycled.loss_matching"] = UPCYCLED_PARAMS["upcycled.loss_matching_0"] | {"delta": 0.01}
+for name in ("upcycled.saturating", "upcycled.loss_matching"):
+    UPCYCLED_PARAMS[f"{name}_handicap"] = UPCYCLED_PARAMS[name] | {"kappa": 0.02}
 SHARED = [name for name in UPCYCLED_PARAMS
           if name.partition(".")[2] not in ("", "no_interaction", "additive", "effective_data")]
 RANGES = {"dense": {"N": [1e4, 1e5], "D": [1e5, 1e7]}, "moe": {"N": [1e4, 1e5], "D": [1e5, 1e7]},
