@@ -401,7 +401,7 @@ def claims(rows, options):
         for claim, holds, text in compared(entries, corner) + (measured(chosen) if settings is usual else []):
             found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     left = len(rows) - len(long)
-    return found, [f"{left} rows are shorter than {WARM_UPS} warm-ups; the claims leave them out"] * bool(left)
+    return found, [f"{left} rows are shorter than {WARM_UPS} warm-ups; claims leave them out"] * bool(left)
 
 
 def main(options):

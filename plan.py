@@ -354,7 +354,7 @@ def costs_of(content, book, moe):
     dense, mixtures = book["models"]["dense"], book["models"]["upcycled"] | book["models"]["moe"]
     if dense and mixtures:
         costs = {"dense": sorted(dense.items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
-        return costs, "those of the models that the laws were fitted on"
+        return costs, content.get("models_from", "those of the models that the laws were fitted on")
     ratio = 1 + MLP_SHARE * (moe["num_experts_per_tok"] - 1)
     return ({"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]},
             f"assumed to be 6 N for the dense model and {ratio:.3g} times that for the MoE, without head and "
