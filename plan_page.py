@@ -33,7 +33,7 @@ WORDS = {  # plan.html says the same sentences
              "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
              "predicts the budget to 2-4 %.",
     "again": "The laws' rows reach all branches of a pilot already. A second seed of them costs {flops} "
-             "FLOPs, {share} of the budget, and shows the luck. Runs on the whole budget would decide.",
+             "FLOPs, {share} of the budget, and shows what is luck. Runs on the whole budget would decide.",
     "run": "{family}: one trunk with decayed branches at {branches} tokens",
 }
 

@@ -359,7 +359,8 @@ def moe_study(path, noise=0.002):
                         + 36 * math.exp(-0.55 * e) * D ** (-0.18 + 0.026 * e) + 1.36)
                 rows.append({"family": "moe", "N": n, "N_active": active, "D": D,
                              "N_total": n * (0.3 + 0.7 * experts), "num_local_experts": experts,
-                             "num_experts_per_tok": 2.0, "loss": loss * math.exp(noise * random.standard_normal())})
+                             "num_experts_per_tok": 2.0,
+                             "loss": loss * math.exp(noise * random.standard_normal())})
     return write(path, rows)
 
 

@@ -655,7 +655,7 @@ def test_losses_are_also_in_bits_a_byte_where_the_laws_say_how_many_a_nat_is(tmp
 
 
 # A page's scripts with elements that hold what is put into them and nothing else.
-STUB = """
+STUB = """{
 const fs = require("fs"), vm = require("vm"), elements = {}, [page, hash] = process.argv.slice(1);
 const element = () => ({ insertAdjacentHTML() {}, addEventListener() {} });
 globalThis.document = { getElementById: id => elements[id] ||= element() };
@@ -664,7 +664,7 @@ for (const [, script] of fs.readFileSync(page, "utf8").matchAll(/<script>(.*?)<\
   vm.runInThisContext(script);
 const { result, verdict, tables } = elements;
 console.log(JSON.stringify([result.textContent, verdict.textContent, tables.innerHTML]));
-"""
+}"""
 
 
 def opened(path, fragment=""):
@@ -771,7 +771,7 @@ def test_help_into_a_closed_pipe_is_silent():
     (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=989), "did you mean --flops_per_gpu=989e12"),
     (dict(N=5000, D1=1e11, tokens=1e9), "did you mean --N=5e+09"),
     (dict(N=1e9, D1=1e5, tokens=5e10), "did you mean --D1=1e+11"),
-    (dict(N=1e9, D1=1e11, flops=1e12), "100 tokens at N = 1e+09, too few"),
+    (dict(N=1e9, D1=1e11, flops=1e12), "86.9 tokens at N = 1e+09, too few"),
     (dict(fresh=True, flops=1e7), "too few to plan N"), (dict(design="x", noise=0.0), "noise: 0.0"),
     (dict(fresh=True, tokens=1e10), "--tokens as a budget needs --N="),
     (dict(N=1e9, D1=1e11, tokens=1e9, num_experts_per_tok=9), "num_experts_per_tok"),
