@@ -81,7 +81,7 @@ def say_plan(found):
 
 
 def say_head(found):
-    """(H, kappa) in words, of a law or a method; empty where it has none."""
+    """(H, kappa) in words, of a law or a method; two empty ones where it has none."""
     return (short(found["head_start"]), percent(math.expm1(found["kappa"]))) if "kappa" in found else ("", "")
 
 
@@ -102,7 +102,7 @@ def say_answer(result):
     if result["options"]:
         lines += say_options(result["options"], "tokens or plan", say_plan) + [""]
         if len(result["methods"]) > 1:
-            lines += say_options(result["methods"], "H, kappa", lambda found: ", ".join(say_head(found)))
+            lines += say_options(result["methods"], "H, kappa", lambda found: "  ".join(say_head(found)))
             lines += [say_method(result["methods"]), ""]
         lines += say_laws(result["laws"]) + [""]
     if result["overtaking"]:

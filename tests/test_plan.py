@@ -395,7 +395,7 @@ def test_head_start_is_worth_tokens_and_the_method_depends_on_the_budget():
     assert (f"an H, handicap, the checkpoint is worth {laws.short(80 * 1e6 ** 0.7)} tokens of MoE training, "
             f"once, and upcycling costs 2.0 % of the loss, for ever. Its D2*: {laws.short(law['D2_star'])}."
             ) in said
-    assert re.search(rf"drop_0.5  {laws.short(20 * 1e6 ** 0.7)}, -1.0 % ", said)
+    assert re.search(rf"drop_0.5  {laws.short(20 * 1e6 ** 0.7)}  -1.0 % ", said)
     said = "\n".join(plan_page.say_answer(many))
     assert "the way of upcycling with the lowest expected loss is drop_0.5. It is" in said
 
@@ -813,6 +813,7 @@ def changed(*keys, value):
     (("models", 0, "flops_per_token"), -1, "flops_per_token = -1 must be positive"),
     (("models", 0, "N"), [], "not of a laws file"), (("bits_per_nat",), "x", "not of a laws file"),
     (("bits_per_nat",), -1, "bits_per_nat = -1 must be positive"),
+    (("warm_up",), "x", "not of a laws file"), (("warm_up",), math.nan, "warm_up = nan"),
     (("laws", "moe", "misfit", "moe"), 1e308, "misfit.moe"),
     (("laws", "upcycled", "methods"), {"copy": {"params": UPCYCLED_PARAMS["upcycled.additive"]}},
      "methods.copy"),
