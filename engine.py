@@ -1,7 +1,6 @@
 """The engine that fits a system of laws: loss with its Jacobian, starts, and descent.
 
-All parameters are fitted at once. S is a number of fits done side by side, p of parameters, n of rows, K of
-terms.
+S is a number of fits done side by side, p of parameters, n of rows, K of terms.
 """
 import itertools
 import math
@@ -24,11 +23,8 @@ def log_sum(terms):
 
 
 def log_head_start(problem, theta, terms):
-    """(ln H (S, n), its Jacobian (S, p, n)) at theta (S, p); terms (K, S, n) are those without the head
-    start.
-
-    H is c D1^gamma, or saturates at H_max, or is where the MoE's loss from scratch equals the dense model's.
-    """
+    """(ln H (S, n), its Jacobian (S, p, n)) at theta (S, p); terms (K, S, n) are those without H. It is
+    c D1^gamma, or saturates at H_max, or is where the MoE's loss from scratch equals the dense model's."""
     head, alpha = problem.head, theta[:, problem.head.alpha, None]
     if len(head.dense):
         dense, portion = log_sum(np.matmul(theta, head.dense))
@@ -97,11 +93,9 @@ def huber(residual, delta):
 
 
 def marquardt_step(problem, theta, gradient, jacobian, weight, damping):
-    """(trial theta (S, p), decrease promised by the quadratic model (S,)) of one Levenberg-Marquardt step.
-
-    A parameter at a bound that the step would cross is held. A coefficient steps linearly in its raw value,
-    which takes 20 times fewer steps than in its logarithm.
-    """
+    """(trial theta (S, p), decrease promised by the quadratic model (S,)) of one Levenberg-Marquardt step. A
+    parameter at a bound that the step would cross is held. A coefficient steps linearly in its raw value,
+    which takes 20 times fewer steps than in its logarithm."""
     movable = ~((theta <= problem.low) & (gradient < 0) | (theta >= problem.high) & (gradient > 0))
     jacobian, gradient = jacobian * movable[:, :, None], gradient * movable
     hessian = (jacobian * weight[:, None, :]) @ jacobian.transpose(0, 2, 1)
@@ -225,11 +219,8 @@ class Fit:
     prior: tuple = None    # (places of exponents, means, standard deviations), (q,) each
 
     def params(self, law, theta=None, method=None):
-        """{parameter: value} of a law of the system, for one method of upcycling; from theta (S, p) arrays of
-        draws.
-
-        Without a method, the parameters are those of the method copy, or of the first.
-        """
+        """{parameter: value} of a law of the system, for one method of upcycling, or else for copy or the
+        first; from theta (S, p) arrays of draws."""
         problem, theta = self.problem, self.theta if theta is None else theta
         raw = theta @ problem.to_raw.T + problem.to_raw0
         raw = np.where(problem.is_log, np.exp(raw), raw)

@@ -1,7 +1,6 @@
 """Figures of a study, from its rows and fitted laws.
 
-`rows` are those of rows.read_rows, and `laws` is {law: entry} as laws.json holds them. Losses are nats per
-token.
+`rows` are those of rows.read_rows, `laws` is {law: entry} as laws.json holds them. Losses: nats per token.
 """
 import matplotlib
 matplotlib.use("Agg")
@@ -11,7 +10,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import RIVALS, law_name, predict, short
-from problem import point_of
+from problem import levels, point_of
 from rows import method_label
 
 plt.rcParams.update({
@@ -20,7 +19,7 @@ plt.rcParams.update({
 FAMILY_STYLES = {  # name, marker and colour
     "dense": ("dense", "o", "#888888"), "moe": ("MoE from scratch", "s", "#222222"),
     "upcycled": ("upcycled", "D", "#3b6fb6")}
-RIVAL_STYLES = {law: (plt.cm.tab10(i), ("-", "--", "-.")[i % 3]) for i, law in enumerate(RIVALS)}
+RIVAL_STYLES = {law: (plt.cm.tab10(i % 10), ("-", "--", "-.")[i % 3]) for i, law in enumerate(RIVALS)}
 
 
 def of_family(rows, family, **values):
@@ -54,7 +53,8 @@ def predicted_losses(rows, law, entry):
         own = row["family"] == law.partition(".")[0]
         row_law = law if own else entry["fitted_with"].get(row["family"])
         fitted = entry if row_law == law else entry.get("beside", {}).get(row_law)
-        if fitted and all(row.get(name) == value for name, value in entry.get("at", {}).items()):
+        if fitted and all(len(levels((row.get(name, 0.0), value))) == 1
+                          for name, value in entry.get("at", {}).items()):
             fitted = entry.get("methods", {}).get(method_label(row), entry) if own else fitted
             losses[i] = predict(row_law, fitted["params"], **point_of(row))
     return losses
@@ -142,10 +142,8 @@ def curves_of(rows):
 
 
 def loss_against_tokens(rows, laws, shown):
-    """One panel a size: mean loss, its range over repeats, and the laws.
-
-    shown is {family: [law that is drawn as lines, law that is drawn as dashes]}.
-    """
+    """One panel a size: mean loss, its range over repeats, and the laws. shown is {family: [law that is drawn
+    as lines, law that is drawn as dashes]}."""
     upcycled = of_family(rows, "upcycled")
     sizes = few(sorted_levels(upcycled or rows, "N"))
     figure, axes = panels(len(sizes))
@@ -224,10 +222,8 @@ def residuals(rows, law, entry):
 
 
 def against_copy(differences):
-    """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method.
-
-    differences is that of report.method_differences. Of one method alone: a panel a N, a colour a D1.
-    """
+    """Loss against copying over D2, mean over pairs and interval: one panel a (N, D1), one colour a method;
+    of one method alone a panel a N, a colour a D1. differences is that of report.method_differences."""
     if len({label for label, _, _ in differences}) == 1:
         differences = {(f"{label},\nD1 = {short(d1)}", n, ""): cells
                        for (label, n, d1), cells in differences.items()}
@@ -256,10 +252,8 @@ def against_copy(differences):
 
 
 def loss_matching(curves):
-    """Loss matching less a published law over D2: one panel a N, one colour a D1.
-
-    curves is {N: {D1: (D2, difference, where that law is above its start, above from scratch)}}, all (n,).
-    """
+    """Loss matching less a published law over D2: one panel a N, one colour a D1. curves is {N: {D1: (D2,
+    difference, where that law is above its start, above from scratch)}}, all (n,)."""
     figure, axes = panels(len(curves), sharey=True)
     for axis, (n, by_D1) in zip(axes, curves.items()):
         for (d1, (D2, difference, *above)), color in zip(by_D1.items(), shades(by_D1).values()):

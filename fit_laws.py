@@ -18,8 +18,8 @@ import numpy as np
 import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
-from mixture import read_laws
-from problem import levels, levels_of_N, missing, point_of, variable, variables_of
+from mixture import WARM_UPS, read_laws
+from problem import at_levels, levels, levels_of_N, missing, point_of, variable, variables_of
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
                          standard_errors, unidentified)
@@ -27,10 +27,8 @@ from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk
 # Laws that are fitted to the rows of one (D, D1, D2).
 AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
 ORIGIN = ("data_sha256", "tokenizer", *EXPERTS, "max_seq_len")  # what must agree among laws that are compared
-# Mean and standard deviation of a dense model's -d ln loss / d ln D, which a pilot that is short beside D1
-# cannot tell. The quick study's and the published dense laws have 0.03 to 0.13.
+# Mean and sd of a dense model's -d ln loss / d ln D, which a short pilot cannot tell: laws have 0.03 to 0.13.
 LOCAL_ALPHA = (0.08, 0.05)
-WARM_UPS = 5  # a shorter run, in lengths of its warm-up, says little of the law: the claims leave it out
 
 
 @dataclass
@@ -59,9 +57,8 @@ class Options:
 # Which laws, on which rows
 
 def resolve_repeats(rows, how):
-    """([row], [text: what was done]) where no run is repeated: each group of one run_key gives the row of
-    its first row with the lowest or the mean loss. Raises ConfigError where runs are repeated and
-    how is "refuse"."""
+    """([row], [text: what was done]) where no run is repeated: each group of one run_key gives its first row
+    with the lowest or the mean loss. Raises ConfigError where runs are repeated and how is "refuse"."""
     groups = {}
     for row in rows:
         groups.setdefault(run_key(row), []).append(row)
@@ -82,18 +79,17 @@ def resolve_repeats(rows, how):
 
 def rows_at_one_data(rows):
     """The rows of the (D, D1, D2) that occurs most often; of those that tie, the one with most tokens."""
-    data = [tuple(row.get(name, 0.0) for name in ("D", "D1", "D2")) for row in rows]
+    data = [tuple(row.get(name, 0.0) for name in ("D", "D1", "D2")) for row in at_levels(rows)]
     counts = Counter(data)
     chosen = max(counts, key=lambda tokens: (counts[tokens], sum(tokens)), default=None)
     return [row for row, tokens in zip(rows, data) if tokens == chosen]
 
 
 def system_of(law, base, rows):
-    """{family: law} of the system that a law is fitted in. Dense, MoE and upcycled law are one system;
-    each rival takes the upcycled law's place, so that all of them explain the same rows. A law whose curve
-    from scratch is its own takes the MoE's place too. Loss matching with delta = 0 is fitted to no
-    upcycled row. The law of a pilot takes the checkpoint continued as a power law, where its rows allow no
-    more."""
+    """{family: law} of the system that a law is fitted in. Dense, MoE and upcycled law are one system; each
+    rival takes the upcycled law's place, so that all of them explain the same rows. A law whose curve from
+    scratch is its own takes the MoE's place too. Loss matching with delta = 0 is fitted to no upcycled row.
+    A pilot's law takes the checkpoint continued as a power law, where its rows allow no more."""
     if law in FAMILIES:
         return base | {law: law}
     if law not in RIVALS:
@@ -135,11 +131,8 @@ def fit_settings(options, system):
 
 
 def alpha_prior(path):
-    """(mean, standard deviation) of the alpha of MoEs from scratch in a laws file; None without a file.
-
-    Its draws say how sure it is, and another size may have another alpha: those of the three sizes of the
-    quick study differ by 12 %. Raises ConfigError.
-    """
+    """(mean, standard deviation) of the alpha of MoEs from scratch in a laws file; None without a file. Those
+    of the three sizes of the quick study differ by 12 %. Raises ConfigError."""
     if not path:
         return None
     laws = read_laws(path)[0]["laws"]
@@ -182,7 +175,8 @@ def entries_of(laws, system, rows, options, tick):
         left = left_out[np.isfinite(left_out) & [row["family"] == family for row in problem.rows]]
         if law == "upcycled.loss_matching_0":  # it saw no upcycled trunk
             left = inside
-        names = FAMILIES["upcycled"] if law in RIVALS else variables_of(law)
+        names = FAMILIES["upcycled"] if law in RIVALS else [  # the smallest share is that of the most experts
+            name.replace("active_share", "experts") for name in variables_of(law)]
         entry = of_system | fit_of(law) | {
             "n": len(explained), "rmse_log": rms(inside), "se_asymptotic": standard_errors(fitted, law),
             "held_out": {name: extrapolate(rows, system, law, name, **settings) for name in names},
@@ -224,9 +218,8 @@ def errors(fitted, law, rows):
 
 
 def held_out_from(rows, family, name):
-    """The value of variable `name` from which rows of a family are held out: its largest level, or the
-    upper fifth of its range (in logarithms) where that level has less than 15 % of the rows. None where
-    that leaves nothing."""
+    """The value of variable `name` from which rows of a family are held out: its largest level, or the upper
+    fifth of its range (in logarithms) where that level has less than 15 % of the rows; None for one level."""
     values = np.array([variable(row, name) for row in rows if row["family"] == family], float)
     values = values[np.isfinite(values)]
     found = levels(values)
@@ -240,11 +233,8 @@ def held_out_from(rows, family, name):
 
 def extrapolate(rows, system, law, name, **options):
     """How a fit predicts a law's rows at the largest values of variable `name`, which it did not see; for N
-    it saw them in no family. options go to fit_with_noise.
-
-    Returns {"rms": error of ln loss, "rows": how many rows were held out, "beyond": the largest held-out
-    value over the largest fitted one}, or None where too few rows are left to fit.
-    """
+    it saw them in no family. Returns what `counted` says, with the largest held-out value over the largest
+    fitted one, or None where too few rows are left to fit. options go to fit_with_noise."""
     family = law.partition(".")[0]
     threshold = held_out_from(rows, family, name)
     if threshold is None:
@@ -278,9 +268,8 @@ def values_of(members, names):
 
 
 def mixtures(rows):
-    """Warnings, [text], where rows of one family come from different data or numbers of experts, where
-    methods are mixed (only laws with a head start tell them apart), and where rows were made under
-    different settings."""
+    """Warnings, [text], where rows of one family mix data, numbers of experts or methods (only laws with a
+    head start tell these apart), and where rows were made under different settings."""
     found = {f"{family} rows": values_of(members, ("data_sha256", "method", *EXPERTS))
              for family, members in families_of(rows).items()}
     said = []
@@ -314,8 +303,7 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """[warning] on parameters that these rows do not identify, and on laws that hold at one D, or at one D,
-    D1 and D2 by their definition."""
+    """[warning] on parameters that these rows do not identify, and on laws that hold at one D, D1 and D2."""
     found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
         for name, why in entry["not_identified"].items():
@@ -343,13 +331,44 @@ def models(rows):
     return list(found.values())
 
 
-def compared(interaction, handicap):
-    """[(claim, whether it holds, text)] on the entries of the interaction law and the handicap law."""
-    found = []
-    for claim, entry, name in (("alpha3 of the interaction law is positive", interaction, "alpha3"),
-                               ("upcycling has a lasting cost kappa", handicap, "kappa")):
-        value, error = float(entry["params"][name]), entry["se_asymptotic"][name]
-        found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
+def warm_up(row):
+    """The tokens of a row's warm-up; 0 where it does not say."""
+    return (row.get("warmup_steps") or 0) * (row.get("tokens_per_step") or 0)
+
+
+def measured(rows):
+    """[(claim, whether it holds, text)] on losses, without a law."""
+    found, scratch, slopes = [], {}, report.local_exponents(rows)
+    if len(slopes) > 1:
+        small, large = slopes.values()
+        text = ", ".join(f"D2^{slope:.3f} after D1 = {short(d1)}" for d1, slope in slopes.items())
+        found.append(("the loss falls more slowly with D2 after the largest D1", large > small, text))
+    for (label, _, d1), cells in report.method_differences(rows).items():
+        if label == report.FAMILY_STYLES["moe"][0]:
+            scratch.setdefault(d1, []).extend(cells[max(cells)])
+    if scratch:
+        pairs = scratch[min(scratch)]
+        found.append(("a MoE from scratch leads copying at the smallest D1 and the largest D2",
+                      sum(report.t_interval(pairs)) < 0, report.mean_text(pairs)))
+    return found
+
+
+def compared(entries, corner):
+    """[(claim, whether it holds, text)] on entries of the interaction law, the handicap law or both; corner
+    are the largest N, D1 and D2 of upcycled rows."""
+    found, handicap = [], "upcycled.handicap"
+    for claim, law, name in (("alpha3 of the interaction law is positive", "upcycled", "alpha3"),
+                             ("upcycling has a lasting cost kappa", handicap, "kappa")):
+        if law in entries:
+            value, error = float(entries[law]["params"][name]), entries[law]["se_asymptotic"][name]
+            found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
+    if handicap in entries:
+        star, = report.overtaking(handicap, entries[handicap]["params"], *corner)
+        found.append(("by the handicap law a MoE from scratch overtakes after the largest D1",
+                      math.isfinite(star), f"D2* = {star:.3g}"))
+    if len(entries) < 2:
+        return found
+    interaction, handicap = entries["upcycled"], entries[handicap]
     better = "the handicap law is better than the interaction law"
     gain = interaction["aicc"] - handicap["aicc"]
     found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
@@ -363,13 +382,8 @@ def compared(interaction, handicap):
 
 def claims(rows, options):
     """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows,
-    [note]).
-
-    The variations drop the smallest D2, share B and beta among the families, and let A depend on N. All
-    leave out runs that are shorter than WARM_UPS times their warm-up; rows that do not name it are kept.
-    """
-    long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * (
-        (row.get("warmup_steps") or 0) * (row.get("tokens_per_step") or 0))]
+    [note]). All leave out runs that are shorter than WARM_UPS times their warm-up, where they name it."""
+    long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * warm_up(row)]
     smallest = min((row["D2"] for row in long if row["family"] == "upcycled"), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
     usual, found = fit_settings(options, {}), {}
@@ -377,23 +391,21 @@ def claims(rows, options):
             ("as fitted", long, usual), ("without the smallest D2", without, usual),
             ("B and beta shared", long, usual | {"share": ("E", "B", "beta")}),
             ("A depends on N", long, usual | {"A_of_N": True})):
-        fits, _ = plan_fits(chosen, ["upcycled", "upcycled.handicap"])
-        entries = []
-        for law, (system, explained) in fits.items():
+        entries, upcycled = {}, [row for row in chosen if row["family"] == "upcycled"]
+        for law, (system, explained) in plan_fits(chosen, ["upcycled", "upcycled.handicap"])[0].items():
             fitted = fit_with_noise(explained, system, **settings)
             held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
-            entries.append({"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
-                            "aicc": aicc(fitted), "held_out": held_out})
-        for claim, holds, text in compared(*entries) if len(entries) == 2 else ():
-            found.setdefault(claim, {})[variation] = {"holds": holds, "value": text}
+            entries[law] = {"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
+                            "aicc": aicc(fitted), "held_out": held_out}
+        corner = [max((row[name] for row in upcycled), default=0.0) for name in FAMILIES["upcycled"]]
+        for claim, holds, text in compared(entries, corner) + (measured(chosen) if settings is usual else []):
+            found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     left = len(rows) - len(long)
-    return found, [f"{left} rows have fewer than {WARM_UPS} times the tokens of their warm-up; the claims "
-                   "leave them out"] if left else []
+    return found, [f"{left} rows are shorter than {WARM_UPS} warm-ups; claims leave them out"] * bool(left)
 
 
 def main(options):
-    """Read rows, fit the laws, write the results; laws.json comes last, since its presence says that all
-    is done."""
+    """Read rows, fit the laws, write the results; laws.json comes last and says that all is done."""
     if options.rows[0].endswith(".json"):
         report.write_published(options.rows[0], options.out)
         print(f"{os.path.join(options.out, 'report.md')} and its figure written")
@@ -418,14 +430,14 @@ def main(options):
             if "upcycled" in laws:
                 profile = profile_E(fitted, "upcycled")
     claimed, left_out = claims(rows, options) if not options.laws else ({}, [])
-    notes += notes_on(entries) + left_out
+    notes += notes_on(entries) + report.doubts(entries) + left_out
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
     families = families_of(rows)
     ranges = {family: {name: [extreme(row[name] for row in families[family]) for extreme in (min, max)]
                        for name in FAMILIES[family]} for family in families}
     out = {"version": 2, "laws": entries, "intervals": INTERVALS, "ranges": ranges,
            "origin": {family: values_of(families[family], ORIGIN) for family in families},
-           "models": models(rows),
+           "models": models(rows), "warm_up": max(map(warm_up, rows)),
            "bits_per_nat": ratio, "claims": claimed, "git": code_version(),
            "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
     report.write(rows, out, profile, notes, options.out)

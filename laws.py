@@ -2,8 +2,7 @@
 
 A law is a sum of terms. Each term is a coefficient times powers of N, D, D1, D2, ..., so its logarithm is
 linear in (ln coefficient, exponents), and the logarithm of the loss is a log-sum-exp. LAWS holds the laws as
-data; engine.py fits them all. Token and parameter counts are raw numbers, losses are nats per token, ln is
-natural.
+data; engine.py fits them all. Counts are raw numbers, losses are nats per token, ln is natural.
 """
 import math
 
@@ -16,7 +15,18 @@ import numpy as np
 N_AND_E = {"B": {"beta": "-N"}, "E": {}}
 SPARSITY = {"A": {"alpha": "-sparsity", "beta": "-N_active"}, "E": {}}
 SPARSITY_ADDITIVE = {"A": {"alpha": "-sparsity"}, "B": {"beta": "-N_active"}, "E": {}}
-EFFECTIVE = {"A": {"alpha": "-effective"}, **N_AND_E}
+HEAD_START = {  # {law with a term A (D2 + H)^-alpha: the parameters of H and of a factor on the loss}
+    "upcycled.effective_data": ("c", "gamma"),         # H = c D1^gamma
+    # the curve of the MoE from scratch, which is H = 0, in all that follow
+    "upcycled.effective_data_shared": ("c", "gamma"),
+    "upcycled.saturating": ("c", "gamma", "H_max"),    # H^-alpha = (c D1^gamma)^-alpha + H_max^-alpha
+    "upcycled.handicap": ("c", "gamma", "kappa"),      # times e^kappa for upcycled runs
+    "upcycled.saturating_handicap": ("c", "gamma", "H_max", "kappa"),
+    "upcycled.loss_matching": ("delta",),              # L_moe(N, H) = e^delta L_dense(N, D1)
+    "upcycled.loss_matching_handicap": ("delta", "kappa"),
+    "upcycled.loss_matching_0": (),                    # delta = 0: nothing is fitted to upcycled runs
+    "upcycled.head_start": ("H",),  # a pilot on one dense checkpoint: one N and one D1, so H is one number
+}
 LAWS = {
     "dense": {"A": {"alpha": "-D"}, **N_AND_E},
     "moe": {"A": {"alpha": "-D"}, **N_AND_E},
@@ -24,16 +34,7 @@ LAWS = {
     "upcycled": {"A": {"alpha1": "-D1", "alpha2": "-D2", "alpha3": "D1*D2"}, **N_AND_E},
     "upcycled.no_interaction": {"A": {"alpha1": "-D1", "alpha2": "-D2"}, **N_AND_E},
     "upcycled.additive": {"A1": {"alpha1": "-D1"}, "A2": {"alpha2": "-D2"}, **N_AND_E},
-    # A (D2 + H)^-alpha + B N^-beta + E: the head start H, in tokens, fades
-    "upcycled.effective_data": EFFECTIVE,
-    # the same curve for the MoE from scratch, which is H = 0, in all that follow
-    "upcycled.effective_data_shared": EFFECTIVE,
-    "upcycled.saturating": EFFECTIVE,
-    "upcycled.handicap": EFFECTIVE,  # times e^kappa for upcycled runs
-    "upcycled.loss_matching": EFFECTIVE,
-    "upcycled.loss_matching_0": EFFECTIVE,
-    # a pilot on one dense checkpoint: one N and one D1, so H is one number
-    "upcycled.head_start": EFFECTIVE,
+    **dict.fromkeys(HEAD_START, {"A": {"alpha": "-effective"}, **N_AND_E}),
     "dense.local": {"A": {"alpha": "-D"}},  # the checkpoint continued: a power law at one N, near D1
     # arXiv 2502.03009 at fixed data, sparsity = N_total / N_active
     "moe.sparsity": SPARSITY, "moe.sparsity_additive": SPARSITY_ADDITIVE,
@@ -46,16 +47,7 @@ LAWS = {
         "a": {"alpha": "-N_total"}, "b": {"beta": "-D"}, "c": {"lambda": "-active_share"},
         "d": {"delta": "-active_share", "gamma": "-N_total"}, "e": {}},
 }
-HEAD_START = {  # {law with a head start: the parameters that it adds}
-    "upcycled.effective_data": ("c", "gamma"),         # H = c D1^gamma
-    "upcycled.effective_data_shared": ("c", "gamma"),
-    "upcycled.saturating": ("c", "gamma", "H_max"),    # H^-alpha = (c D1^gamma)^-alpha + H_max^-alpha
-    "upcycled.handicap": ("c", "gamma", "kappa"),
-    "upcycled.loss_matching": ("delta",),              # L_moe(N, H) = e^delta L_dense(N, D1)
-    "upcycled.loss_matching_0": (),                    # delta = 0: nothing is fitted to upcycled runs
-    "upcycled.head_start": ("H",),
-}
-MATCHING = ("upcycled.loss_matching", "upcycled.loss_matching_0")
+MATCHING = [law for law in HEAD_START if "loss_matching" in law]
 SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
 LEAST_GAP = 1e-4  # loss matching: the dense loss counts as at least this share above the MoE's asymptote
 RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not in law]
@@ -99,10 +91,8 @@ def parse_feature(feature):
 
 
 def parameter_names(law, A_of_N=False):
-    """The names of a law's parameters in the order of the formula: A alpha1 alpha2 alpha3 B beta E.
-
-    With A_of_N, A is A N^-nu. Loss matching has the dense law's parameters too, as dense_A, dense_alpha, ...
-    """
+    """The names of a law's parameters in the order of the formula: A alpha1 alpha2 alpha3 B beta E. With
+    A_of_N, A is A N^-nu. Loss matching has the dense law's too, as dense_A, dense_alpha, ..."""
     names = []
     for coefficient, exponents in law_terms(law, A_of_N).items():
         names += [coefficient, *exponents] + [*HEAD_START.get(law, ())] * ("-effective" in exponents.values())
@@ -120,10 +110,8 @@ def law_terms(law, A_of_N=False):
 
 
 def head_start(law, params, N=None, D1=0.0):
-    """H in tokens: how many tokens of MoE training a dense checkpoint is worth that has seen D1 tokens.
-
-    Only loss matching needs N: its H solves L_moe(N, H) = e^delta L_dense(N, D1).
-    """
+    """H in tokens: how many tokens of MoE training a dense checkpoint is worth that has seen D1 tokens. Only
+    loss matching needs N: its H solves L_moe(N, H) = e^delta L_dense(N, D1)."""
     alpha = params["alpha"]
     with np.errstate(divide="ignore", over="ignore"):
         if law in MATCHING:
@@ -143,12 +131,9 @@ def head_start(law, params, N=None, D1=0.0):
 
 
 def predict(law, params, **variables):
-    """The loss by the law of that name, in nats per token.
-
-    params is {name: number or array of draws}; variables are N=, D=, D1=, D2=, ... All of them broadcast
-    against each other. Under a law with a head start, D1 = 0 or D= instead of D1= and D2= is training from
-    scratch.
-    """
+    """The loss by the law of that name, in nats per token. params is {name: number or array of draws},
+    variables are N=, D=, D1=, D2=, ...; all broadcast. Under a law with a head start, D1 = 0 or D= instead of
+    D1= and D2= is training from scratch."""
     variables = {name: np.asarray(value, float) for name, value in variables.items()}
     factor = 1.0
     with np.errstate(divide="ignore"):

@@ -18,10 +18,11 @@ NUMBERS = 45_000      # numbers in the draws of all laws at most, so that a page
 LEAST_WEIGHT = 0.01   # laws of less weight are left out
 LEAST_ERROR = 0.003   # a held-out error below the noise of a run is luck
 # Fits of published tables of 0.1-3B parameters, tried on runs at 2-8 times the size, err by 1-2 % in one
-# variable and by 3-5 % in two. Beyond the data each variable therefore adds 1 % of the loss per factor e.
-# Beyond 8 times, or the farthest held-out test of the laws themselves, there is no verdict.
+# variable and by 3-5 % in two: each adds 1 % of the loss per factor e beyond the data. Beyond 8 times, or the
+# farthest held-out test of the laws themselves, there is no verdict.
 FORM_ERROR, REACH = 0.01, 8.0
 EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
+WARM_UPS = 5  # a shorter run, in lengths of its warm-up, says little of the law
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
 
 # The least that a number in a laws file can be, by its key; others may be negative. E may be 0, and so may
@@ -52,9 +53,7 @@ def check_numbers(where, value, key=""):
 
 def check_origin(path, origin):
     """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs.
-
-    Methods of upcycling may have other numbers of experts beside that of the MoE from scratch.
-    """
+    Methods of upcycling may have other numbers of experts beside that of the MoE from scratch."""
     for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
         values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
                   for family in FAMILIES if family != "dense" or key not in MOE}
@@ -72,7 +71,7 @@ def check_laws(path, content):
     are known and of one origin and numbers are finite."""
     if content["version"] not in (1, 2):
         raise ConfigError(f"{path}: version {content['version']!r} is neither 1 nor 2")
-    for part in ("laws", "ranges", "models", "origin", "bits_per_nat"):
+    for part in ("laws", "ranges", "models", "origin", "bits_per_nat", "warm_up"):
         check_numbers(f"{path}: {part}", content.get(part, {}), part)
     check_origin(path, content.get("origin", {}))
     for law, entry in content["laws"].items():
@@ -103,12 +102,9 @@ def held_out(entry):
 
 
 def weigh(entries):
-    """{law: weight}, in proportion to the product of 1 / (held-out error) over the tests that all laws have.
-
-    The tests are D1, D2 and trunk. The product is the likelihood of a law when each test counts as one
-    observation of the size of its errors. Reaching beyond N does not tell the laws of one fit apart, since
-    their terms in N are the same.
-    """
+    """{law: weight}, in proportion to the product of 1 / (held-out error) over those of the tests D1, D2 and
+    trunk that all laws have. It is the likelihood of a law when each test is one observation of the size of
+    its errors. N is no such test, since laws of one fit have the same terms in N."""
     errors = {law: held_out(entry) for law, entry in entries.items()}
     tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
     weights = {law: math.prod(1 / max(found[name][0], LEAST_ERROR) for name in tests)
@@ -134,10 +130,8 @@ def drawn(where, law, entry, wanted):
 
 
 def routes_of(path, laws, name, wanted):
-    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name.
-
-    Without a name it is the pair of the dense and the MoE law. Published laws do not name their fit.
-    """
+    """{"dense", "moe": a law of the same fit or None, "upcycled": {method: law}} for an upcycled law's name,
+    or for no name, of the dense and the MoE law alone. Published laws do not name their fit."""
     entry, where = laws.get(name, {}), f"{path}: laws.{name}"
     methods = (entry.get("methods") or {"copy": entry}) if name else {}
     system, fit = {"dense": "dense", "moe": "moe"}, laws
@@ -155,10 +149,8 @@ def routes_of(path, laws, name, wanted):
 
 
 def misfit(laws, name, family):
-    """Standard deviation of ln loss that a law leaves unexplained.
-
-    It is the measured misfit where the rows tell misfit from noise, else that of the residuals. A published
-    law has an assumed error, and so has one that was fitted to no row of the family.
+    """Standard deviation of ln loss that a law leaves unexplained: its misfit where the rows tell that from
+    noise, else that of its residuals, else, of published laws or without rows of the family, an assumed one.
     """
     entry = laws.get(name if family == "upcycled" else family, {})
     for error in (laws.get(name, {}).get("misfit", {}).get(family), entry.get("rmse_log"),
@@ -175,7 +167,8 @@ def make_book(path, content, wanted=""):
     {"laws": [{"name", "label", "weight", "routes", "misfit": {family: sd}}], "ranges": {family: {variable:
     [low, high]}}, "reach": {variable: factor}, "moe": {setting: value that the laws hold for}, "models":
     {family: {N: FLOPs of a token / 6 N}}, "methods": of upcycling, "draws": their number, "normal": {family:
-    standard normal deviates, one a draw}, "bits_per_nat": of rows.bits_per_nat}
+    standard normal deviates, one a draw}, "bits_per_nat": of rows.bits_per_nat, "shortest": the fewest tokens
+    of a run that tells something, 0 where the laws file does not say its warm-up}
     """
     laws, origin, ratio = content["laws"], content.get("origin", {}), content.get("bits_per_nat")
     names = [law for law in RIVALS if law in laws]
@@ -207,6 +200,7 @@ def make_book(path, content, wanted=""):
                                 for model in content.get("models", ()) if model["family"] == family}
                        for family in FAMILIES},
             "methods": methods, "bits_per_nat": ratio and float(ratio),
+            "shortest": WARM_UPS * float(content.get("warm_up") or 0.0),
             "draws": draws, "normal": {family: random.permutation(levels) for family in FAMILIES}}
 
 

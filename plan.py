@@ -6,9 +6,8 @@
     python plan.py --design=config/study_quick.py         what will this study find, were the laws true?
 
 --laws names the laws file; by default it is the published table. N and tokens are raw counts, losses are nats
-per token, with bits per byte beside them where the laws' rows have them. A verdict is "clear", "mixed" or
-"void". A void verdict ranks nothing: it says why the laws cannot tell, and it lists the cheapest runs that
-would.
+per token. A verdict is "clear", "mixed" or "void". A void verdict ranks nothing: it says why the laws cannot
+tell, and it lists the cheapest runs that would.
 """
 import dataclasses
 import json
@@ -36,8 +35,8 @@ INTERVAL = (0.05, 0.95)
 SURE, GAP = 0.95, 0.005  # a clear verdict is at least so sure, and its lead is more than this share of loss
 NEAR = 0.01              # ln of how far beyond the data a variable may lie before it is said
 WITH_WEIGHT = 0.05       # laws of at least this weight must agree to a clear verdict
-PILOT = {"upcycled": (1 / 16, 1 / 8), "MoE from scratch": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
-         "dense": (1 / 16, 1 / 8)}  # {run: its branches, as shares of the budget}
+PILOT = {"upcycled": (1 / 16, 1 / 8), "moe": (1 / 32, 1 / 16, 1 / 8, 1 / 4),
+         "dense": (1 / 16, 1 / 8)}  # {family: its branches, as shares of the budget}
 MLP_SHARE = 2 / 3        # of N in the MLPs of a Llama whose intermediate size is 8/3 of its hidden size
 
 
@@ -124,12 +123,10 @@ def judge(options, laws):
 
 
 def compare(book, points, reasons=()):
-    """The options {name: (family, {variable: value})} by the mixture of laws, with the verdict.
-
-    What `judge` says, and "options": {name: {"loss", "interval", "probability_best"}}, "methods" and the
-    chosen "method" of upcycling, "laws": {law: {"label", "weight", "best", "losses"}}, "warnings". A void
-    verdict, for the given reasons or for those found here, ranks nothing: it has no options.
-    """
+    """What `judge` says of the options {name: (family, {variable: value})} by the mixture of laws, and
+    "options": {name: {"loss", "interval", "probability_best"}}, "methods" and the chosen "method" of
+    upcycling, "laws": {law: {"label", "weight", "best", "losses"}}, "warnings". A void verdict, for the given
+    reasons or for those found here, ranks nothing: it has no options."""
     too_distant, warnings = beyond_the_data(book, points)
     reasons = [*reasons, *too_distant]
     kept = [law for law in book["laws"] if not above_own_start(law, points)]
@@ -187,11 +184,8 @@ def finite(value):
 
 
 def overtaking(book, question, laws, method):
-    """({law: D2*}, {"interval": 90 %, "never": probability}): after how many tokens from scratch leads.
-
-    The MoE from scratch and the upcycled model train on equally many tokens. D2* is 0 where from scratch
-    leads from the start, and None where it does not lead within 10,000 times D1.
-    """
+    """({law: D2*}, {"interval": 90 %, "never": probability}): after how many tokens from scratch leads, on as
+    many tokens; 0 from the start, None not within 10,000 times D1."""
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
     x, kept = D1 * np.geomspace(1e-4, 1e4, 161), [law for law in book["laws"] if law["name"] in laws]
     scratch = losses_of(book, kept, "moe", {"N": N, "D": x} | moe)
@@ -203,24 +197,38 @@ def overtaking(book, question, laws, method):
              "never": float(weights[np.isinf(draws)].sum())})
 
 
-def pilot(book, question, result):
-    """{"runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}; None where the
-    verdict is clear or where the lead hardly matters.
+def longest(book, question, family):
+    """The most tokens from now on that rows of a family have at the N, D1 and MoE of a question, or 0."""
+    ranges, end = book["ranges"][family], "D2" if family == "upcycled" else "D"
+    for name, value in spent(book, question, family, question["N"]).items():
+        low, high = ranges.get(name, (math.inf, math.inf))
+        if name != end and not low * (1 - NEAR) <= value <= high * (1 + NEAR):
+            return 0.0
+    return ranges.get(end, (0.0, 0.0))[1] * (1 + NEAR) - question["D1"] * (family == "dense")
 
-    Each run is one trunk with short decayed branches, which must be longer than the warm-up. The MoE from
-    scratch goes to a quarter of the budget, from where its curve predicts the budget to 2-4 %; the others go
-    to an eighth. A branch adds a fifth of its tokens to the trunk.
+
+def pilot(book, question, result):
+    """{"again", "runs": [{"family", "branches": tokens, "flops"}], "flops", "share" of the budget}; None
+    where the verdict is clear or where the lead hardly matters.
+
+    Each run is one trunk with decayed branches, none too short to tell something. A branch adds a fifth of
+    its tokens to the trunk. Branches that the laws' rows reach already are left out. Where that leaves none,
+    all are to be run "again", with another seed.
     """
     if result["verdict"] == "clear" or result["verdict"] == "mixed" and result["gap"] <= GAP:
         return None
-    runs = []
+    runs = {False: [], True: []}  # those to run for the first time, and all of them
     for family, shares in PILOT.items():
         per_token = float(flops_per_token(book, "dense" if family == "dense" else "moe", question["N"]))
-        branches = [share * question["flops"] / per_token for share in shares]
-        runs.append({"family": family, "branches": branches,
-                     "flops": per_token * (0.8 * branches[-1] + 0.2 * sum(branches))})
-    flops = sum(one["flops"] for one in runs)
-    return {"runs": runs, "flops": flops, "share": flops / question["flops"]}
+        most, known = question["flops"] / per_token, longest(book, question, family)
+        every = [share * most for share in shares if share * most >= book["shortest"]] or [most]
+        for again, branches in ((True, every), (False, [tokens for tokens in every if tokens > known])):
+            if branches:
+                runs[again].append({"family": SCRATCH if family == "moe" else family, "branches": branches,
+                                    "flops": per_token * (0.8 * branches[-1] + 0.2 * sum(branches))})
+    again = not runs[False]
+    flops = sum(one["flops"] for one in runs[again])
+    return {"again": again, "runs": runs[again], "flops": flops, "share": flops / question["flops"]}
 
 
 def answer_now(book, question):
@@ -233,13 +241,16 @@ def answer_now(book, question):
         found["tokens"] = float(question["flops"] / cost)
     if result["method"] and SCRATCH in points:
         stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
-        for law in (law for law in book["laws"] if law["name"] in stars):
-            name, of_law = law["name"], law["routes"]
-            params, found = of_law["upcycled"][result["method"]]["params"], result["laws"][name]
-            found["D2_star"] = stars[name]
-            if params.get("alpha") == of_law["moe"]["params"]["alpha"]:  # one curve for both
-                found["head_start"] = float(head_start(name, params, question["N"], question["D1"]))
-                found["kappa"] = params.get("kappa", 0.0)
+        routes_of = {law["name"]: law["routes"] for law in book["laws"]}
+        for name, found in sorted(result["laws"].items(), key=lambda item: item[1]["weight"]):
+            of_law, found["D2_star"] = routes_of[name], stars[name]
+            for method, of_method in result["methods"].items():  # the law of the most weight comes last
+                params = of_law["upcycled"][method]["params"]
+                if params.get("alpha") == of_law["moe"]["params"]["alpha"]:  # one curve for both
+                    head = head_start(name, params, question["N"], question["D1"])
+                    worth = {"head_start": float(head), "kappa": params.get("kappa", 0.0)}
+                    of_method.update(worth)
+                    found.update(worth if method == result["method"] else {})
     return result | {"pilot": pilot(book, question, result)}
 
 
@@ -343,7 +354,7 @@ def costs_of(content, book, moe):
     dense, mixtures = book["models"]["dense"], book["models"]["upcycled"] | book["models"]["moe"]
     if dense and mixtures:
         costs = {"dense": sorted(dense.items()), "moe": [(n, mixtures[n] + more) for n in sorted(mixtures)]}
-        return costs, "those of the models that the laws were fitted on"
+        return costs, content.get("models_from", "those of the models that the laws were fitted on")
     ratio = 1 + MLP_SHARE * (moe["num_experts_per_tok"] - 1)
     return ({"dense": [(1.0, 1.0)], "moe": [(1.0, ratio)]},
             f"assumed to be 6 N for the dense model and {ratio:.3g} times that for the MoE, without head and "
@@ -351,10 +362,8 @@ def costs_of(content, book, moe):
 
 
 def ask(options, content, book):
-    """The question {"N", "D1", "flops", settings of the MoE, "flops_from"}; costs go to book["costs"].
-
-    Raises ConfigError.
-    """
+    """The question {"N", "D1", "flops", settings of the MoE, "flops_from"}; costs go to book["costs"]. Raises
+    ConfigError."""
     N, D1, moe = options.N, options.D1, {name: getattr(options, name) or book["moe"][name] for name in MOE}
     if moe["num_experts_per_tok"] > moe["num_local_experts"]:
         raise ConfigError(f"--num_experts_per_tok={moe['num_experts_per_tok']} is more than "

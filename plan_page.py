@@ -25,13 +25,15 @@ WORDS = {  # plan.html says the same sentences
     "void": "Cannot say: {reasons}.",
     "overtakes": "D2*, the tokens after which the MoE from scratch leads the upcycled model, is in {low} .. "
                  "{high} (90 %). It never leads with a probability of {never}.",
-    "worth": "By a law with H, the checkpoint is worth H tokens of MoE training, once, and upcycling costs "
-             "kappa of the loss, for ever.",
+    "worth": "By the law of the most weight that has an H, {law}, the checkpoint is worth {head} tokens of "
+             "MoE training, once, and upcycling costs {kappa} of the loss, for ever. Its D2*: {star}.",
     "method": "At this budget the way of upcycling with the lowest expected loss is {method}. It is {gap} "
               "below {second}.",
     "pilot": "The cheapest runs that would decide are a pilot of {flops} FLOPs, {share} of the budget. The "
              "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
              "predicts the budget to 2-4 %.",
+    "again": "The laws' rows reach all branches of a pilot already. A second seed of them costs {flops} "
+             "FLOPs, {share} of the budget, and shows what is luck. Runs on the whole budget would decide.",
     "run": "{family}: one trunk with decayed branches at {branches} tokens",
 }
 
@@ -78,10 +80,13 @@ def say_plan(found):
     return ", ".join(f"{name} {short(value)}" for name, value in plan.items())
 
 
+def say_head(found):
+    """(H, kappa) in words, of a law or a method; two empty ones where it has none."""
+    return (short(found["head_start"]), percent(math.expm1(found["kappa"]))) if "kappa" in found else ("", "")
+
+
 def say_laws(laws):
-    rows = [(found["label"], percent(found["weight"]), found["best"],
-             short(found["head_start"]) if "head_start" in found else "",
-             percent(math.expm1(found["kappa"])) if "kappa" in found else "",
+    rows = [(found["label"], percent(found["weight"]), found["best"], *say_head(found),
              say_star(found["D2_star"]) if "D2_star" in found else "") for found in laws.values()]
     return columns([("law", "weight", "best", "H", "kappa", "D2*"), *rows])
 
@@ -97,18 +102,21 @@ def say_answer(result):
     if result["options"]:
         lines += say_options(result["options"], "tokens or plan", say_plan) + [""]
         if len(result["methods"]) > 1:
-            lines += say_options(result["methods"], "", lambda found: "")
+            lines += say_options(result["methods"], "H, kappa", lambda found: "  ".join(say_head(found)))
             lines += [say_method(result["methods"]), ""]
         lines += say_laws(result["laws"]) + [""]
     if result["overtaking"]:
         low, high = map(say_star, result["overtaking"]["interval"])
         lines.append(say("overtakes", low=low, high=high, never=percent(result["overtaking"]["never"])))
-    if any("head_start" in found for found in result["laws"].values()):
-        lines.append(say("worth"))
+    if heads := [found for found in result["laws"].values() if "head_start" in found]:
+        law = sorted(heads, key=lambda found: found["weight"])[-1]
+        head, kappa = say_head(law)
+        lines.append(say("worth", law=law["label"], head=head, kappa=kappa, star=say_star(law["D2_star"])))
     lines += [f"{route} has no plan: {why}." for route, why in result.get("refused", {}).items()]
     if result["pilot"]:
         found = result["pilot"]
-        lines.append(say("pilot", flops=short(found["flops"]), share=percent(found["share"])))
+        lines.append(say("again" if found["again"] else "pilot", flops=short(found["flops"]),
+                         share=percent(found["share"])))
         lines += ["  " + say("run", family=one["family"], branches=", ".join(map(short, one["branches"])))
                   for one in found["runs"]]
     return lines + [f"warning: {warning}" for warning in result["warnings"]]

@@ -1,6 +1,7 @@
 """Rows and a system of laws as the arrays that engine.py fits, and what rows lack for a fit."""
 import itertools
 import math
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,15 @@ def levels(values):
     return found
 
 
+def at_levels(rows):
+    """The rows with the levels of their N and tokens in place of these, so that close ones are equal."""
+    for names in (("N",), ("D", "D1", "D2")):
+        found = levels(row[name] for row in rows for name in names if name in row)
+        rows = [row | {name: found[bisect_right(found, row[name]) - 1] for name in names if name in row}
+                for row in rows]
+    return rows
+
+
 def count_levels(rows, name):
     """How many levels a variable has in these rows."""
     return len(levels(variable(row, name) for row in rows))
@@ -94,10 +104,8 @@ class Head:
 
 
 class Problem:
-    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred.
-
-    Bounds keep finite what rows do not identify: exponents within 3, those of a product within 0.3, a term at
-    the centre above a millionth of the loss.
+    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred. Bounds keep finite
+    what rows leave open: exponents within 3, of a product within 0.3, a term above a millionth of the loss.
     """
 
     def __init__(self, rows, system, laws, fixed, names, methods):
@@ -141,12 +149,8 @@ class Problem:
 
 def identified_terms(rows, law_of_row, share, A_of_N):
     """({law: its terms that these rows can tell apart}, {law: {parameter that is fixed at 0: why}}, laws
-    that share nothing).
-
-    One level of N or D: the term folds into an E of the law's own. Rows that mix numbers of experts have an E
-    of their own too. Two levels of N in every law that shares E: E and B N^-beta cannot be told apart, E is
-    0.
-    """
+    that share nothing). One level of N or D: the term folds into an E of the law's own. Rows that mix numbers
+    of experts have an E of their own too. Two levels of N in every law that shares E: E is 0."""
     laws = {law: law_terms(law, A_of_N) for law in dict.fromkeys(law_of_row)}
     fixed, alone, sizes = {law: {} for law in laws}, set(), {}
     for law, terms in laws.items():
@@ -272,11 +276,8 @@ def build(rows, system, share=("E",), A_of_N=False):
 
 
 def missing(rows, system):
-    """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows.
-
-    N may have one level, and so may D where N has three. Laws that share the MoE's curve need fewer D1. The
-    laws of a pilot are for one N and one D1 alone, and they need fewer rows.
-    """
+    """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows. N may have
+    one level, and so may D where N has three. The laws of a pilot are for one N and one D1 alone."""
     lacks = []
     fewest = {("upcycled.effective_data_shared", "D1"): 2, ("upcycled.handicap", "D1"): 2,
               ("upcycled.head_start", "D1"): 1, ("upcycled.head_start", "D2"): 1, ("dense.local", "D"): 2}

@@ -1,7 +1,6 @@
 """What fit_laws.py found, in words, tables and figures: report.md.
 
-`rows` are those of rows.read_rows, `content` is what laws.json holds, and `laws` is its {law: entry}. A table
-is a list of lines that read on a terminal and in Markdown.
+`rows` are those of rows.read_rows, `laws` is the {law: entry} of laws.json. A table is a list of lines.
 """
 import itertools
 import math
@@ -14,19 +13,15 @@ import figures
 from configurator import ConfigError
 from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
-from mixture import read_laws
+from mixture import LEAST_ERROR, read_laws, weigh
+from problem import at_levels
 from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
+            "N_active": "largest N_active", "N_total": "largest N_total", "sparsity": "largest sparsity",
             "experts": "most experts"}
 D1_OF_CURVES = (1e9, 1e10, 1e11, 1e12)  # of published laws, which do not say where they were fitted
-MATCHING_WORDS = """
-Loss matching predicts upcycled runs from the dense and the MoE law alone. It says that an upcycled model goes
-on along the MoE's own curve, from where that curve has the loss of the dense model. The published law is not
-valid where it lies above its own dense start, since a copied model starts with the loss of its dense
-checkpoint. Loss matching never lies above a MoE from scratch on D = D2 tokens, since an upcycled model has
-seen more tokens; the published law does in places."""
 MATCHING_CAPTION = ("Loss matching less the published upcycled law. Lines are dashed where that law lies "
                     "above its dense start or above a MoE from scratch.")
 
@@ -45,11 +40,9 @@ def before_split(row):
 
 
 def method_differences(rows):
-    """{(label, N, D1): {D2: [loss / loss of copying - 1]}}, a difference for each pair of runs.
-
-    The runs of a pair differ in the method and its knobs alone. A MoE from scratch on D = D2 tokens is paired
-    with copied runs in the same way.
-    """
+    """{(label, N, D1): {D2: [loss / loss of copying - 1]}}, a difference for each pair of runs, which differ
+    in the method and its knobs alone. A MoE from scratch on D = D2 tokens is paired in the same way."""
+    rows = at_levels(rows)
     copies = [row for row in of_family(rows, "upcycled") if method_label(row) == "copy"]
     columns = ("trunk", "method", *KNOBS, *before_split({}))
     differences = {}
@@ -98,7 +91,8 @@ def comparison_table(laws):
     for law, entry in laws.items():
         rivals = same_rows.get((*entry["fitted_with"], entry["n_with"]), [])
         compared = len(rivals) > 1 and law not in ("dense", "moe")  # these two are part of each rival's fit
-        lines.append([law_name(law), str(entry["n"]), percent(entry["rmse_log"]),
+        predicted = entry["n"] and law.partition(".")[0] not in entry["fitted_with"]  # fitted to no such row
+        lines.append([law_name(law), str(entry["n"]), percent(entry["rmse_log"]) + " predicted" * predicted,
                       *(held_out_text(entry["held_out"].get(kind)) for kind in kinds),
                       f"{entry['aicc'] - min(rivals):.1f}" if compared else "-"])
     titles = [f"{HELD_OUT[kind]} held out" for kind in kinds]
@@ -111,10 +105,21 @@ def noise_table(laws):
     for law, entry in laws.items():
         for family in (family for family in entry["noise"] if entry["fitted_with"][family] == law):
             noise = [entry["noise"][family].get(level) for level in ("row", "trunk", "dense_trunk")]
-            lines.append([law_name(law), FAMILY_STYLES[family][0],
-                          *map(percent, [*noise, entry["misfit"].get(family)])])
+            row, *others = map(percent, [*noise, entry["misfit"].get(family)])
+            row += " with misfit" * (entry["misfit"].get(family) is None)  # no seeds are repeated
+            lines.append([law_name(law), FAMILY_STYLES[family][0], row, *others])
     header = ["law", "family", "noise of a row", "of a trunk", "of a dense trunk", "misfit of the law"]
     return aligned(header, lines)
+
+
+def doubts(laws):
+    """[warning] of each law that misses rows from scratch far more than their family's own law does."""
+    found = [(law, family, *(one["misfit"][family] or one["noise"][family]["row"]
+                             for one in (entry, laws[family])))
+             for law, entry in laws.items() for family in {"dense", "moe"} & entry["misfit"].keys() & {*laws}]
+    return [f"{law} misses the {FAMILY_STYLES[family][0]} rows by {percent(misfit)}, their own law by "
+            f"{percent(own)}, so its H, kappa and D2* are not to be trusted"
+            for law, family, misfit, own in sorted(found) if misfit > max(3 * own, LEAST_ERROR)]
 
 
 def alpha3_p(entry):
@@ -140,15 +145,19 @@ def parameter_table(laws):
     return aligned(header, lines)
 
 
+def mean_text(pairs):
+    """'-1.24 ± 7.20 % (2)': the mean over pairs, half of its t-interval, the number of pairs."""
+    mean, half = t_interval(pairs)
+    return f"{100 * mean:+.2f}" + ("" if math.isnan(half) else f" ± {100 * half:.2f}") + f" % ({len(pairs)})"
+
+
 def methods_table(differences):
     """Mean loss against copying ± half of its t-interval, number of pairs: one line a method, N and D1."""
     tokens, lines = sorted({d2 for cells in differences.values() for d2 in cells}), []
     for (label, n, d1), cells in differences.items():
         lines.append([label, short(n), short(d1)])
         for pairs in map(cells.get, tokens):
-            mean, half = t_interval(pairs) if pairs else (math.nan, math.nan)
-            half_text = "" if math.isnan(half) else f" ± {100 * half:.2f}"
-            lines[-1].append(f"{100 * mean:+.2f}{half_text} % ({len(pairs)})" if pairs else "-")
+            lines[-1].append(mean_text(pairs) if pairs else "-")
     return aligned(["method", "N", "D1", *(f"at D2 = {short(d2)} (pairs)" for d2 in tokens)], lines)
 
 
@@ -170,11 +179,8 @@ def claims_table(claims):
 # Head starts, and words
 
 def overtaking(law, params, n, d1, largest):
-    """D2* (S,) of S draws of a law's parameters: where a MoE from scratch gets better, on a grid of 1 %.
-
-    It is inf where that is beyond 1000 times the largest D2. A head start fades, so there is one crossing at
-    most.
-    """
+    """D2* (S,) of S draws of a law's parameters: the one crossing after which a MoE from scratch is better,
+    on a grid of 1 %; inf where it is beyond 1000 times the largest D2."""
     D2 = largest * np.geomspace(1e-4, 1e3, 1620)
     params = {name: np.reshape(value, (-1, 1)) for name, value in params.items()}
     upcycled, scratch = (predict(law, params, N=n, D1=tokens, D2=D2) for tokens in (d1, 0.0))  # (S, 1620)
@@ -189,9 +195,8 @@ def with_interval(value, draws, form=short):
 
 
 def head_starts(laws, ranges):
-    """[{"law", "method", "D1", "H", "kappa", "D2*"}], texts with intervals, at the largest N: what a dense
-    checkpoint is worth and what upcycling costs, by each law with a head start, for each method of upcycling
-    and both ends of the range of D1."""
+    """[{"law", "method", "D1", "H", "kappa", "D2*"}], texts with intervals, at the largest N, by each law
+    with a head start, for each method of upcycling and both ends of the range of D1."""
     lines = []
     for law in SHARED_CURVE if "upcycled" in ranges else ():
         n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
@@ -215,10 +220,24 @@ def head_start_table(lines):
 
 
 def main_method_rows(rows):
-    """copy or else the commonest method of the upcycled rows, and the rows without other methods."""
+    """copy or else the commonest method of the upcycled rows, and the rows without other methods, at their
+    levels."""
     labels = [method_label(row) for row in of_family(rows, "upcycled")]
     method = "copy" if "copy" in labels else max(labels, key=labels.count, default="none")
-    return method, [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
+    return method, at_levels([row for row in rows
+                              if row["family"] != "upcycled" or method_label(row) == method])
+
+
+def local_exponents(rows):
+    """{D1: d ln L / d ln D2 by the main method, the mean over sizes}, at the smallest and the largest D1."""
+    rows, found = main_method_rows(rows)[1], {}
+    levels = sorted_levels(rows, "D1")
+    for d1 in dict.fromkeys(levels[:1] + levels[-1:]):
+        here = of_family(rows, "upcycled", D1=d1)
+        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
+        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
+        found |= {d1: np.mean(slopes)} if slopes else {}
+    return found
 
 
 def findings(rows, content):
@@ -228,13 +247,8 @@ def findings(rows, content):
         low, high = laws["upcycled"]["ci95"]["alpha3"]
         said.append(f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % "
                     f"interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
-    for d1 in ranges.get("upcycled", {}).get("D1", ()):
-        here = of_family(main_method_rows(rows)[1], "upcycled", D1=d1)
-        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
-        slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
-        if slopes:
-            slope = f"D2^{np.mean(slopes):.3f}"
-            said.append(f"At D1 = {short(d1)} the loss falls as {slope}, on average over sizes.")
+    for d1, slope in local_exponents(rows).items():
+        said.append(f"At D1 = {short(d1)} the loss falls as D2^{slope:.3f}, on average over sizes.")
     for line in head_starts(laws, ranges):
         n, d1, d2 = (short(ranges["upcycled"][name][1]) for name in ("N", "D1", "D2"))
         if line["law"] in ("handicap", "free head start") and line["D1"] == d1:
@@ -253,11 +267,11 @@ def draw_figures(rows, laws):
     """{file name: (figure, caption)} of all that these rows and laws allow."""
     method, one_method = main_method_rows(rows)
     rivals = [law for law in RIVALS if law in laws and of_family(rows, "upcycled")]
-    comparable = [law for law in rivals if "upcycled" in laws[law]["fitted_with"]]
-    best = min(comparable, key=lambda law: laws[law]["aicc"], default=next(iter(laws)))
-    shown = {"upcycled": [law for law in dict.fromkeys(["upcycled", best]) if law in rivals],
-             "moe": [law for law in ("moe.joint", "moe", best) if law in laws][:1],
-             "dense": [law for law in ("dense", best) if law in laws][:1]}
+    weights = weigh({law: laws[law] for law in rivals})  # how well they predict what was held out
+    best = max(weights, key=weights.get, default=next(iter(laws)))
+    pair = [law for law in dict.fromkeys(["upcycled", best]) if law in rivals]  # each draws all families
+    shown = {family: pair or [law for law in alone if law in laws][:1] for family, alone in
+             (("upcycled", ()), ("moe", ("moe.joint", "moe", best)), ("dense", ("dense", best)))}
     found = {"loss_against_tokens": (
         figures.loss_against_tokens(one_method, laws, shown),
         f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
@@ -297,10 +311,8 @@ def write_report(title, sections, found, directory):
 
 
 def write(rows, content, profile, notes, directory):
-    """Write report.md and its figures (PNG and PDF) of rows and laws.
-
-    profile is that of uncertainty.profile_E; notes are warnings, [text].
-    """
+    """Write report.md and its figures (PNG and PDF) of rows and laws. profile is that of
+    uncertainty.profile_E; notes are warnings, [text]."""
     laws, first = content["laws"], next(iter(content["laws"].values()))
     spans = []
     for family, limits in content["ranges"].items():
@@ -330,11 +342,8 @@ def write(rows, content, profile, notes, directory):
 
 def compared(params, N, D1, D2):
     """(loss matching from dense and MoE laws alone / a published upcycled law - 1, where that law lies above
-    its dense start, where it lies above a MoE from scratch on D = D2 tokens).
-
-    params is {"dense", "moe", "upcycled": {parameter: value}}, as laws/liew2025.json has them. With D1 tokens
-    per dense checkpoint and D2 after it, all broadcast against each other.
-    """
+    its dense start, where it lies above a MoE from scratch on D = D2 tokens), all broadcast; params is
+    {"dense", "moe", "upcycled": {parameter: value}}."""
     matched = params["moe"] | {f"dense_{name}": value for name, value in params["dense"].items()}
     predicted = predict("upcycled.loss_matching_0", matched, N=N, D1=D1, D2=D2)
     published = predict("upcycled", params["upcycled"], N=N, D1=D1, D2=D2)
@@ -353,5 +362,5 @@ def write_published(path, directory):
     curves = {n: {d1: (D2, *compared(params, n, d1, D2)) for d1 in D1_OF_CURVES}
               for n in np.geomspace(*sizes, 3)}
     write_report("Loss matching against a published law",
-                 {"What was compared": [f"Source: {content.get('source', path)}", MATCHING_WORDS]},
+                 {"What was compared": [f"Source: {content.get('source', path)}"]},
                  {"loss_matching": (figures.loss_matching(curves), MATCHING_CAPTION)}, directory)

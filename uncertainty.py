@@ -1,9 +1,8 @@
 """How sure a fit is: nested noise, intervals, information criterion, and rows that were left out.
 
-Runs share luck. All runs upcycled from one dense trunk, at whatever D1, share that trunk's luck with the
-dense runs of the trunk. Runs of one MoE or upcycled trunk share theirs, and each run adds its own. Where
-seeds were repeated, what all seeds of one design cell have in common and the law does not fit is misfit, not
-noise.
+All runs upcycled from one dense trunk, at whatever D1, share that trunk's luck with its dense runs. Runs of
+one MoE or upcycled trunk share theirs, and each run adds its own. Where seeds were repeated, what all seeds
+of one design cell have in common and the law does not fit is misfit, not noise.
 """
 import math
 from collections import Counter
@@ -19,10 +18,9 @@ from rows import run_key
 
 INTERVALS = (
     "parametric bootstrap of generalised least squares: fitted losses are redrawn with row noise, one random "
-    "effect a trunk and one a dense trunk that all its D1 share; variances are REML estimates of each "
-    "family, drawn from their posterior; its prior says 0.5 % for a trunk (MoE: 0.9 %) within a factor of "
-    "2.2 (one sd), as measured on small models, and decides where the rows repeat no seed; Huber's delta is "
-    "in standard deviations of the noise")
+    "effect a trunk and one a dense trunk that all its D1 share; variances of each family are drawn from "
+    "their REML posterior, whose prior, 0.5 % a trunk (MoE: 0.9 %) within a factor of 2.2 (one sd), decides "
+    "where the rows repeat no seed; Huber's delta is in standard deviations of the noise")
 
 # The prior of each standard deviation of ln loss: its median, and the sd of its logarithm. In small models
 # seeds of dense trunks differed by 0.2-0.5 %, those of MoE trunks by 0.2-1.3 %.
@@ -242,12 +240,7 @@ def refits(fitted, count, **changes):
 
 def bootstrap(fitted, draws=1000, seed=0, tick=lambda count: None):
     """Parameters refitted to redrawn losses, (draws, p) centred: fitted losses times noise, whose standard
-    deviations are drawn anew each time from their posterior.
-
-    In 200 simulated quick studies with dense-trunk noise of 0.5 % and MoE-trunk noise of 1.3 %, 95 %
-    intervals of alpha3, kappa, H, E, D2* and losses at the corners covered 92-97 %, 90 % intervals 86-93 %.
-    In 100 to 150 studies of 420 runs they covered 93-99 % and 89-99 %; the upper ends are those of E.
-    """
+    deviations are drawn anew each time from their posterior. dev/LOG.md has the coverage of its intervals."""
     random, found, prior = np.random.default_rng(seed), [], fitted.prior
     log_sd = fitted.noise.posterior(draws, random)
     for first in range(0, draws, 100):
@@ -297,9 +290,13 @@ def aicc(fitted):
 
 def leave_trunk_out(fitted, most=40):
     """(n,) ln measured - ln predicted by fits that did not see the row's trunk; nan where leaving the
-    trunk out loses a level of N. More trunks than `most` are left out in that many groups."""
-    problem = fitted.problem
-    trunks = trunk_of(problem.rows) % most
+    trunk out loses a level of N. Where upcycled rows of one N come of several dense trunks, all that came of
+    a dense trunk is left out at once. More trunks than `most` are left out in that many groups."""
+    problem, luck = fitted.problem, dense_trunks(fitted.problem.rows)
+    several = Counter(N for N, _ in {(row["N"], key) for row, key in zip(problem.rows, luck)
+                                     if key and "D1" in row})
+    trunks = trunk_of([row | {"family": "", "trunk": (row["N"], key)} if key and several[row["N"]] > 1
+                       else row for row, key in zip(problem.rows, luck)]) % most
     sizes, error = levels_of_N(problem.rows, problem.system), np.full(len(trunks), np.nan)
     noise = np.eye(len(trunks)) if fitted.whiten is None else fitted.noise.covariance()
     for number in np.unique(trunks):

@@ -18,7 +18,9 @@ HEAD_START = {
     "upcycled.effective_data_shared": CURVE | dict(c=80.0, gamma=0.67),
     "upcycled.saturating": CURVE | dict(c=0.02, gamma=1.2, H_max=3e6),
     "upcycled.handicap": CURVE | dict(c=80.0, gamma=0.67, kappa=0.02),
+    "upcycled.saturating_handicap": CURVE | dict(c=0.02, gamma=1.2, H_max=3e6, kappa=0.02),
     "upcycled.loss_matching": CURVE | dict(delta=0.01),
+    "upcycled.loss_matching_handicap": CURVE | dict(delta=0.01, kappa=0.02),
 }
 THREE = {family: family for family in FAMILIES}
 SIZES, DATA = [1.5e7, 6e7, 2.5e8, 1e9], np.geomspace(1e9, 1e11, 5)
@@ -38,14 +40,14 @@ PILOT = dict(N=[1e5], D=np.geomspace(1.25e5, 2e6, 5), D1=[4e6], D2=[5e5, 1e6])  
 def loss_of(law, p, truth, n, point):
     """The loss of a law at one point; every formula is written out here, apart from the code under test."""
     if law in laws.SHARED_CURVE or law == "upcycled.effective_data":
-        head, factor = 0.0, 1.0
+        head, factor = 0.0, math.exp(p.get("kappa", 0.0)) if "D1" in point else 1.0
         if "D1" in point and "delta" in p:
             dense = truth["dense"]
             goal = math.exp(p["delta"]) * (dense["A"] * point["D1"] ** -dense["alpha"]
                                            + dense["B"] * n ** -dense["beta"] + dense["E"])
             head = ((goal - p["B"] * n ** -p["beta"] - p["E"]) / p["A"]) ** (-1 / p["alpha"])
         elif "D1" in point:
-            head, factor = p["c"] * point["D1"] ** p["gamma"], math.exp(p.get("kappa", 0.0))
+            head = p["c"] * point["D1"] ** p["gamma"]
             if "H_max" in p:
                 head = (head ** -p["alpha"] + p["H_max"] ** -p["alpha"]) ** (-1 / p["alpha"])
         term = p["A"] * (point.get("D2", point.get("D")) + head) ** -p["alpha"]

@@ -41,6 +41,20 @@ def test_laws_and_what_they_lack_are_planned():
 def test_rows_at_fixed_data_are_those_with_most_tokens_among_ties():
     rows = [{"D": 1e9}, {"D": 1e9}, {"D": 4e9}, {"D": 4e9}, {"D": 8e9}]
     assert F.rows_at_one_data(rows) == [{"D": 4e9}, {"D": 4e9}] and F.rows_at_one_data([]) == []
+    rows += [{"D": 1.02e9}, {"D": 1.04e9}]  # levels within 5 % are one
+    assert F.rows_at_one_data(rows) == [{"D": 1e9}, {"D": 1e9}, {"D": 1.02e9}, {"D": 1.04e9}]
+
+
+def test_laws_that_share_nothing_are_fitted_as_if_alone(tmp_path):
+    rows = simulate(TABLE2, noise=0.004)
+    found = {}
+    for share in ("none", "E"):
+        options = parse(F.Options, ["rows.jsonl", f"--share={share}"])
+        fitted = uncertainty.fit_with_noise(rows, THREE, **F.fit_settings(options, THREE))
+        found[share] = {family: float(fitted.params(family)["E"]) for family in FAMILIES}
+    assert len(set(found["E"].values())) == 1 and len(set(found["none"].values())) == 3
+    moe = uncertainty.fit_with_noise(rows, {"moe": "moe"})  # other families share no luck with it
+    assert found["none"]["moe"] == pytest.approx(float(moe.params("moe")["E"]), rel=0.02)
 
 
 def test_repeated_runs_are_refused_or_give_their_lowest_or_mean_loss():
@@ -309,6 +323,11 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     assert {model["family"] for model in content["models"]} == set(FAMILIES)
     assert all(model["flops_per_token"] == pytest.approx(6e3) for model in content["models"])
     assert content["claims"]["upcycling has a lasting cost kappa"]["as fitted"]["value"]
+    for claim in ("by the handicap law a MoE from scratch overtakes after the largest D1",
+                  "the loss falls more slowly with D2 after the largest D1",
+                  "a MoE from scratch leads copying at the smallest D1 and the largest D2"):
+        assert content["claims"][claim]["as fitted"]["value"]
+        assert f"| {claim} " in (out / "report.md").read_text()
     for law, entry in content["laws"].items():
         names = laws.parameter_names(law)
         assert list(entry["params"]) == list(entry["ci95"]) == list(entry["draws"]) == names
@@ -318,7 +337,7 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
         assert set(entry["noise"]) == set(entry["misfit"]) == set(entry["fitted_with"])
         own = {other for other in entry["fitted_with"].values() if other != law}
         assert set(entry.get("beside", own)) == own
-        assert ("methods" in entry) == ("c" in entry["params"])
+        assert ("methods" in entry) == bool({"c", "kappa"} & set(entry["params"]))
         if "methods" in entry:
             assert set(entry["methods"]) == {"copy", "drop"}
             assert entry["methods"]["copy"]["params"] == entry["params"]
@@ -327,6 +346,43 @@ def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     assert "## alpha3 of the interaction law along E" in text
     for name in ("loss_against_tokens", "residuals"):
         assert (out / f"{name}.png").stat().st_size > 5000 and f"]({name}.png)" in text
+
+
+def moe_study(path, noise=0.002):
+    """A file of MoE rows of 4 to 64 experts by the joint law, on 1B to 64B tokens."""
+    random, rows = np.random.default_rng(0), []
+    for experts in (4.0, 8.0, 16.0, 32.0, 64.0):
+        for n in (1e7, 4e7, 1.6e8, 6.4e8):
+            for D in (1e9, 4e9, 1.6e10, 6.4e10):
+                e, active = math.log(experts), 1.5 * n
+                loss = (36 * math.exp(0.22 * e) * active ** (-0.19 - 0.01 * e)
+                        + 36 * math.exp(-0.55 * e) * D ** (-0.18 + 0.026 * e) + 1.36)
+                rows.append({"family": "moe", "N": n, "N_active": active, "D": D,
+                             "N_total": n * (0.3 + 0.7 * experts), "num_local_experts": experts,
+                             "num_experts_per_tok": 2.0,
+                             "loss": loss * math.exp(noise * random.standard_normal())})
+    return write(path, rows)
+
+
+def test_every_law_of_mixtures_has_held_out_columns_for_its_variables(tmp_path):
+    moe_laws = [law for law in laws.LAWS if law.startswith("moe.")]
+    F.main(F.Options(rows=[moe_study(tmp_path / "rows.jsonl")], out=str(tmp_path), draws=20, laws=moe_laws))
+    entries = json.loads((tmp_path / "laws.json").read_text())["laws"]
+    tests = {"moe.sparsity": {"sparsity", "N_active"}, "moe.sparsity_additive": {"sparsity", "N_active"},
+             "moe.joint": {"D", "N_active", "experts"}, "moe.optimal_sparsity": {"D", "N_total", "experts"}}
+    assert set(entries) == set(tests)
+    for law, names in tests.items():
+        held = {name: found for name, found in entries[law]["held_out"].items() if found}
+        assert set(held) == names | {"trunk"}
+        assert all(held[name]["rows"] >= 0.15 * entries[law]["n"] for name in names)
+    text = (tmp_path / "report.md").read_text()
+    header = next(line for line in text.split("\n") if "in sample" in line and line.startswith("| law"))
+    for column in ("a trunk", "largest D", "largest N_active", "largest N_total", "largest sparsity",
+                   "most experts"):
+        assert f"| {column} held out " in header
+    joint = entries["moe.joint"]["held_out"]  # the law that is true, beyond what it saw
+    assert all(joint[name]["rms"] < 0.006 for name in ("D", "N_active", "experts"))
+    assert entries["moe.joint"]["held_out"]["experts"]["beyond"] == 2.0
 
 
 def test_the_same_command_gives_the_same_draws(tmp_path):

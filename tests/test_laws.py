@@ -43,8 +43,7 @@ def test_recovers_planted_rivals(law, truth):
     assert_params(engine.fit(simulate({law: truth}, system), system).params(law), truth)
 
 
-@pytest.mark.parametrize("law", ["upcycled.effective_data_shared", "upcycled.saturating", "upcycled.handicap",
-                                 "upcycled.loss_matching"])
+@pytest.mark.parametrize("law", [law for law in HEAD_START if law in laws.SHARED_CURVE])
 def test_recovers_planted_head_starts_shared_with_from_scratch(law):
     system = shared_system(law)
     params = engine.fit(simulate(HEAD_START, system, **SMALL), system).params(law)

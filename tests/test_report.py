@@ -259,6 +259,34 @@ def test_held_out_columns_say_how_many_rows_they_rest_on_and_misfit_is_named():
     header, _, *lines = report.noise_table(laws)
     assert "misfit of the law" in header and len(lines) == 3
     assert all(f" {number} %" in line for line in lines for number in ("0.20", "0.30", "0.50", "0.71"))
+    for entry in laws.values():  # no seed is repeated
+        entry["misfit"] = dict.fromkeys(entry["misfit"])
+    assert all("0.20 % with misfit" in line for line in report.noise_table(laws)[2:])
+
+
+def test_a_law_that_was_fitted_to_no_upcycled_row_predicts_them():
+    law = "upcycled.loss_matching_0"
+    truth = HEAD_START | {law: {}}
+    rows = simulate(HEAD_START, SHARED)
+    laws = content_of(rows, HEAD_START, SHARED)["laws"]
+    laws |= content_of(rows, truth, {"dense": "dense", "moe": law})["laws"] | {"dense": laws["dense"]}
+    laws[law]["n"] = 3
+    _, _, *lines = report.comparison_table(laws)
+    assert [" predicted" in line for line in lines] == [name == law for name in laws]
+
+
+def test_a_law_that_misses_rows_from_scratch_which_their_own_law_meets_is_doubted():
+    laws = content_of(simulate(HEAD_START, SHARED), HEAD_START, SHARED, ["moe"])["laws"]
+    shared = laws[SHARED["moe"]]
+    assert report.doubts(laws) == []
+    shared["misfit"] = {"dense": 0.02, "moe": 0.0214, "upcycled": 0.5}
+    said, = report.doubts(laws)  # the dense rows by less than three times
+    assert said.startswith(f"{SHARED['moe']} misses the MoE from scratch rows by 2.14 %, their own law by")
+    for entry in laws.values():  # misfit is part of the noise
+        entry["misfit"] = dict.fromkeys(entry["misfit"])
+    assert report.doubts(laws) == []
+    shared["noise"]["moe"]["row"] = 0.0061
+    assert len(report.doubts(laws)) == 1
 
 
 def test_a_claim_has_a_line_for_each_variation():
@@ -304,6 +332,35 @@ def assert_labels_do_not_overlap(figure):
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other), (one, other)
     plt.close(figure)
+
+
+def test_the_law_that_predicts_held_out_rows_best_is_drawn_for_all_families():
+    rows = simulate(HEAD_START, SHARED)
+    content = content_of(rows, HEAD_START, SHARED, ["moe", "upcycled.saturating"])
+    best, laws = SHARED["moe"], content["laws"]
+    laws["moe"]["params"] = CURVE | {"A": 99.0}  # the MoE's own law is another
+    laws["upcycled.saturating"] |= {"aicc": -1e9, "held_out": {"D1": {"rms": 0.05, "rows": 12, "beyond": 2}}}
+    figure, _ = report.draw_figures(rows, laws)["loss_against_tokens"]
+    assert [law_name(best) in legend.get_title().get_text() for legend in figure.legends] == [True]
+    curves = [line.get_xydata() for line in figure.axes[0].lines if len(line.get_xdata()) == 60]
+    scratch = [row["loss"] for row in rows if row["family"] == "moe" and row["N"] == SIZES[0]]
+    assert any(curve[[0, -1], 1] == pytest.approx([scratch[0], scratch[-1]]) for curve in curves)
+    plt.close("all")
+
+
+def test_levels_within_5_percent_are_one_in_figures_and_pairs():
+    rows = simulate(TABLE2, N=[1e8], noise=0.01) + simulate(TABLE2, N=[1.02e8], D=1.01 * DATA,
+                                                            D1=1.03 * DATA[::2], D2=1.04 * DATA)
+    _, joined = report.main_method_rows(rows)
+    for name, count in (("N", 1), ("D", 5), ("D1", 3), ("D2", 5)):
+        assert len(figures.sorted_levels(joined, name)) == count
+    figure, _ = report.draw_figures(rows, content_of(rows, TABLE2, THREE)["laws"])["loss_against_tokens"]
+    assert len([axis for axis in figure.axes if axis.lines]) == 1  # one panel, and a curve for each D1
+    assert sum("D1 = " in text.get_text() for text in figure.legends[0].get_texts()) == 3
+    plt.close("all")
+    pair = [run("copy", 2.0), run("drop", 2.1, D2=1.03e6, drop_ratio=0.5)]
+    assert report.method_differences(pair) == {("drop 0.5", 1e6, 1e7): {1e6: [pytest.approx(0.05)]}}
+    assert report.method_differences([pair[0], pair[1] | {"D2": 1.06e6}]) == {}
 
 
 CLOSE = [1e6, 1.02e6, 1.05e6, 2e6, 2.1e6, 7.9e6, 8e6]

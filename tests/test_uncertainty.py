@@ -204,3 +204,19 @@ def test_a_left_out_trunk_does_not_reach_the_fit():
     before = uncertainty.leave_trunk_out(fitted)
     fitted.problem.y = fitted.problem.y + np.where(hit, math.log(2), 0.0)
     assert np.allclose((uncertainty.leave_trunk_out(fitted) - before)[hit], math.log(2), atol=1e-4)
+
+
+def test_all_that_came_of_one_dense_trunk_is_left_out_at_once_where_a_size_has_two():
+    rows = simulate(TABLE2, N=SMALL["N"], D1=np.geomspace(1e9, 1e11, 3), noise=0.003, copies=2)
+    rows = [row for row in rows if row["N"] != SMALL["N"][0] or row["seed"] == 0 or "D" in row]
+    fitted = uncertainty.fit_with_noise(rows, THREE)
+    for n, reaches in ((SMALL["N"][1], True), (SMALL["N"][0], False)):  # of the latter one was upcycled
+        here = [row["N"] == n and row["seed"] == 0 and "D1" in row for row in fitted.problem.rows]
+        first = [hit and row["D1"] == 1e9 for hit, row in zip(here, fitted.problem.rows)]
+        other = [hit and row["D1"] > 1e9 for hit, row in zip(here, fitted.problem.rows)]
+        before = uncertainty.leave_trunk_out(fitted)
+        y = fitted.problem.y
+        fitted.problem.y = y + np.where(first, math.log(2), 0.0)
+        moved = np.abs((uncertainty.leave_trunk_out(fitted) - before)[other]).max()
+        fitted.problem.y = y
+        assert sum(other) == 10 and (moved < 1e-6) == reaches
