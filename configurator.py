@@ -115,14 +115,15 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def writing(path, needed=None):
-    """In it, an OSError becomes a ConfigError of one line. needed: the bytes that are to be written."""
+def writing(path, needed=4096):
+    """In it, an OSError becomes a ConfigError of one line. needed: the bytes that are to be written; a new
+    directory and a new file take a block."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "the disk is full" if needed is None else f"the disk is full: {needed:,} bytes needed"
+            reason = f"the disk is full: {needed:,} bytes needed"
         raise ConfigError(f"{path}: cannot be written: {reason}") from None
 
 

@@ -199,6 +199,7 @@ def add_to_history(history, row, lineage, source, resumed):
 # Signals, and the claim on a directory
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SLURM sends the last one
+ONE_SENDING = 2.0  # seconds in which a batch system and a launcher send what counts as one signal
 
 
 class Stopped(KeyboardInterrupt):
@@ -217,7 +218,7 @@ def caught_signals():
 
     def handle(number, frame):
         began.append(time.monotonic())
-        if began[-1] > began[0] + 2:
+        if began[-1] > began[0] + ONE_SENDING:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         signals.caught.append(number)

@@ -321,6 +321,15 @@ def test_a_full_disk_is_one_line_for_every_file(tiny, name, monkeypatch):  # noq
     assert not [n for n in os.listdir(c.out_dir) if n.endswith(".tmp")]
 
 
+def test_a_disk_without_room_for_a_directory_says_what_that_needs(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "makedirs", full)
+    with pytest.raises(ConfigError, match="run: cannot be written: the disk is full: 4,096 bytes needed"):
+        with configurator.locked(str(tmp_path / "run"), ".lock", ""):
+            pass
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Steps that are not finite
 
