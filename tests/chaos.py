@@ -193,42 +193,41 @@ def one_temporary(c, count, what):
 
 
 class Events:
-    """next(kind) gives a number of each event of a run of this kind, all of them before one comes again."""
+    """next() gives a kind of run, the number of an event in it and an error: in random order, and all of
+    them before one comes again."""
 
-    def __init__(self, world, rng):
-        self.numbers, self.order = world.events, {}
-        self.rng, self.tried = rng, 0
+    def __init__(self, world, rng, *errors):
+        self.all = [(kind, at, error) for kind, number in world.events.items()
+                    for at in range(1, number + 1) for error in errors]
+        self.rng, self.left, self.tried = rng, [], 0
 
-    def next(self, kind, *more):
-        order = self.order.setdefault((kind, *more), [])
-        if not order:
-            order += self.rng.sample(range(1, self.numbers[kind] + 1), self.numbers[kind])
+    def next(self):
+        self.left = self.left or self.rng.sample(self.all, len(self.all))
         self.tried += 1
-        return order.pop()
+        return self.left.pop()
 
-    def say(self, ways=1):
-        print(f"  {self.tried} in turn of {ways * sum(self.numbers.values())} events: {self.numbers}",
-              flush=True)
+    def say(self):
+        print(f"  {self.tried} trials in turn at {len(self.all)} events", flush=True)
 
 
 def kill(world, trials, rng, count):
     """SIGKILL at each change of the directory in turn (70 %), at one of a save, or at any other moment. What
     was killed elsewhere than in turn may have been stopped before, or is killed again before the end."""
-    events = Events(world, rng)
+    events = Events(world, rng, 0)
     for i in range(trials):
-        kind = list(world.kinds)[i % 4]
-        c, what, in_turn = world.fresh(kind), "", rng.random() < 0.7
+        in_turn, kind, number, what = rng.random() < 0.7, list(world.kinds)[i % 4], 0, ""
+        if in_turn:
+            kind, number, _ = events.next()
+        c = world.fresh(kind)
         if not in_turn and i % 3 == 2:  # leaves a checkpoint that is only for the resume
             process = world.training(c)
             time.sleep(rng.uniform(0, 0.3))
             os.kill(process.pid, signal.SIGTERM)
             process.end(count)
         for again in range(1 + (i % 5 == 4)):
-            root, at = Path(c.out_dir).parent, 0  # 0: any time
+            root, at = Path(c.out_dir).parent, number  # 0: any time
             if again or not in_turn and rng.random() < 0.5:
                 root, at = Path(c.out_dir) / ".checkpoint", rng.randint(1, 24)  # a save's temporary
-            elif in_turn:
-                at = events.next(kind)
             process = world.training(dataclasses.replace(c, resume=True), at=at, root=root)
             if not at:
                 time.sleep(rng.uniform(0, 0.4))
@@ -243,10 +242,10 @@ def kill(world, trials, rng, count):
 def io(world, trials, rng, count):
     """ENOSPC from one change of the directory on, or EIO at one: a line that says so, and nothing is lost.
     Each change of the directory comes in its turn."""
-    events = Events(world, rng)
-    for i in range(trials):
-        kind, error = list(world.kinds)[i % 4], (errno.ENOSPC, errno.EIO)[i // 4 % 2]
-        c, at = world.fresh(kind), events.next(kind, error)
+    events = Events(world, rng, errno.ENOSPC, errno.EIO)
+    for _ in range(trials):
+        kind, at, error = events.next()
+        c = world.fresh(kind)
         status, text = world.training(c, at, error).end(count)
         lines = [line for line in text.splitlines() if line.startswith("script.py: ")]
         if status not in (0, 2) or status == 2 and (len(lines) != 1 or error == errno.ENOSPC
@@ -255,28 +254,29 @@ def io(world, trials, rng, count):
         if status == 0 and error == errno.ENOSPC:
             count.say("lost", f"{kind}: a full disk at {at} went unnoticed")
         world.recovered(kind, c, count, f"{errno.errorcode[error]} at {at}")
-    events.say(ways=2)
+    events.say()
 
 
 def signals(world, trials, rng, count):
     """Each signal at random moments, set-up and the last validation included; some come twice or thrice. In
-    half of the trials the second one is taken for another than the first, and ends the process."""
+    half of the trials the second one follows soon, is not taken for the first, and ends the process."""
     numbers, ended = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1), 0
     for i in range(trials):
         kind = rng.choice(list(world.kinds))
         c, number, what = world.fresh(kind), numbers[i % 4], ""
-        start.ONE_SENDING = 0.0 if i // 4 % 2 else 2.0
+        at_once = (i + i // 4) % 2
+        start.ONE_SENDING = 0.0 if at_once else 2.0
         process = world.training(c)
-        for _ in range(rng.randint(1, 3)):
-            time.sleep(rng.uniform(0, 0.25))
+        for again in range(rng.randint(1 + at_once, 3)):
+            time.sleep(rng.uniform(0, 0.02 if again and at_once else 0.25))
             os.kill(process.pid, number)
             what += f" {number.name}"
         status, text = process.end(count, timeout=10)
         if status not in (0, 128 + number, -number):
             count.say("lost", f"{what}: status {status}: {text}")
-        ended += status == -number and what.count(" ") > 1
+        ended += status == -number and bool(at_once)
         world.recovered(kind, c, count, what)
-    print(f"  {ended} were ended by a later signal than the first", flush=True)
+    print(f"  {ended} were ended by a second signal at once", flush=True)
 
 
 def ranks(world, trials, rng, count):
