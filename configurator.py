@@ -116,8 +116,7 @@ def read_json(path):
 
 @contextlib.contextmanager
 def writing(path, needed=4096):
-    """In it, an OSError becomes a ConfigError of one line. needed: the bytes that are to be written; a new
-    directory and a new file take a block."""
+    """In it, an OSError becomes a ConfigError of one line. needed: the bytes to write, or a block."""
     try:
         yield
     except OSError as error:
