@@ -85,7 +85,7 @@ def check_laws(path, content):
 
 def read_laws(path):
     """(the laws file as a dict, its book). Raises ConfigError."""
-    content = read_json(path)
+    content = read_json(path, 2**24)
     try:
         check_laws(path, content)
         return content, make_book(path, content)

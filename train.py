@@ -308,9 +308,9 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
     return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else float("nan")
 
 
-def validate_run(run, stop=()):
-    return validate(run.model, run.val_tokens, run.c.eval_tokens, run.c.max_seq_len, run.micro, run.device,
-                    run.autocast, stop)
+def validate_run(run, stop=(), tokens=None):
+    return validate(run.model, run.val_tokens, tokens or run.c.eval_tokens, run.c.max_seq_len, run.micro,
+                    run.device, run.autocast, stop)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -425,6 +425,8 @@ def loop(run, signals, report):
             send = stack.enter_context(open_loggers(c, last))
             report = report or stack.enter_context(announce(run)).update
         run.model.train()
+        if c.eval_every_steps:  # what is compiled for validation is compiled now: signals interrupt it
+            validate_run(run, tokens=min(c.eval_tokens, run.micro * ranks()[1] * c.max_seq_len))
         clock = saved_at = time.perf_counter()
         while state["step"] < run.max_steps:
             lr = learning_rate(state["step"], c, run.max_steps)
