@@ -188,7 +188,7 @@ def make_book(path, content, wanted=""):
     tests = [held_out(entry) for entry in laws.values()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
-    ranges = {family: {name: [low, high] for name, (low, high) in
+    ranges = {family: {name: [float(low), float(high)] for name, (low, high) in
                        content.get("ranges", {}).get(family, {}).items()} for family in FAMILIES}
     for family in ("moe", "upcycled"):
         ranges[family] |= {key: [value, value] for key, value in moe.items()}

@@ -1,6 +1,8 @@
 """Mutated files of all kinds, and the functions that read them. It is the mode `files` of chaos.py."""
+import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import random
 import resource
@@ -141,7 +143,8 @@ def targets(world):
 
     def text(path):
         try:
-            prepare.prepare(prepare.Options(str(path), out_dir=str(made / "out")))
+            with contextlib.redirect_stderr(io.StringIO()):  # without its progress
+                prepare.prepare(prepare.Options(str(path), out_dir=str(made / "out")))
         finally:
             shutil.rmtree(made / "out", ignore_errors=True)
 
@@ -183,6 +186,7 @@ def files(world, trials, rng, count):
     world.training(row).end(count)
     shutil.copy(f"{row.out_dir}/row.json", world.folder / "row.json")
     listed = targets(world)
+    world.check(world.process(lambda: [read(path) for path, read in listed]))  # all are good as they are
     for begin in range(0, trials, 200):
         def action(begin=begin):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
