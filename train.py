@@ -221,6 +221,8 @@ def build(run):
             run.forward, device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)  # all ranks compute the same buffers
         run.no_sync = run.forward.no_sync
+    if c.eval_every_steps:  # what is compiled for validation is compiled now: signals interrupt it
+        validate_run(run, tokens=min(c.eval_tokens, run.micro * ranks()[1] * c.max_seq_len))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -425,8 +427,6 @@ def loop(run, signals, report):
             send = stack.enter_context(open_loggers(c, last))
             report = report or stack.enter_context(announce(run)).update
         run.model.train()
-        if c.eval_every_steps:  # what is compiled for validation is compiled now: signals interrupt it
-            validate_run(run, tokens=min(c.eval_tokens, run.micro * ranks()[1] * c.max_seq_len))
         clock = saved_at = time.perf_counter()
         while state["step"] < run.max_steps:
             lr = learning_rate(state["step"], c, run.max_steps)

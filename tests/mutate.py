@@ -195,7 +195,7 @@ def files(world, trials, rng, count):
                 path, read = listed[i % len(listed)]
                 good = path.read_bytes()
                 path.write_bytes(bad := mutated(good, random.Random(f"{rng.random()}/{i}")))
-                signal.alarm(5)
+                signal.alarm(60), signal.setitimer(signal.ITIMER_PROF, 5)  # of the clock; of the processor
                 try:
                     read(path)
                 except configurator.ConfigError as error:
@@ -205,10 +205,10 @@ def files(world, trials, rng, count):
                 except BaseException:
                     print(f"{path.name}: {bad[:300]}", file=sys.stderr)
                     traceback.print_exc()
-                signal.alarm(0)
+                signal.alarm(0), signal.setitimer(signal.ITIMER_PROF, 0)
                 path.write_bytes(good)
         status, text = world.process(action).end(count, timeout=600)
-        if status == -signal.SIGALRM:
+        if status in (-signal.SIGALRM, -signal.SIGPROF):
             count.say("hangs", text)
         elif status or "a bad message" in text:
             count.say("lost", f"status {status}: {text}")
