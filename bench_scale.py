@@ -14,14 +14,14 @@ import time
 from dataclasses import asdict, replace
 from itertools import product
 
+from configurator import ConfigError, code_version, from_dict, read_config, write_config, write_result
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
 from bench_train import DEVICE, SEQUENCE, SHAPES, TOKENS, model_config, products_alone
-from configurator import (ConfigError, code_version, from_dict, read_config, write_config,
-                          write_text_atomically)
 from data.prepare import Options as Prepare, prepare
 from model import flops_per_token, parameter_counts
 from start import passes
@@ -192,8 +192,7 @@ def scale(options):
               f"{row['communication']:.0%} of it communication; {row['tokens_per_s']:,.0f} tokens/s")
     result = {"git": code_version(), "torch": torch.__version__, "card": card, "options": asdict(options),
               "measured": rows, "a": a, "b": b, "rms_error": error, "estimated": estimated}
-    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
-    write_text_atomically(options.out, json.dumps(result, indent=1))
+    write_result(options.out, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":  # what torchrun starts

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 
+from configurator import ConfigError, code_version, one_line, read_json, write_text_atomically
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -13,7 +15,6 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import to_hf_config
-from configurator import code_version, one_line, read_json, write_text_atomically
 from model import (HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_token, narrow,
                    parameter_counts, run_experts)
 from parallel import compiled

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from configurator import ConfigError, check_file, one_line, read_json, writing
-from files import LIMITS, MOST_EXPERTS, atomic_directory, check_state, checked_value, remove_directory
+from configurator import ConfigError, check_file, convert, one_line, read_json, writing
+from files import LIMITS, atomic_directory, check_model, check_state, remove_directory
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
 from parallel import fill, gather, ranks
@@ -73,7 +73,7 @@ def from_hf_config(d, where="config.json"):
             if rope.get("rope_type", "default") != "default":
                 fields["rope_scaling"] = rope
         for field in fields.keys() & LIMITS.keys():
-            fields[field] = checked_value(f"{where}: {entry['keys'][field]}", fields[field], LIMITS[field])
+            fields[field] = convert(f"{where}: {entry['keys'][field]}", fields[field], *LIMITS[field])
         refuse_other_attention(d, entry)
         c = ModelConfig(**fields)
         if "num_local_experts" in entry["keys"] and not c.num_local_experts:
@@ -131,10 +131,8 @@ def hf_views(name, t, c, model_type=None):
 
 def stored_tensors(model, c):
     """{name: parameter or buffer} of all that a file of ModelConfig c holds of `model`. It holds no tied
-    head, and no router bias unless c has one. Raises ConfigError for too many experts."""
-    if c.num_hidden_layers * c.num_local_experts > MOST_EXPERTS:
-        raise ConfigError(f"num_local_experts = {c.num_local_experts} in each of {c.num_hidden_layers} "
-                          f"layers are more than {MOST_EXPERTS:,} together")
+    head, and no router bias unless c has one. Raises ConfigError for a model beyond the limits."""
+    check_model(c)
     left_out = ("lm_head.weight",) * c.tie_word_embeddings + ("mlp.bias",) * (not c.router_bias)
     return {name: t for name, t in model.state_dict().items() if not name.endswith(left_out)}
 

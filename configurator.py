@@ -104,9 +104,9 @@ def check_json(value, levels=MAX_LEVELS):
         check_json(part, levels - 1)
 
 
-def read_json(path):
+def read_json(path, most=MAX_BYTES):
     """A JSON file's object. Raises ConfigError naming the file."""
-    text = read_text(path)
+    text = read_text(path, most)
     with naming(path):
         value = parse_json(text)
         if not isinstance(value, dict):
@@ -115,25 +115,25 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def writing(path, needed=None):
-    """In it, an OSError becomes a ConfigError of one line. needed: the bytes that are to be written."""
+def writing(path, needed=4096):
+    """In it, an OSError becomes a ConfigError of one line. needed: the bytes to write, or a block."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "the disk is full" if needed is None else f"the disk is full: {needed:,} bytes needed"
+            reason = f"the disk is full: {needed:,} bytes needed"
         raise ConfigError(f"{path}: cannot be written: {reason}") from None
 
 
 def write_text_atomically(path, text):
-    """Write `text` to the file `path`. A kill at any moment leaves the old file or the new one, complete.
-    Raises ConfigError."""
-    temporary = f"{path}.tmp"
-    with writing(path, len(text)):
+    """Write `text`, or bytes, to the file `path`. A kill at any moment leaves the old file or the new one,
+    complete. Raises ConfigError."""
+    temporary, content = f"{path}.tmp", text.encode() if isinstance(text, str) else text
+    with writing(path, len(content)):
         try:
-            with open(temporary, "w", encoding="utf-8") as f:
-                f.write(text)
+            with open(temporary, "wb") as f:
+                f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
@@ -141,6 +141,21 @@ def write_text_atomically(path, text):
             with contextlib.suppress(OSError):
                 os.remove(temporary)
             raise
+
+
+def write_result(path, text):
+    """write_text_atomically in a folder that is made where it is not there. Raises ConfigError."""
+    with writing(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_text_atomically(path, text)
+
+
+def open_to_write(path, mode):
+    """Open a file, without a buffer, to write or append to. Raises ConfigError, also for a special file."""
+    with writing(path):
+        if os.path.exists(path):
+            check_file(path)
+        return open(path, mode, buffering=0)
 
 
 def lock(file, held, wait=False):
@@ -155,13 +170,12 @@ def lock(file, held, wait=False):
 
 
 @contextlib.contextmanager
-def locked(folder, name, held):
+def locked(folder, name, held, wait=False):
     """Makes a folder, and locks its file `name` in the context. Raises ConfigError as lock and writing do."""
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, name), "w")
-    with file:
-        lock(file, held)
+    with open_to_write(os.path.join(folder, name), "wb") as file:
+        lock(file, held, wait)
         yield
 
 
@@ -394,10 +408,11 @@ sys.excepthook = quiet_interrupt
 
 
 class Stream:
-    """A standard stream. When its reader goes away, the rest of the text is lost and nothing fails."""
+    """A standard stream. Nothing fails when its reader goes away, or when stderr is on a full disk."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed before the start
+        self.may_lose = stream is sys.stderr
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -407,9 +422,10 @@ class Stream:
             self.stream.write(text)
             self.stream.flush()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
+            if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            elif not self.may_lose:
                 raise ConfigError(f"{self.stream.name}: cannot be written: {error.strerror}") from None
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextlib.contextmanager

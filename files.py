@@ -30,16 +30,22 @@ LINEAGE = {"family": (Literal["dense", "moe", "upcycled"],), "N": (int, 1), "D1"
            "tokens_before": COUNT, "method": WORD, "dense_trunk": WORD}
 
 
-def checked_value(where, value, limits):
-    """`value` as limits (type, least, most) want it. Raises ConfigError where it is not so."""
-    return convert(where, value, *limits)
+def check_model(c):
+    """`c`, a ModelConfig. Raises ConfigError where it is beyond LIMITS, or has more than MOST_EXPERTS."""
+    if c.num_hidden_layers * c.num_local_experts > MOST_EXPERTS:
+        raise ConfigError(f"num_local_experts = {c.num_local_experts} in each of {c.num_hidden_layers} "
+                          f"layers are more than {MOST_EXPERTS:,} together")
+    for key, limits in LIMITS.items():
+        if getattr(c, key) is not None:
+            convert(key, getattr(c, key), *limits)
+    return c
 
 
 def check_state(path, state):
     """Raises ConfigError where the content of a trainer_state.json is not of the types in STATE."""
     for values, limits in ((state, STATE), (state["lineage"], LINEAGE)):
         for key in values.keys() & limits.keys():
-            checked_value(f"{path}: {key}", values[key], limits[key])
+            convert(f"{path}: {key}", values[key], *limits[key])
     for entry in state.get("history", ()):
         if list(map(type, entry)) != [str, int] or not 0 <= entry[1] <= 10**18:
             raise ConfigError(f"{path}: history: {entry!r:.100} is not [run, tokens]")

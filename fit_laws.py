@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import (REQUIRED, ConfigError, code_version, progress, run, setting,
-                          write_text_atomically)
+from configurator import (REQUIRED, ConfigError, code_version, locked, progress, run, setting,
+                          write_text_atomically, writing)
 
 import numpy as np
 
@@ -414,12 +414,12 @@ def main(options):
     ratio = bits_per_nat(rows)
     notes = [f"{len(dropped)} bad rows dropped, the first {dropped[0]}"] if dropped else []
     rows, said = resolve_repeats(rows, options.repeats)
+    if len(rows) > 5_000:  # there are matrices of rows x rows
+        raise ConfigError(f"{', '.join(options.rows)}: {len(rows):,} rows; at most 5,000 are fitted")
     fits = planned(rows, options)
     notes += said + mixtures(rows)
-    try:
+    with writing(options.out):
         os.makedirs(options.out, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out={options.out}: cannot be a directory: {error.strerror}") from None
     systems, entries, profile = {}, {}, {}
     for law, (system, chosen) in fits.items():
         systems.setdefault(tuple(system.items()), (system, chosen, []))[2].append(law)
@@ -440,9 +440,10 @@ def main(options):
            "models": models(rows), "warm_up": max(map(warm_up, rows)),
            "bits_per_nat": ratio, "claims": claimed, "git": code_version(),
            "data_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
-    report.write(rows, out, profile, notes, options.out)
     path = os.path.join(options.out, "laws.json")
-    write_text_atomically(path, json.dumps(out, allow_nan=False))
+    with locked(options.out, ".lock", "", wait=True):  # another fit may be writing there
+        report.write(rows, out, profile, notes, options.out)
+        write_text_atomically(path, json.dumps(out, allow_nan=False))
     for block in (report.comparison_table(entries), report.methods_table(report.method_differences(rows)),
                   report.findings(rows, out), [f"warning: {note}" for note in notes]):
         print("\n".join(block) + "\n" * bool(block))

@@ -4,24 +4,24 @@ import dataclasses
 import json
 import os
 
-from configurator import ConfigError, one_line, write_text_atomically, writing
+from configurator import ConfigError, check_file, one_line, open_to_write, write_text_atomically, writing
 
 
 def open_log(path, step):
     """log.jsonl, opened to append to. Its lines of steps after `step` are cut: those steps are run again."""
     if os.path.exists(path):
         kept = []
+        check_file(path)
         with open(path, errors="replace") as f:
             for line in f:
                 try:
                     if not line.endswith("\n") or json.loads(line)["step"] > step:
                         break
-                except (ValueError, TypeError, KeyError):  # cut by a crash of the machine
+                except (ValueError, TypeError, KeyError, RecursionError):  # cut by a crash of the machine
                     break
                 kept.append(line)
         write_text_atomically(path, "".join(kept))
-    with writing(path):
-        return open(path, "ab", buffering=0)
+    return open_to_write(path, "ab")
 
 
 def scalars(line):
@@ -38,14 +38,14 @@ def open_loggers(c, step):
 
     step: the last one that an earlier start of the run leaves in the log. TensorBoard's files lie in out_dir.
     In Weights & Biases each start is a run, and a trunk is a group. Raises ConfigError where a package is
-    missing or cannot start."""
+    missing or cannot start, and where the disk is full."""
     sinks = []
     with contextlib.ExitStack() as stack:
         try:
             if "tensorboard" in c.loggers:
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(os.path.join(c.out_dir, "tensorboard"), purge_step=step + 1)
-                stack.callback(writer.close)
+                stack.callback(writing(c.out_dir)(writer.close))
                 sinks.append(lambda line: [writer.add_scalar(name, value, line["step"])
                                            for name, value in scalars(line).items()])
             if "wandb" in c.loggers:
@@ -56,4 +56,4 @@ def open_loggers(c, step):
                 sinks.append(lambda line: run.log(scalars(line), step=line["step"]))
         except Exception as error:  # a package is not installed, or wandb has no account
             raise ConfigError(f"--loggers={','.join(c.loggers)}: {one_line(error)}") from None
-        yield lambda line: [sink(line) for sink in sinks]
+        yield writing(c.out_dir)(lambda line: [sink(line) for sink in sinks])

@@ -84,7 +84,7 @@ def check_laws(path, content):
 
 def read_laws(path):
     """(the laws file as a dict, its book). Raises ConfigError."""
-    content = read_json(path)
+    content = read_json(path, 2**24)
     try:
         check_laws(path, content)
         return content, make_book(path, content)
@@ -181,7 +181,7 @@ def make_book(path, content, wanted=""):
     tests = [held_out(entry) for entry in laws.values()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
-    ranges = {family: {name: [low, high] for name, (low, high) in
+    ranges = {family: {name: [float(low), float(high)] for name, (low, high) in
                        content.get("ranges", {}).get(family, {}).items()} for family in FAMILIES}
     for family in ("moe", "upcycled"):
         ranges[family] |= {key: [value, value] for key, value in moe.items()}

@@ -8,7 +8,7 @@ import os
 import sys
 from datetime import timedelta
 
-from configurator import ConfigError
+from configurator import ConfigError, one_line
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,14 @@ def on_cuda(kind):
     return kind != "cpu" and torch.cuda.is_available()
 
 
+def device_of(kind):
+    """The device of this process for the setting device=`kind`. Raises ConfigError as on_cuda does."""
+    if not on_cuda(kind):
+        return torch.device("cpu")
+    torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    return device
+
+
 def ranks():
     """(rank of this process, number of ranks)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -36,32 +44,30 @@ def process_group(kind, timeout_seconds):
     There the first rank that fails prints its error, with its number, and ends with status 2, and the ranks
     that fail with it are silent. A rank that waits longer than timeout_seconds for another one fails.
     """
-    cuda = on_cuda(kind)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield device
+        yield device_of(kind)
         return
     store, rank, world = next(dist.rendezvous("env://"))
     # torchrun --max_restarts keeps its store, with the addresses of ranks that are gone and their errors.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timedelta(seconds=timeout_seconds))
     try:
+        device = device_of(kind)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world, timeout=timedelta(seconds=timeout_seconds))
         yield device
-    except (ConfigError, RuntimeError) as error:
+    except Exception as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not lost and not isinstance(error, ConfigError):
-            raise
         with contextlib.suppress(RuntimeError):  # torchrun's store may be gone too
             if store.add("errors", 1) > 1:
                 raise SystemExit(2)
-        text = "another rank has gone; --resume goes on from the last checkpoint" if lost else error
+        if not lost and not isinstance(error, (ConfigError, OSError, MemoryError, torch.OutOfMemoryError)):
+            error.add_note(f"train.py: rank {rank} failed")
+            raise
+        text = "another rank has gone; --resume goes on from the last checkpoint" if lost else one_line(error)
         print(f"train.py: rank {rank}: {text}", file=sys.stderr)
         raise SystemExit(2)
     finally:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AssertionError):  # there may be no group yet
             dist.destroy_process_group()
 
 

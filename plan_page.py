@@ -4,7 +4,7 @@ import math
 import os
 import textwrap
 
-from configurator import ConfigError
+from configurator import read_text, write_result
 from laws import TIE, short
 from rows import loss_text
 
@@ -128,12 +128,5 @@ def say_answer(result):
 def write_page(filled, path):
     """plan.html with {"book", "question", "constants", "answers"} filled in. Raises ConfigError."""
     text = json.dumps(filled, default=lambda value: value.tolist(), allow_nan=False).replace("</", "<\\/")
-    try:
-        template = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html")
-        with open(template, encoding="utf-8") as f:
-            page = f.read().replace("/*FILLED*/null", text)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(page)
-    except OSError as error:
-        raise ConfigError(f"--html={path}: {error.strerror}") from None
+    template = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.html")
+    write_result(path, read_text(template).replace("/*FILLED*/null", text))

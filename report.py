@@ -2,6 +2,7 @@
 
 `rows` are those of rows.read_rows, `laws` is the {law: entry} of laws.json. A table is a list of lines.
 """
+import io
 import itertools
 import math
 import os
@@ -10,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from configurator import ConfigError
+from configurator import ConfigError, write_result
 from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
@@ -298,16 +299,12 @@ def write_report(title, sections, found, directory):
         text += [f"## {heading}", "", *lines, ""] if lines else []
     for name, (_, caption) in found.items():
         text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
-    try:
-        os.makedirs(directory, exist_ok=True)
-        for name, (figure, _) in found.items():
-            figure.savefig(os.path.join(directory, f"{name}.png"))
-            figure.savefig(os.path.join(directory, f"{name}.pdf"), metadata={"CreationDate": None})
-            plt.close(figure)
-        with open(os.path.join(directory, "report.md"), "w", encoding="utf-8") as file:
-            file.write("\n".join(text).rstrip() + "\n")
-    except OSError as error:
-        raise ConfigError(f"{directory}: the report cannot be written: {error.strerror}") from None
+    for name, (figure, _) in found.items():
+        for kind, options in (("png", {}), ("pdf", {"metadata": {"CreationDate": None}})):
+            figure.savefig(drawn := io.BytesIO(), format=kind, **options)
+            write_result(os.path.join(directory, f"{name}.{kind}"), drawn.getvalue())
+        plt.close(figure)
+    write_result(os.path.join(directory, "report.md"), "\n".join(text).rstrip() + "\n")
 
 
 def write(rows, content, profile, notes, directory):

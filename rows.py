@@ -5,7 +5,7 @@ import json
 import math
 import os
 
-from configurator import ConfigError, check_file, lock, naming, parse_json, read_json, read_text, writing
+from configurator import ConfigError, lock, naming, open_to_write, parse_json, read_json, read_text, writing
 
 MOST_LINES = 200_000  # of a file of rows
 
@@ -211,9 +211,7 @@ def append_row(path, row):
     line = (json.dumps(row) + "\n").encode()
     with writing(path, len(line)):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.exists(path):
-            check_file(path)
-        with open(path, "ab+", buffering=0) as f:
+        with open_to_write(path, "ab+") as f:
             lock(f, path, wait=True)  # other runs append to it too
             f.seek(0)
             *lines, last = f.read().split(b"\n")

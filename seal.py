@@ -11,11 +11,9 @@ with the rows that were run.
 """
 import json
 import math
-import os
 from dataclasses import dataclass
 
-from configurator import (REQUIRED, ConfigError, code_version, parse, read_json, run, setting,
-                          write_text_atomically)
+from configurator import REQUIRED, ConfigError, code_version, parse, read_json, run, setting, write_result
 
 import numpy as np
 
@@ -82,8 +80,7 @@ def seal(options):
         sealed.append(row | {"predicted": {name: value for name, value in found.items() if value}})
     result = {"git": code_version(), "study": options.what, "laws_git": content.get("git"),
               "fitted_rows": {law: entry.get("n") for law, entry in content["laws"].items()}, "rows": sealed}
-    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
-    write_text_atomically(options.out, json.dumps(result, indent=1) + "\n")
+    write_result(options.out, json.dumps(result, indent=1) + "\n")
     print(f"{options.out}: {len(sealed)} rows are predicted by {len(books)} laws; commit it before they run")
 
 
@@ -91,19 +88,22 @@ def judge(options):
     """Print, by law and family, the errors of the sealed predictions and how often their intervals held."""
     content, (rows, _) = read_json(options.out), read_rows([options.what])
     measured = {frozenset(identity(row).items()): row["loss"] for row in rows}
-    losses = [measured.get(frozenset(identity(row).items())) for row in content["rows"]]
     scores, lines = {}, []
-    for row, loss in zip(content["rows"], losses):
-        for name, (low, middle, high) in row["predicted"].items() if loss else ():
-            error = math.log(middle / loss)
-            scores.setdefault((row["family"], name), []).append((error, low <= loss <= high))
+    try:
+        losses = [measured.get(frozenset(identity(row).items())) for row in content["rows"]]
+        for row, loss in zip(content["rows"], losses):
+            for name, (low, middle, high) in row["predicted"].items() if loss else ():
+                error = math.log(middle / loss)
+                scores.setdefault((row["family"], name), []).append((error, low <= loss <= high))
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{options.out}: holds no sealed predictions ({error!r:.80})") from None
     for (family, name), found in scores.items():
         errors, held = np.array(found).T
         numbers = 100 * math.sqrt(np.mean(errors ** 2)), 100 * errors.mean(), held.sum()
         lines.append([family, law_name(name) or "dense and MoE", str(len(found)),
                       *map(str.format, ("{:.2f}", "{:+.2f}", "{:.0f}"), numbers)])
     print(f"{len(losses) - losses.count(None)} of {len(losses)} sealed rows were run. "
-          f"The code {content['git']} predicted them.\n")
+          f"The code {content.get('git')} predicted them.\n")
     print(*aligned(["family", "law", "rows", "rms error %", "mean error %", "in the 95 % interval"],
                    sorted(lines, key=lambda line: (line[0], float(line[3])))), sep="\n")
 

@@ -14,6 +14,7 @@ import types
 
 import checkpoint
 from configurator import ConfigError, locked, note, writing
+from files import check_model
 from model import ModelConfig, flops_per_token, parameter_counts
 from parallel import on_cuda
 from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
@@ -38,6 +39,9 @@ def resolve(c, meta, world):
     c, max_steps = resolve_schedule(c, state, source, resumed_from)
     trunk = c.trunk or (resumed_from or c.branch) and before.get("trunk")
     c = dataclasses.replace(c, trunk=trunk or os.path.basename(os.path.abspath(c.out_dir)))
+    size, memory = 16 * parameter_counts(m)["total"], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not on_cuda(c.device) and size > memory:
+        raise ConfigError(f"weights, gradients and moments take {size / 1e9:,.0f} of {memory / 1e9:,.0f} GB")
     seen = checkpoint.tokens_seen(state)
     row = planned_row(c, m, state["lineage"], seen + (max_steps - state["step"]) * c.tokens_per_step,
                       meta["data_sha256"], seen - state["tokens"], world)
@@ -58,9 +62,9 @@ def resolve_architecture(c, source, meta):
         if c.initializer_range == "auto":  # a fixed one starts small widths with a plateau
             c = dataclasses.replace(c, initializer_range=automatic_range(c.hidden_size))
         try:
-            return c, ModelConfig(vocab_size=meta["vocab_size"], max_position_embeddings=c.max_seq_len,
-                                  eos_token_id=meta.get("eos_token_id"), router_bias=has_bias,
-                                  **{key: getattr(c, key) for key in MODEL_KEYS})
+            return c, check_model(ModelConfig(
+                vocab_size=meta["vocab_size"], max_position_embeddings=c.max_seq_len, router_bias=has_bias,
+                eos_token_id=meta.get("eos_token_id"), **{key: getattr(c, key) for key in MODEL_KEYS}))
         except ValueError as error:
             raise ConfigError(str(error)) from None
     m = checkpoint.read_config(source)
@@ -199,6 +203,7 @@ def add_to_history(history, row, lineage, source, resumed):
 # Signals, and the claim on a directory
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SLURM sends the last one
+ONE_SENDING = 2.0  # seconds in which a batch system and a launcher send what counts as one signal
 
 
 class Stopped(KeyboardInterrupt):
@@ -216,7 +221,7 @@ def caught_signals():
     signals, began = types.SimpleNamespace(caught=[], at_once=True), {}
 
     def handle(number, frame):
-        if time.monotonic() > began.setdefault(number, time.monotonic()) + 2:
+        if time.monotonic() > began.setdefault(number, time.monotonic()) + ONE_SENDING:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         signals.caught.append(number)
@@ -238,6 +243,8 @@ def caught_signals():
 def claim(c, stack):
     """Make and lock out_dir while `stack` lasts, and remove what a killed run left unfinished there. Raises
     ConfigError where that or the rows cannot be written, or where another process has the lock."""
+    if c.rows == "":
+        raise ConfigError("--rows= is empty: give a file, or none")
     stack.enter_context(locked(c.out_dir, ".lock", f"{c.out_dir}: another process is training there"))
     checkpoint.tidy(c.out_dir)
     if c.rows:

@@ -132,6 +132,8 @@ def study_jobs(study):
     for key in ("seeds",) if study.dense else ("sizes", "D1", "D2", "seeds"):
         if not getattr(study, key):
             raise ConfigError(f"{study.config}: {key} is empty")
+    if math.prod(len(getattr(study, key)) or 1 for key in ("sizes", "D1", "D2", "seeds", "methods")) > 10**5:
+        raise ConfigError(f"{study.config}: has more than 100,000 upcycled runs")
     if not 0 < study.decay_fraction < 1:
         raise ConfigError(f"{study.config}: decay_fraction = {study.decay_fraction} is not between 0 and 1")
     for key in (key for row in study.withheld for key in row if key not in RUN):

@@ -221,6 +221,8 @@ def build(run):
             run.forward, device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)  # all ranks compute the same buffers
         run.no_sync = run.forward.no_sync
+    if c.eval_every_steps:  # what is compiled for validation is compiled now: signals interrupt it
+        validate_run(run, tokens=min(c.eval_tokens, run.micro * ranks()[1] * c.max_seq_len))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -308,9 +310,9 @@ def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=c
     return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else float("nan")
 
 
-def validate_run(run, stop=()):
-    return validate(run.model, run.val_tokens, run.c.eval_tokens, run.c.max_seq_len, run.micro, run.device,
-                    run.autocast, stop)
+def validate_run(run, stop=(), tokens=None):
+    return validate(run.model, run.val_tokens, tokens or run.c.eval_tokens, run.c.max_seq_len, run.micro,
+                    run.device, run.autocast, stop)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import sys
 import traceback
 from multiprocessing.connection import wait
 
-from configurator import ConfigError, lasting_streams, write_config, writing
+from configurator import ConfigError, lasting_streams, open_to_write, write_config, writing
 
 import torch
 
@@ -79,7 +79,7 @@ def launch(job, report):
     config, output = (os.path.join(c.out_dir, name) for name in ("config.py", "output.txt"))
     with writing(c.out_dir):
         os.makedirs(c.out_dir, exist_ok=True)
-        file = open(output, "wb")
+    file = open_to_write(output, "wb")
     write_config(c, config)
     # torchrun kills what has not saved 30 seconds after a signal, unless it is told to wait longer.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ

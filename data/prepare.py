@@ -28,18 +28,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 from configurator import (REQUIRED, ConfigError, check_file, naming, one_line, parse_json,  # noqa: E402
                           progress, read_json, run, setting)
+
+import numpy as np  # noqa: E402
 from data.stream import DATA, load_tokens  # noqa: E402
 from files import atomic_directory  # noqa: E402
 
 # tokenizers, tiktoken and datasets are imported where they are used, since most uses need none of them.
 END_OF_TEXT = "<|endoftext|>"
-MOST_TEXT = 2**26        # bytes of one text, and of a line of .jsonl
+MOST_TEXT = 2**26        # bytes of one text and of a line of .jsonl; characters of a row of .parquet
 MOST_TOKENIZER = 2**26   # bytes of a tokenizer.json
 MOST_IDS = 2**22         # entries of a vocabulary
 
@@ -71,7 +71,7 @@ class Tokenizer:
     decode: Callable  # token ids -> text
     vocab_size: int
     eos_token_id: int
-    save: Callable | None = None  # writes tokenizer.json to a path
+    json: Callable | None = None  # returns the text of its tokenizer.json
 
 
 BYTES = Tokenizer(  # UTF-8; 256 ends a text
@@ -121,7 +121,7 @@ def of_file(path):
                           f"{eos_token_id}, and to end at {MOST_IDS:,}")
     return Tokenizer(lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
                      lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                     vocab_size, eos_token_id, tokenizer.save)
+                     vocab_size, eos_token_id, lambda: tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(name_or_path):
@@ -189,6 +189,8 @@ def text_of(row, field):
         raise ValueError(f"no field {field!r} (--text_field); there are: {', '.join(row) or 'none'}")
     if not isinstance(row[field], str | None):
         raise ValueError(f"field {field!r} is not text but {type(row[field]).__name__}")
+    if len(row[field] or "") > MOST_TEXT:
+        raise ValueError(f"field {field!r} holds a text of more than {MOST_TEXT:,} characters")
     return row[field] or ""
 
 
@@ -327,14 +329,15 @@ def build(options, folder):
 
         if tokenizer is None:
             print(f"training a tokenizer on {sizes[splits['train']].sum():,} bytes", file=sys.stderr)
-            train_bpe(texts("train"), options.bpe_vocab_size).save(str(folder / "tokenizer.json"))
+            trained = train_bpe(texts("train"), options.bpe_vocab_size).to_str(pretty=True)
+            (folder / "tokenizer.json").write_text(trained, "utf-8")
             tokenizer = load_tokenizer(folder)
-        elif tokenizer.save:
-            tokenizer.save(str(folder / "tokenizer.json"))
+        elif tokenizer.json:
+            (folder / "tokenizer.json").write_text(tokenizer.json(), "utf-8")
         dtype, n_tokens, sha256 = np.min_scalar_type(tokenizer.vocab_size - 1), {}, {}
         for part, n in n_documents.items():
             n_tokens[part], sha256[part] = write_npy(folder / f"{part}.npy", texts(part), n, tokenizer, dtype)
-    name = "tokenizer.json" if tokenizer.save else options.tokenizer
+    name = "tokenizer.json" if tokenizer.json else options.tokenizer
     content = "\n".join([name, sha256["train"], sha256["val"]])
     return {"source": options.source, "tokenizer": name, "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_token_id, "dtype": dtype.name, "tokens": n_tokens,

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from configurator import ConfigError, check_file, convert, read_json
+from files import LIMITS
 
 DATA = Path(__file__).resolve().parent
-META = {"vocab_size": int, "eos_token_id": int | None, "dtype": str, "tokenizer": str, "data_sha256": str,
-        "tokens": dict}  # keys of meta.json
+META = {"vocab_size": LIMITS["vocab_size"], "eos_token_id": (int | None, 0), "dtype": (str,),
+        "tokenizer": (str,), "data_sha256": (str,), "tokens": (dict,)}  # keys of meta.json
 
 
 def locate(directory):
@@ -28,8 +29,8 @@ def load_tokens(directory, split):
     path = folder / "meta.json"
     try:
         meta = read_json(path)
-        for key, kind in META.items():
-            convert(key, meta[key], kind)
+        for key, limits in META.items():
+            convert(key, meta[key], *limits)
         if meta.get("bytes"):
             convert("bytes", meta["bytes"][split], int)
         dtype, count = np.dtype(meta["dtype"]), convert("tokens", meta["tokens"][split], int)

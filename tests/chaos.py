@@ -154,13 +154,13 @@ class World:
         return dataclasses.replace(self.kinds[kind], out_dir=str(folder / "run"),
                                    rows=str(folder / "rows.jsonl"))
 
-    def training(self, c, at=0, error=0, then=lambda: None, **environment):
-        """A process that trains the settings `c`, by the command."""
+    def training(self, c, at=0, error=0, then=lambda: None, root=None, **environment):
+        """A process that trains the settings `c`, by the command. Faults come under `root`."""
         folder = Path(c.out_dir).parent
         folder.mkdir(exist_ok=True)
         configurator.write_config(c, folder / "c.py")
         action = script(train.main, train.Train, str(folder / "c.py"))
-        return Process(lambda: (action(), then()), at, error, folder, **environment)
+        return Process(lambda: (action(), then()), at, error, root or folder, **environment)
 
     def result(self, c):
         """What a run leaves: the bytes of its checkpoints, its row, its steps."""
@@ -192,33 +192,60 @@ def one_temporary(c, count, what):
         count.say("leftovers", f"{what}: {left} at a time")
 
 
+class Events:
+    """next() gives a kind of run, the number of an event in it and an error: in random order, and all of
+    them before one comes again."""
+
+    def __init__(self, world, rng, *errors):
+        self.all = [(kind, at, error) for kind, number in world.events.items()
+                    for at in range(1, number + 1) for error in errors]
+        self.rng, self.left, self.tried = rng, [], 0
+
+    def next(self):
+        self.left = self.left or self.rng.sample(self.all, len(self.all))
+        self.tried += 1
+        return self.left.pop()
+
+    def say(self):
+        print(f"  {self.tried} trials in turn at {len(self.all)} events", flush=True)
+
+
 def kill(world, trials, rng, count):
-    """SIGKILL at a change of the directory or at any other moment, sometimes twice before the end."""
+    """SIGKILL at each change of the directory in turn (70 %), at one of a save, or at any other moment. What
+    was killed elsewhere than in turn may have been stopped before, or is killed again before the end."""
+    events = Events(world, rng, 0)
     for i in range(trials):
-        kind = list(world.kinds)[i % 4]
-        c, what = world.fresh(kind), ""
-        if i % 3 == 2:  # leaves a checkpoint that is only for the resume
+        in_turn, kind, number, what = rng.random() < 0.7, list(world.kinds)[i % 4], 0, ""
+        if in_turn:
+            kind, number, _ = events.next()
+        c = world.fresh(kind)
+        if not in_turn and i % 3 == 2:  # leaves a checkpoint that is only for the resume
             process = world.training(c)
             time.sleep(rng.uniform(0, 0.3))
             os.kill(process.pid, signal.SIGTERM)
             process.end(count)
         for again in range(1 + (i % 5 == 4)):
-            at = rng.randint(1, 40 if again else world.events[kind]) * (rng.random() < 0.7)  # 0: any time
-            process = world.training(dataclasses.replace(c, resume=True), at=at)
+            root, at = Path(c.out_dir).parent, number  # 0: any time
+            if again or not in_turn and rng.random() < 0.5:
+                root, at = Path(c.out_dir) / ".checkpoint", rng.randint(1, 24)  # a save's temporary
+            process = world.training(dataclasses.replace(c, resume=True), at=at, root=root)
             if not at:
                 time.sleep(rng.uniform(0, 0.4))
                 os.kill(process.pid, signal.SIGKILL)
             process.end(count)
-            what += f" killed at {at or 'random'}"
+            what += f" killed at {at or 'random'} of {root.name}"
             one_temporary(c, count, what)
         world.recovered(kind, c, count, what)
+    events.say()
 
 
 def io(world, trials, rng, count):
-    """ENOSPC from one change of the directory on, or EIO at one: a line that says so, and nothing is lost."""
-    for i in range(trials):
-        kind, error = list(world.kinds)[i % 4], (errno.ENOSPC, errno.EIO)[i // 4 % 2]
-        c, at = world.fresh(kind), rng.randint(1, world.events[kind])
+    """ENOSPC from one change of the directory on, or EIO at one: a line that says so, and nothing is lost.
+    Each change of the directory comes in its turn."""
+    events = Events(world, rng, errno.ENOSPC, errno.EIO)
+    for _ in range(trials):
+        kind, at, error = events.next()
+        c = world.fresh(kind)
         status, text = world.training(c, at, error).end(count)
         lines = [line for line in text.splitlines() if line.startswith("script.py: ")]
         if status not in (0, 2) or status == 2 and (len(lines) != 1 or error == errno.ENOSPC
@@ -227,23 +254,29 @@ def io(world, trials, rng, count):
         if status == 0 and error == errno.ENOSPC:
             count.say("lost", f"{kind}: a full disk at {at} went unnoticed")
         world.recovered(kind, c, count, f"{errno.errorcode[error]} at {at}")
+    events.say()
 
 
 def signals(world, trials, rng, count):
-    """Each signal at random moments, set-up and the last validation included; some come twice or thrice."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    """Each signal at random moments, set-up and the last validation included; some come twice or thrice. In
+    half of the trials the second one follows soon, is not taken for the first, and ends the process."""
+    numbers, ended = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1), 0
     for i in range(trials):
         kind = rng.choice(list(world.kinds))
         c, number, what = world.fresh(kind), numbers[i % 4], ""
+        at_once = (i + i // 4) % 2
+        start.ONE_SENDING = 0.0 if at_once else 2.0
         process = world.training(c)
-        for _ in range(rng.randint(1, 3)):
-            time.sleep(rng.uniform(0, 0.25))
+        for again in range(rng.randint(1 + at_once, 3)):
+            time.sleep(rng.uniform(0, 0.02 if again and at_once else 0.25))
             os.kill(process.pid, number)
             what += f" {number.name}"
         status, text = process.end(count, timeout=10)
         if status not in (0, 128 + number, -number):
             count.say("lost", f"{what}: status {status}: {text}")
+        ended += status == -number and bool(at_once)
         world.recovered(kind, c, count, what)
+    print(f"  {ended} were ended by a second signal at once", flush=True)
 
 
 def ranks(world, trials, rng, count):
@@ -407,6 +440,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     import configurator
     import checkpoint
+    import start
     import train
     import upcycle
     from data import prepare

@@ -1,4 +1,8 @@
 """Mutated files of all kinds, and the functions that read them. It is the mode `files` of chaos.py."""
+import contextlib
+import dataclasses
+import gzip
+import io
 import json
 import random
 import resource
@@ -12,12 +16,15 @@ import torch
 
 import checkpoint
 import configurator
+import plan
+import seal
 import start
 import sweep
 import train
+import upcycle
 from data import prepare
 from data.stream import check_ids, load_tokens
-from mixture import read_laws
+from model import Transformer
 from rows import read_row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,19 +72,47 @@ def mutated(data, rng):
     return bytes(data)
 
 
-def targets(world):
-    """[(a good file, a function that reads it)]."""
-    made, data = world.folder / "strangers", Path(world.data)
+def make_files(world, made):
+    """Good files of all kinds in the folder `made`."""
     shutil.copytree(world.dense, made / "dense")
-    shutil.copytree(world.folder / "start", made / "moe")
-    shutil.copytree(data, made / "data")
+    moe = checkpoint.load_model(world.folder / "start")
+    optimizer = torch.optim.AdamW(moe.parameters())
+    ids = torch.arange(32).view(2, 16)
+    moe(ids, ids)[0].backward()
+    optimizer.step()
+    state = checkpoint.read_state(world.folder / "start")
+    checkpoint.save(made / "moe", moe, state, optimizer)
+    checkpoint.write(made / "shards", checkpoint.contents(moe, optimizer), state, shard_size=20_000)
+    shutil.copytree(world.data, made / "data")
     for name in ("rows_without_settings.jsonl", "olmo_ladder_c4.csv"):
         lines = (ROOT / "tests" / "data" / name).read_text().splitlines(keepends=True)
         (made / name).write_text("".join(lines[:20]))
     shutil.copy(ROOT / "laws" / "liew2025.json", made / "laws.json")
-    shutil.copy(ROOT / "config" / "study_methods.py", made / "config.py")
+    shutil.copy(ROOT / "config" / "study_methods.py", made / "study.py")
     shutil.copy(world.folder / "row.json", made / "row.json")
-    good = checkpoint.load_model(world.dense)
+    configurator.write_config(world.kinds["moe"], made / "train.py")
+    texts = "".join(json.dumps({"text": f"text {i} of a few words", "id": i}) + "\n" for i in range(20))
+    (made / "texts.jsonl").write_text(texts)
+    (made / "packed.jsonl.gz").write_bytes(gzip.compress(texts.encode()))
+    (made / "plain.txt.gz").write_bytes(gzip.compress(texts.encode()))
+    sealed, _ = read_rows([str(made / "rows_without_settings.jsonl")])
+    sealed = [seal.identity(row) | {"predicted": {"dense": [2.0, 2.5, 3.0]}} for row in sealed]
+    (made / "sealed.json").write_text(json.dumps({"git": "x", "rows": sealed}))
+
+
+def about(path, read):
+    """Call `read`, with the name of the file before an error that names a key alone."""
+    try:
+        read()
+    except configurator.ConfigError as error:
+        raise configurator.ConfigError(f"{path}: {error}") from None
+
+
+def targets(world):
+    """[(a good file, a function that reads it)]."""
+    made = world.folder / "strangers"
+    made.mkdir()
+    make_files(world, made)
 
     def tokens(path):
         parts = [load_tokens(made / "data", part) for part in ("train", "val")]
@@ -90,22 +125,53 @@ def targets(world):
         start.resolve(c, load_tokens(world.data, "train")[1], 1)
 
     def study(path):
-        configurator.parse(sweep.Study, [str(path)])
+        study = configurator.parse(sweep.Study, [str(path), f"--dataset={world.data}"])
+        about(path, lambda: sweep.study_jobs(study))
+
+    def training(path):
+        c = configurator.parse(train.Train, [str(path), f"--dataset={world.data}", "--init_from=none",
+                                             f"--out_dir={made / 'run'}", "--branch=false"])
+        with torch.device("meta"):
+            about(path, lambda: Transformer(start.resolve(c, load_tokens(world.data, "train")[1], 1)[1]))
+
+    def planned(path):
+        for more in (["--N=1e9", "--D1=1e11", "--tokens=5e10"], ["--flops=1e21", "--fresh", "--json"]):
+            about(path, lambda: plan.main(configurator.parse(plan.Options, [f"--laws={path}", *more])))
+
+    def judged(path):
+        seal.judge(seal.Options(str(made / "rows_without_settings.jsonl"), out=str(path)))
+
+    def text(path):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # without its progress
+                prepare.prepare(prepare.Options(str(path), out_dir=str(made / "out")))
+        finally:
+            shutil.rmtree(made / "out", ignore_errors=True)
+
+    def upcycled(path):
+        moe = dataclasses.replace((source := upcycle.Source(str(path.parent))).config, num_local_experts=4)
+        upcycle.pieces_of(source, moe)
+
+    def moments(path):
+        model = checkpoint.load_model(path.parent)
+        checkpoint.load_moments(path.parent, model, torch.optim.AdamW(model.parameters()))
 
     def tokenizer(path):
         prepare.load_tokenizer(str(path)).encode(["some text"])
-    found = [(made / "config.py", study), (made / "laws.json", lambda path: read_laws(str(path))),
-             (made / "row.json", lambda path: read_row(str(path))),
+    found = [(made / "study.py", study), (made / "train.py", training), (made / "laws.json", planned),
+             (made / "sealed.json", judged), (made / "row.json", lambda path: read_row(str(path))),
+             *((made / name, text) for name in ("texts.jsonl", "packed.jsonl.gz", "plain.txt.gz")),
+             *((made / "shards" / f"{name}.index.json", moments)
+               for name in ("model.safetensors", "optimizer.moments")),
+             *((made / "dense" / name, upcycled)
+               for name in ("config.json", "model.safetensors", "trainer_state.json")),
              (made / "rows_without_settings.jsonl", lambda path: read_rows([str(path)], skip_bad=True)),
              (made / "olmo_ladder_c4.csv", lambda path: read_rows([str(path)], skip_bad=True))]
     found += [(made / "data" / name, tokens) for name in ("meta.json", "train.npy", "val.npy")]
     for kind in ("dense", "moe"):
         found += [(made / kind / name, lambda path: checkpoint.load_model(path.parent))
                   for name in ("config.json", "model.safetensors")]
-        found.append((made / kind / "trainer_state.json", begun))
-    optimizer = torch.optim.AdamW(good.parameters())
-    found.append((made / "dense" / "optimizer.moments",
-                  lambda path: checkpoint.load_moments(path.parent, good, optimizer)))
+        found += [(made / kind / "trainer_state.json", begun), (made / kind / "optimizer.moments", moments)]
     try:
         prepare.train_bpe(["some text of a few words"] * 3, 270).save(str(made / "tokenizer.json"))
         found.append((made / "tokenizer.json", tokenizer))
@@ -120,6 +186,7 @@ def files(world, trials, rng, count):
     world.training(row).end(count)
     shutil.copy(f"{row.out_dir}/row.json", world.folder / "row.json")
     listed = targets(world)
+    world.check(world.process(lambda: [read(path) for path, read in listed]))  # all are good as they are
     for begin in range(0, trials, 200):
         def action(begin=begin):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -128,7 +195,7 @@ def files(world, trials, rng, count):
                 path, read = listed[i % len(listed)]
                 good = path.read_bytes()
                 path.write_bytes(bad := mutated(good, random.Random(f"{rng.random()}/{i}")))
-                signal.alarm(5)
+                signal.alarm(60), signal.setitimer(signal.ITIMER_PROF, 5)  # of the clock; of the processor
                 try:
                     read(path)
                 except configurator.ConfigError as error:
@@ -138,10 +205,10 @@ def files(world, trials, rng, count):
                 except BaseException:
                     print(f"{path.name}: {bad[:300]}", file=sys.stderr)
                     traceback.print_exc()
-                signal.alarm(0)
+                signal.alarm(0), signal.setitimer(signal.ITIMER_PROF, 0)
                 path.write_bytes(good)
         status, text = world.process(action).end(count, timeout=600)
-        if status == -signal.SIGALRM:
+        if status in (-signal.SIGALRM, -signal.SIGPROF):
             count.say("hangs", text)
         elif status or "a bad message" in text:
             count.say("lost", f"status {status}: {text}")

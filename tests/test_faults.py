@@ -99,9 +99,66 @@ def test_pipes_and_devices_are_not_opened(tmp_path, tiny):  # noqa: F811
         os.replace(tmp_path / name, os.path.join(last, name))
 
 
+def test_a_pipe_in_place_of_a_file_that_is_written_is_refused(tiny, tmp_path):  # noqa: F811
+    os.makedirs(tiny.out_dir)
+    job = sweep.Job(tiny, None, 1, 1, {}, launcher="false")
+    for path, write in ((f"{tiny.out_dir}/.lock", lambda: train(tiny, report=quiet)), (tiny.rows, None),
+                        (f"{tiny.out_dir}/log.jsonl", None),
+                        (f"{tiny.out_dir}/output.txt", lambda: workers.launch(job, quiet))):
+        os.mkfifo(path)
+        with pytest.raises(ConfigError, match=f"{path}: .*(no regular file|cannot be written)"):
+            (write or (lambda: train(dataclasses.replace(tiny, resume=True), report=quiet)))()
+        os.remove(path)
+
+
+def test_a_deep_line_in_the_log_ends_it(tiny):  # noqa: F811
+    train(dataclasses.replace(tiny, save_at_tokens=[10 * STEP], rows=None), report=quiet)
+    shutil.rmtree(os.path.join(tiny.out_dir, "checkpoint-20"))
+    path = Path(tiny.out_dir, "log.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:9], "[" * 10**5 + "\n", *lines[9:]]))
+    train(dataclasses.replace(tiny, resume=True), report=quiet)
+    assert [line["step"] for line in log(tiny)] == [*range(1, 10), *range(11, 21)]
+
+
+def test_an_empty_name_for_the_rows_is_refused(tiny):  # noqa: F811
+    with pytest.raises(ConfigError, match="--rows= is empty"):
+        train(dataclasses.replace(tiny, rows=""), report=quiet)
+    assert not os.path.exists(tiny.out_dir)
+
+
 def test_a_seed_of_forty_digits_is_refused():
     with pytest.raises(ConfigError, match=r"seed: '10\*\*40' is not of type int"):
         configurator.parse(Train, ["--seed=10**40"])
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers: 10000000 is not in 1 .. 4096"),
+    ({"hidden_size": 10**6}, "hidden_size: 1000000 is not in"),
+    ({"hidden_size": 2**17, "num_attention_heads": 16}, "moments take [0-9,]+ of [0-9,]+ GB"),
+    ({"num_local_experts": 10**5}, "num_local_experts = 100000 in each of . layers"),
+    ({"num_hidden_layers": 4096, "num_local_experts": 2**16}, "more than 65,536 together")])
+def test_sizes_beyond_the_limits_are_refused_by_training_and_studies(tiny, tmp_path, sizes, words):  # noqa: F811
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=words) as error:
+        train(dataclasses.replace(tiny, **sizes), report=quiet)
+    sizes = sizes.copy()
+    one_line(error)
+    if "GB" not in words:  # a study may be planned where it cannot be run
+        path = tmp_path / "study.py"
+        experts = sizes.pop("num_local_experts", 8)
+        path.write_text(f"sizes = [{sizes}]\nD1 = [10_000]\nD2 = [10_000]\nnum_local_experts = {experts}\n"
+                        f"train = {{'dataset': {tiny.dataset!r}, 'warmup_steps': 2}}\n")
+        with pytest.raises(ConfigError, match=words):
+            sweep.study_jobs(configurator.parse(sweep.Study, [str(path)]))
+    assert time.process_time() - began < 5
+
+
+def test_a_study_of_too_many_runs_is_refused(tmp_path):
+    path = tmp_path / "study.py"
+    path.write_text(f"sizes = [{{}}]\nD1 = {[7] * 10**4}\nD2 = {[7] * 10**4}\n")
+    with pytest.raises(ConfigError, match="study.py: has more than 100,000 upcycled"):
+        sweep.study_jobs(configurator.parse(sweep.Study, [str(path)]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -208,6 +265,29 @@ def test_token_ids_beyond_the_vocabulary_are_found_at_the_start(tiny, tmp_path):
         assert not os.path.exists(os.path.join(tiny.out_dir, "log.jsonl"))
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("change, words", [(lambda t: t[:0], "too few tokens"), (np.int16, "holds int16"),
+                                           (np.float32, "holds float32")])
+def test_tokens_of_zero_length_or_another_type_are_found_at_the_start(tiny, tmp_path, part, change, words):  # noqa: F811
+    shutil.copytree(tiny.dataset, tmp_path / "odd")
+    path, meta = tmp_path / "odd" / f"{part}.npy", read_json(os.path.join(tiny.dataset, "meta.json"))
+    changed = change(np.load(path)) if isinstance(change, type(lambda: 0)) else np.load(path).astype(change)
+    np.save(path, changed)
+    (tmp_path / "odd" / "meta.json").write_text(json.dumps(
+        meta | {"tokens": meta["tokens"] | {part: len(changed)}}))
+    with pytest.raises(ConfigError, match=words) as error:
+        train(dataclasses.replace(tiny, dataset=str(tmp_path / "odd")), report=quiet)
+    one_line(error)
+    assert not os.path.exists(os.path.join(tiny.out_dir, "log.jsonl"))
+
+
+def test_a_vocabulary_beyond_the_limit_is_refused(tiny, tmp_path):  # noqa: F811
+    meta = read_json(os.path.join(tiny.dataset, "meta.json"))
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"vocab_size": 2**22 + 1}))
+    with pytest.raises(ConfigError, match="meta.json: .*vocab_size: 4194305 is not in 1 .. 4194304"):
+        load_tokens(tmp_path, "train")
+
+
 @pytest.mark.parametrize("key", ["vocab_size", "eos_token_id", "tokenizer", "data_sha256", "dtype", "tokens"])
 def test_a_meta_json_without_a_key_is_refused(tiny, tmp_path, key):  # noqa: F811
     meta = read_json(os.path.join(tiny.dataset, "meta.json"))
@@ -236,6 +316,16 @@ def test_a_text_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(gzip.compress(b" " * 10**7))
         with pytest.raises(ConfigError, match="text of more than 1,000,000 bytes"):
             prepare(Prepare(str(tmp_path / name), out_dir=str(tmp_path / "out")))
+
+
+def test_a_text_in_a_row_of_data_has_a_limit(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    monkeypatch.setattr("data.prepare.MOST_TEXT", 10**5)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b" * (10**5 + 1)]}), path)
+    with pytest.raises(ConfigError, match="a.parquet: .*a text of more than 100,000 characters"):
+        prepare(Prepare(str(path), out_dir=str(tmp_path / "out")))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -321,6 +411,39 @@ def test_a_full_disk_is_one_line_for_every_file(tiny, name, monkeypatch):  # noq
     assert not [n for n in os.listdir(c.out_dir) if n.endswith(".tmp")]
 
 
+def test_a_tokenizer_that_finds_no_room_is_one_line(tmp_path, limited_files):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(200)))
+    with limited_files(3000), pytest.raises(ConfigError, match="out: cannot be written: File too large") as e:
+        prepare(Prepare(str(tmp_path / "a.txt"), tokenizer="bpe", out_dir=str(tmp_path / "out")))
+    one_line(e)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_logger_that_finds_no_room_is_one_line(tiny, monkeypatch):  # noqa: F811
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    written = []
+
+    def full(*args):
+        written.append(args)
+        if len(written) > 20:
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(writer.RecordWriter, "write", full)
+    with pytest.raises(ConfigError, match="the disk is full: 4,096 bytes needed") as error:
+        train(dataclasses.replace(tiny, loggers=["tensorboard"], max_tokens=10**6), report=quiet)
+    one_line(error)
+
+
+def test_a_disk_without_room_for_a_directory_says_what_that_needs(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "makedirs", full)
+    with pytest.raises(ConfigError, match="run: cannot be written: the disk is full: 4,096 bytes needed"):
+        with configurator.locked(str(tmp_path / "run"), ".lock", ""):
+            pass
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Steps that are not finite
 
@@ -382,7 +505,8 @@ def test_what_a_terminal_and_a_batch_system_send_saves_the_step(tiny, tmp_path, 
     assert checkpoint.checkpoints(c.out_dir)[-1][0] == log(c)[-1]["step"]
 
 
-@pytest.mark.parametrize("where", ["the last validation", "a validation", "the first step"])
+@pytest.mark.parametrize("where", ["the last validation", "a validation", "the pass before the first step",
+                                   "the first step"])
 def test_a_signal_interrupts_validation_and_compilation(tiny, monkeypatch, where):  # noqa: F811
     """Each stage would go on for ever; what was trained before is saved."""
     def endless(*args, stop=(), **kwargs):
@@ -396,16 +520,14 @@ def test_a_signal_interrupts_validation_and_compilation(tiny, monkeypatch, where
     if where == "the first step":
         monkeypatch.setattr(train_module, "train_step", endless)
     else:
-        monkeypatch.setattr(train_module, "validate",
-                            lambda *args: endless(*args[:7], stop=args[7] if len(args) > 7 else ()))
-        c = dataclasses.replace(tiny, eval_every_steps=20 if "last" in where else 7)
-    if "last" in where:
-        c = dataclasses.replace(c, eval_every_steps=0)
+        monkeypatch.setattr(train_module, "validate", lambda *args: (
+            true_validate if where == "a validation" and args[7] == () else endless)(*args[:7], stop=args[7]))
+        c = dataclasses.replace(tiny, eval_every_steps=0 if "last" in where else 7)
     with pytest.raises(Stopped) as stopped:
         train(c, report=quiet)
     assert stopped.value.args == (signal.SIGUSR1,)
     steps = [step for step, _ in checkpoint.checkpoints(c.out_dir)]
-    assert steps == {"the last validation": [20], "a validation": [7], "the first step": []}[where]
+    assert steps == {"the last validation": [20], "a validation": [7]}.get(where, [])
     monkeypatch.undo()
     row = train(dataclasses.replace(c, resume=True), report=quiet)
     assert [json.loads(line) for line in open(c.rows)] == [row] and len(log(c)) == 20
@@ -459,7 +581,15 @@ def test_a_closed_terminal_stops_no_training(tiny, tmp_path, closed):  # noqa: F
     assert process.wait(timeout=60) == 0 and len(log(tiny)) == 40
 
 
-@pytest.mark.parametrize("script", "train sweep upcycle sample fit_laws plan seal bench".split())
+def test_a_full_disk_under_stderr_stops_no_training(tiny, tmp_path):  # noqa: F811
+    with open("/dev/full", "w") as full:
+        process = start_training(dataclasses.replace(tiny, max_tokens=40 * STEP), tmp_path, stderr=full)
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(log(tiny)) == 40 and "validation loss" in text
+
+
+@pytest.mark.parametrize("script", "train sweep upcycle sample fit_laws plan seal bench bench_train "
+                                   "bench_scale data/prepare".split())
 def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path, script):
     """SIGINT comes while torch or numpy is being imported."""
     for name in ("torch", "numpy"):
@@ -489,6 +619,22 @@ def test_an_error_that_all_ranks_meet_is_said_once(tiny, tmp_path):  # noqa: F81
         assert result.stderr.count("train.py: ") == 1, result.stderr
         assert 'train.py", line' not in result.stderr  # torchrun prints a traceback of its own
     assert "rank " in result.stderr
+
+
+@pytest.mark.parametrize("error, said", [("OSError(5, 'Input/output error')", "Input/output error"),
+                                         ("ZeroDivisionError('a fault')", "ZeroDivisionError: a fault")])
+def test_an_error_of_one_rank_is_said_once_with_the_rank(tiny, tmp_path, error, said):  # noqa: F811
+    write_config(tiny, tmp_path / "c.py")
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+                      "def build(run):\n"
+                      f"    if os.environ['RANK'] == '1':\n        raise {error}\n    true(run)\n"
+                      "true, train.build = train.build, build\ntrain.run(train.main, train.Train)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+               "--standalone", str(script), str(tmp_path / "c.py")]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120).stderr
+    assert text.count(said) == 1 and text.count("train.py: rank 1") == 1, text
+    assert "rank 0" not in text and ("ZeroDivisionError" in error or "Input/output" in text)
 
 
 def torchrun_that_lost_rank_1(c, tmp_path, *extra, by=signal.SIGKILL):

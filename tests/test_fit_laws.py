@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 import fit_laws as F
 import laws
 import uncertainty
-from configurator import ConfigError, parse
+from configurator import ConfigError, locked, parse
+from mixture import read_laws
 from rows import FAMILIES, clean, read_rows
 from simulated import DATA, HEAD_START, PILOT, ROOT, SHARED, SMALL, TABLE2, THREE, shared_system, simulate
 
@@ -424,12 +426,35 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path):
         with pytest.raises(ConfigError, match=said):
             F.main(parse(F.Options, [str(path), f"--out={tmp_path / 'out'}", *words]))
     full = write(tmp_path / "full.jsonl", simulate(TABLE2, {"dense": "dense"}))
-    with pytest.raises(ConfigError, match="cannot be a directory"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         F.main(parse(F.Options, [full, f"--out={path}"]))
     done = subprocess.run([sys.executable, os.path.join(ROOT, "fit_laws.py"), str(path), "--laws=dense"],
                           capture_output=True, text=True)
     assert done.returncode == 2 and "has 2" in done.stderr and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_two_fits_write_to_one_directory_in_turn(tmp_path):
+    path = write(tmp_path / "rows.jsonl", simulate(TABLE2, {"dense": "dense"}, noise=0.004))
+    out = tmp_path / "out"
+    fit = threading.Thread(target=F.main, args=[F.Options(rows=[path], out=str(out), draws=20)])
+    with locked(str(out), ".lock", ""):
+        fit.start()
+        fit.join(timeout=8)
+        assert fit.is_alive() and os.listdir(out) == [".lock"]
+    fit.join(timeout=60)
+    assert not fit.is_alive() and {"laws.json", "report.md", "residuals.png"} <= set(os.listdir(out))
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+
+
+def test_more_rows_than_are_fitted_and_larger_laws_than_are_read_are_refused(tmp_path):
+    rows = [{"family": "dense", "N": 1e6, "D": 1e9 + i, "loss": 3.0} for i in range(5001)]
+    with pytest.raises(ConfigError, match="rows.jsonl: 5,001 rows; at most 5,000 are fitted"):
+        F.main(F.Options(rows=[write(tmp_path / "rows.jsonl", rows)], out=str(tmp_path / "out")))
+    with open(tmp_path / "laws.json", "wb") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(ConfigError, match="laws.json: has 16,777,217 bytes, at most 16,777,216 are read"):
+        read_laws(str(tmp_path / "laws.json"))
 
 
 def test_a_run_that_ends_before_the_report_is_whole_leaves_no_laws_file(tmp_path):

@@ -776,7 +776,7 @@ def test_help_into_a_closed_pipe_is_silent():
     (dict(fresh=True, tokens=1e10), "--tokens as a budget needs --N="),
     (dict(N=1e9, D1=1e11, tokens=1e9, num_experts_per_tok=9), "num_experts_per_tok"),
     (dict(checkpoint="/nowhere"), "/nowhere"),
-    (dict(N=1e9, D1=1e11, tokens=5e10, html="/proc/none/a.html"), "--html=/proc/none")])
+    (dict(N=1e9, D1=1e11, tokens=5e10, html="/proc/none/a.html"), "/proc/none/a.html: cannot be written")])
 def test_bad_input_is_refused_with_the_fix(options, said):
     with pytest.raises(ConfigError) as error:
         P.main(from_dict(P.Options, {"laws": TABLE2} | options))

@@ -56,6 +56,22 @@ def test_each_law_predicts_the_withheld_rows_and_is_judged_by_what_was_run(mini,
         "6", f"{error:.2f}", f"{-error:+.2f}", str(inside)]
 
 
+@pytest.mark.parametrize("content", [{"git": "x"}, {"rows": [7]}, {"git": "x", "rows": 7}, {"rows": [
+    {"family": "dense", "N": 1e6, "D": 1e9, "predicted": {"dense": [1, 2]}}]}])
+def test_what_was_never_sealed_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "sealed.json").write_text(json.dumps(content))
+    (tmp_path / "rows.jsonl").write_text('{"family": "dense", "N": 1e6, "D": 1e9, "loss": 3.0}\n')
+    with pytest.raises(ConfigError, match="sealed.json: holds no sealed predictions") as error:
+        seal(tmp_path / "rows.jsonl", f"--out={tmp_path / 'sealed.json'}")
+    assert "\n" not in str(error.value)
+
+
+def test_predictions_that_cannot_be_written_are_one_line(mini):  # noqa: F811
+    mini.write_text(mini.read_text() + "num_local_experts = 8\nwithheld = [{'D2': 5120}]\n")
+    with pytest.raises(ConfigError, match="/proc/none/sealed.json: cannot be written"):
+        seal(mini, f"--laws={LAWS}", "--out=/proc/none/sealed.json")
+
+
 def held_with(sealed, planned):
     return [row | {"predicted": told["predicted"]} for told, row in zip(sealed, planned)]
 

@@ -261,12 +261,13 @@ def test_methods_that_differ_in_one_knob_are_runs_of_their_own(mini):
     assert {run_key(row) for row in rows} == set(expected)
 
 
-def test_two_runs_of_a_study_on_one_machine_give_identical_rows(mini):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_runs_of_a_study_on_one_machine_give_identical_rows(mini, compiled):
     """Losses to the last bit, with two workers, or with two shards at once that share a directory."""
-    found = []
+    found, text = [], one_size(mini).replace('"eval_tokens"', f'"compile": {compiled}, "eval_tokens"')
     shards = [["--workers=1", f"--shard={i}/2"] for i in (1, 2)]
     for name, sweeps in (("a", [["--workers=2"]]), ("b", shards)):
-        mini.write_text(one_size(mini))
+        mini.write_text(text)
         out = mini.parent / name
         processes = [subprocess.Popen(command(mini, f"--out_dir={out}", *flags), cwd=ROOT, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE) for flags in sweeps]
