@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 
-from configurator import ConfigError, code_version, one_line, read_json, write_text_atomically
+from configurator import code_version, one_line, read_json, write_text_atomically
 
 import numpy as np
 import torch

@@ -16,19 +16,20 @@ import itertools
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from configurator import ConfigError, check_file, convert, one_line, read_json, writing
+from configurator import ConfigError, check_file, convert, naming, one_line, read_json, writing
 from files import LIMITS, atomic_directory, check_model, check_state, remove_directory
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
 from parallel import fill, gather, ranks
 from tensors import Stored, check_tensors, is_finite, open_tensors, write_json, write_weights
 
-MOMENTS, KEYS = "optimizer.moments", ("exp_avg", "exp_avg_sq")
+MOMENTS, KEYS, CARD = "optimizer.moments", ("exp_avg", "exp_avg_sq"), "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -46,7 +47,7 @@ def to_hf_config(c, dtype=torch.float32):
     model_type = written_as(c)
     entry = FORMATS[model_type]
     d = {"architectures": [entry["architecture"]], "model_type": model_type,
-         "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True, "bos_token_id": None,
+         "torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True,
          **entry["constants"], **{key: getattr(c, field) for field, key in entry["keys"].items()}}
     if c.num_local_experts:
         d[entry["keys"]["router_aux_loss_coef"]] /= c.num_experts_per_tok
@@ -200,13 +201,23 @@ def tidy(out_dir):
                 remove_directory(directory)
 
 
-def copy_tokenizer(source, directory):
-    """Copy a folder's TOKENIZER_FILES, as far as it has them, to a checkpoint directory."""
-    for name in TOKENIZER_FILES:
-        path = os.path.join(source, name)
-        if os.path.exists(path):
+def companions(tokenizer, source=None):
+    """{file: bytes} of what goes with weights: TOKENIZER_FILES and model card of the checkpoint `source`, and
+    the TOKENIZER_FILES that it lacks from the folder `tokenizer`. Raises ConfigError."""
+    found = {}
+    for folder, names in ((tokenizer, TOKENIZER_FILES), (source, (*TOKENIZER_FILES, CARD))):
+        for path in filter(Path.exists, [Path(folder, name) for name in names if folder]):
             check_file(path)
-            shutil.copy(path, directory)
+            with naming(path):
+                found[path.name] = path.read_bytes()
+    return found
+
+
+def with_training(files, state, said=""):
+    """Companions whose model card, if there is one, ends with what a training state has seen of its data."""
+    head = f"\nOn data of sha256 `{state['data_sha256']}` the model was trained up to ".encode()
+    line = head + f"{tokens_seen(state):,} tokens in all.{said}\n".encode()
+    return files | {name: files[name].split(head)[0] + line for name in files.keys() & {CARD}}
 
 
 class Part(NamedTuple):
@@ -252,26 +263,26 @@ def contents(model, optimizer=None, copy=False):
     return Contents(c, weights, moments, int(next(iter(state.values()))["step"]) if state else 0)
 
 
-def save(directory, model, state, optimizer=None, tokenizer_from=None):
+def save(directory, model, state, optimizer=None, beside=None):
     """Write `model` (unwrapped), the dict `state` and AdamW's moments as a directory. Raises ConfigError,
     also where a weight or moment is not finite."""
-    write(directory, contents(model, optimizer), state, tokenizer_from)
+    write(directory, contents(model, optimizer), state, beside)
 
 
-def write(directory, saved, state, tokenizer_from=None, shard_size=5_000_000_000, group=None):
+def write(directory, saved, state, beside=None, shard_size=5_000_000_000, group=None):
     """Write Contents and the dict `state` as a directory, a parameter at a time. Where ranks hold parts all
     of them call it, rank 0 gathers the parts over `group` and writes. Raises ConfigError, also where a weight
     or moment is not finite; then too all parts are gathered, since the other ranks wait for that."""
     wholes = (part.views(saved.config, group) for part in (*saved.weights, *saved.moments))
     try:
         if ranks()[0] == 0:
-            write_directory(directory, saved, wholes, state, tokenizer_from, shard_size)
+            write_directory(directory, saved, wholes, state, beside, shard_size)
     finally:
         for _ in wholes:
             pass
 
 
-def write_directory(directory, saved, wholes, state, tokenizer_from, shard_size):
+def write_directory(directory, saved, wholes, state, beside, shard_size):
     """`write` on the rank that has the directory. wholes: an iterator over the views of the parts."""
     c, dtype = saved.config, saved.weights[0].local.dtype
     idle = [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
@@ -291,8 +302,8 @@ def write_directory(directory, saved, wholes, state, tokenizer_from, shard_size)
         if moments:
             write_moments(temporary, saved.step, moments, shard_size, lambda p: next(made))
         write_json(temporary, "trainer_state.json", state)
-        if tokenizer_from:
-            copy_tokenizer(tokenizer_from, temporary)
+        for name, content in (beside or {}).items():
+            Path(temporary, name).write_bytes(content)
 
 
 def write_moments(directory, step, pieces, shard_size, make_tensor):

@@ -18,8 +18,9 @@ LIMITS = {
     "num_key_value_heads": (int, 1, 2**12), "head_dim": (int, 1, 2**13),
     "max_position_embeddings": (int, 1, 2**24), "rms_norm_eps": (float, 0, 1), "rope_theta": (float, 1, 1e12),
     "rope_scaling": (dict,), "tie_word_embeddings": (bool,), "initializer_range": (float, 0, 1e3),
-    "eos_token_id": (int | list[int],), "num_local_experts": (int, 0, 2**16),
-    "num_experts_per_tok": (int, 1, 2**16), "router_aux_loss_coef": (float, 0, 1e6)}
+    "bos_token_id": (int,), "eos_token_id": (int | list[int],), "pad_token_id": (int,),
+    "num_local_experts": (int, 0, 2**16), "num_experts_per_tok": (int, 1, 2**16),
+    "router_aux_loss_coef": (float, 0, 1e6)}
 MOST_EXPERTS = 2**16  # of all layers together
 
 COUNT, WORD = (int, 0), (str | None,)

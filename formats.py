@@ -25,7 +25,7 @@ WINDOW = {"sliding_window": "sliding_window"}
 ONLY = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None), "mlp_bias": (False, None),
         "use_qk_norm": (False, None), "pretraining_tp": (1, None), "attention_dropout": (0, None),
         "partial_rotary_factor": (1, None)}
-CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0, "pad_token_id": None}
+CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0}
 # If output_router_logits is false, transformers trains without the balance loss.
 ROUTED = CONSTANTS | {"output_router_logits": True}
 
@@ -62,7 +62,7 @@ LLAMA = {
     "architecture": "LlamaForCausalLM",
     "keys": KEYS,
     "constants": CONSTANTS | {"attention_bias": False, "mlp_bias": False},
-    "assumed": {"rms_norm_eps": 1e-6, "eos_token_id": 2},
+    "assumed": {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
     "only": ONLY | {"sliding_window": (None,)},
     "sets": {},
     "tensors": SHARED_TENSORS | NORMS | MLP}
@@ -71,7 +71,7 @@ MISTRAL = LLAMA | {  # written for models with a sliding window alone
     "keys": KEYS | WINDOW,
     "constants": CONSTANTS,
     "assumed": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-                "sliding_window": 4096, "eos_token_id": 2},
+                "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
     "only": ONLY}
 QWEN2 = LLAMA | {
     "architecture": "Qwen2ForCausalLM",
@@ -88,11 +88,12 @@ QWEN3 = QWEN2 | {
 OLMO2 = LLAMA | {
     "architecture": "Olmo2ForCausalLM",
     "constants": CONSTANTS,
-    "assumed": {"eos_token_id": 50279},
+    "assumed": {"eos_token_id": 50279, "pad_token_id": 1},
     "sets": {"qk_norm": "vector", "norm_after": True},
     "tensors": SHARED_TENSORS | NORMS_AFTER | QK_NORMS | MLP}
 PHI3 = MISTRAL | {  # for reading alone: a Llama or Mistral with two tensors where those have five
-    "assumed": {"max_position_embeddings": 4096, "eos_token_id": 32000},
+    "assumed": {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 32000,
+                "pad_token_id": 32000},
     "tensors": LLAMA["tensors"] | FUSED,
     "rope_types": ("default", "longrope")}
 MIXTRAL = MISTRAL | {
@@ -100,7 +101,7 @@ MIXTRAL = MISTRAL | {
     "keys": KEYS | WINDOW | MOE_KEYS,
     "constants": ROUTED,
     "assumed": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6,
-                "eos_token_id": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.001},
+                "bos_token_id": 1, "eos_token_id": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.001},
     "tensors": SHARED_TENSORS | NORMS | experts("block_sparse_moe", "w1", "w3", "w2")}
 QWEN3_MOE = QWEN3 | {
     "architecture": "Qwen3MoeForCausalLM",
@@ -131,7 +132,7 @@ FLEX_OLMO = OLMO2 | {
     "keys": EXPERT_KEYS,
     "constants": ROUTED | {"norm_topk_prob": True},
     "assumed": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 5e5,
-                "eos_token_id": 100257, "num_experts": 7, "num_experts_per_tok": 5,
+                "eos_token_id": 100257, "pad_token_id": 100277, "num_experts": 7, "num_experts_per_tok": 5,
                 "norm_topk_prob": False},
     "only": OLMO2["only"] | {"norm_topk_prob": (True,)},
     "tensors": SHARED_TENSORS | NORMS_AFTER | QK_NORMS | QWEN_EXPERTS}

@@ -143,7 +143,7 @@ def costs_of_merge(o, sources):
     for s in sources[1:]:
         for key, value in asdict(dense).items():
             found = getattr(s.config, key)
-            if found != value and key not in ("max_position_embeddings", "initializer_range", "eos_token_id"):
+            if found != value and not key.endswith(("_token_id", "position_embeddings", "initializer_range")):
                 raise ConfigError(f"{s.path}: {key} = {found}, but {value} in {o.source}: merge equal shapes")
     if n == 1:
         raise ConfigError("--method=merge needs further checkpoints after the destination")

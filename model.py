@@ -36,7 +36,9 @@ class ModelConfig:
     rope_scaling: dict | None = None  # Hugging Face's: rope_type linear or llama3 and its factors
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
     num_local_experts: int = 0  # 0: dense
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # of the balance loss, carried for whoever trains on
@@ -462,8 +464,7 @@ class Transformer(nn.Module):
         """
         T = ids.shape[1]
         if T > self.config.longest:
-            raise ValueError(f"sequence of {T} tokens exceeds max_position_embeddings or the sliding window, "
-                             f"{self.config.longest}")
+            raise ValueError(f"{T} tokens exceed max_position_embeddings or the window {self.config.longest}")
         x = self.embed_tokens(ids)  # (B, T, D)
         turns, routers = self.turns[:T], []
         for layer in self.layers:

@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 
 import checkpoint
-from configurator import ConfigError, from_dict, read_json
+from configurator import ConfigError, from_dict, note, read_json
 from cost import flops_of
 from data.stream import load_tokens, locate
 from model import Transformer, flops_per_token, rope_frequencies
@@ -36,7 +36,9 @@ def open_dense(study, seed):
     if m.num_local_experts:
         raise ConfigError(f"{path}: is a mixture of experts already; give a dense checkpoint with --dense")
     vocabulary = vocabulary_of(path, state.get("tokenizer"))
-    if vocabulary not in (None, vocabulary_of(locate(c.dataset), meta["tokenizer"])):
+    if vocabulary is None:
+        note(f"{path}: has no tokenizer.json, so nothing says whether the tokens of {c.dataset} are its own")
+    elif vocabulary != vocabulary_of(locate(c.dataset), meta["tokenizer"]):
         raise ConfigError(f"{c.dataset}: its tokens are not those of {path}; prepare it with that tokenizer")
     seen = checkpoint.tokens_seen(state) if state else 0
     if len(study.D1) != (0 if seen else 1):
@@ -62,10 +64,10 @@ def model_config(c, base):
 
 
 def write_fresh(o):
-    """Write the mixture of upcycle.Options o, but with fresh weights and no training state. Raises
-    ConfigError."""
+    """Write the mixture of upcycle.Options o with fresh weights and no training state. Raises ConfigError."""
     m = replace(checkpoint.read_config(o.source), **{key: getattr(o, key) for key in EXPERTS})
-    checkpoint.save(o.destination, Transformer(m).init_weights(o.seed), {}, tokenizer_from=o.source)
+    beside = checkpoint.companions(o.source)
+    checkpoint.save(o.destination, Transformer(m).init_weights(o.seed), {}, beside=beside)
 
 
 def cost(study, jobs):

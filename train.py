@@ -88,8 +88,7 @@ class Train:
     loggers: list[Literal["tensorboard", "wandb"]] = setting([], "further places for the log's lines")
     eval_every_steps: int = setting(0, "steps between validations; 0: only at the end", least=0)
     save_at_tokens: list[int] = setting([], "tokens at which to keep a checkpoint, to the next step", least=1)
-    skip_nonfinite: int = setting(0, "steps without a finite loss and gradient that are skipped before the "
-                                  "run stops", least=0)
+    skip_nonfinite: int = setting(0, "steps without finite loss or gradient to skip before it stops", least=0)
     save_every_seconds: int = setting(600, "seconds between checkpoints to resume from; 0: none", least=0)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of matrix products, weights stay float32; auto: bfloat16 on GPUs, float32 on CPUs")
@@ -127,6 +126,7 @@ class Run:
     forward: torch.nn.Module = None  # the model as it is called: compiled, and wrapped for many ranks
     no_sync: object = contextlib.nullcontext  # makes a context in which ranks do not sum their gradients
     steps_there: frozenset = frozenset()  # steps whose checkpoints were there at the start
+    beside: dict = None  # checkpoint.companions
     writers: dist.ProcessGroup = None  # over which rank 0 gathers the parts of a checkpoint; None: it has all
     pending: Future = None  # of the checkpoint that is being written
 
@@ -149,9 +149,8 @@ def learning_rate(step, c, max_steps):
 
 def make_optimizer(model, c):
     """AdamW with weight decay on matrices, none on vectors."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == is_matrix],
+               "weight_decay": c.weight_decay * is_matrix} for is_matrix in (True, False)]
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 
@@ -210,6 +209,7 @@ def build(run):
             run.model = Transformer(m)
         place(run.model).init_weights(c.seed)
     run.model.config = m
+    run.beside = checkpoint.companions(locate(c.dataset), run.source)
     run.optimizer = make_optimizer(run.model, c)
     if run.source and (c.branch or run.source != c.init_from):
         checkpoint.load_moments(run.source, run.model, run.optimizer)
@@ -335,9 +335,8 @@ def log_line(run, measured, lr, seconds):
 
 
 def save(run, pool, kept):
-    """Begin to write the checkpoint of the step just made: copy it to host memory, and let `pool` write it
-    while training goes on. The next one replaces it unless it is `kept`. Raises the ConfigError of the one
-    before."""
+    """Let `pool` write the checkpoint of the step just made from a copy in host memory. The next one replaces
+    it unless it is `kept`. Raises the ConfigError of the one before."""
     finish_saving(run)
     rank, sharded = ranks()[0], run.writers is not None
     if run.state["step"] not in run.steps_there and (rank == 0 or sharded):
@@ -351,7 +350,7 @@ def write_checkpoint(run, contents, state):
     if ranks()[0] == 0 and not os.path.exists(os.path.join(out_dir, ".lock")):
         raise ConfigError(f"{out_dir}: was removed while it was written to")
     checkpoint.write(os.path.join(out_dir, f"checkpoint-{state['step']}"), contents, state,
-                     locate(run.c.dataset), run.c.shard_size, run.writers)
+                     checkpoint.with_training(run.beside, state), run.c.shard_size, run.writers)
     if ranks()[0] == 0:
         checkpoint.tidy(out_dir)
 
@@ -374,8 +373,7 @@ def announce(run):
         print(f"{c.dataset}: {available * length:,} training tokens, too few for this run; some come again")
     if c.schedule == "wsd" and c.decay_steps and c.decay_start + c.decay_steps != run.max_steps:
         print(f"note: the decay ends at step {c.decay_start + c.decay_steps}, the run at {run.max_steps}")
-    total = run.max_steps * c.tokens_per_step
-    return progress(total, row["family"], "tok", initial=step * c.tokens_per_step)
+    return progress(run.max_steps * c.tokens_per_step, row["family"], "tok", initial=step * c.tokens_per_step)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -478,6 +476,10 @@ def finish(run, report):
     row = run.row | {"loss": loss, "loss_se": se, "bits_per_byte": bits_per_byte(loss, run.meta),
                      "git": code_version(), "torch": torch.__version__}
     if ranks()[0] == 0:
+        said = f" Its validation loss is {loss_text(row)}."
+        if card := checkpoint.with_training(run.beside, run.state, said).get(checkpoint.CARD):
+            path = os.path.join(run.c.out_dir, f"checkpoint-{run.state['step']}", checkpoint.CARD)
+            write_text_atomically(path, card.decode(errors="replace"))
         append_row(run.c.rows, row)
         write_text_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
         if report is None:

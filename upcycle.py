@@ -31,6 +31,7 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from configurator import REQUIRED, ConfigError, checked, progress, read_json, run, setting
@@ -38,7 +39,7 @@ from configurator import REQUIRED, ConfigError, checked, progress, read_json, ru
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (KEYS, atomic_directory, copy_tokenizer, load_model, open_moments, read_config,
+from checkpoint import (CARD, KEYS, atomic_directory, companions, load_model, open_moments, read_config,
                         read_moment, read_state, stored_views, to_hf_config, tokens_seen, write_moments)
 from data.stream import bits_per_byte, load_tokens, locate, sequences
 from formats import FORMATS, idle_tensors, written_as
@@ -265,8 +266,8 @@ def write_upcycled_moments(o, source, pieces, directory):
 
 
 # Keys of config.json that stay as the source has them, RoPE in whichever form.
-KEPT_KEYS = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
-             "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+KEPT_KEYS = ("torch_dtype", "dtype", "use_cache", "rope_scaling", "rope_parameters",
+             "original_max_position_embeddings")
 
 
 def result_state(o, source, record):
@@ -449,7 +450,6 @@ def upcycle(o):
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
             write_upcycled_moments(o, first, pieces, directory)
-        copy_tokenizer(o.source, directory)
         record["sources"] = [{"path": s.path, "tokens": tokens_seen(s.state) if s.state else None,
                               "sha256": digest} for s, digest in zip(sources, digests)]
         write_json(directory, "trainer_state.json", result_state(o, first, record))
@@ -457,8 +457,9 @@ def upcycle(o):
             measured = proof(o, sources, directory, pieces, ids, ratio, record)
             record["measured"] = {"tokens": ids[:, 1:].numel(), "on": origin} | measured
         write_json(directory, "upcycle.json", record)
-        with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as f:
-            f.write(model_card(record, FORMATS[written_as(moe)]["architecture"]))
+        card = {CARD: model_card(record, FORMATS[written_as(moe)]["architecture"]).encode()}
+        for name, content in (companions(o.source) | card).items():
+            Path(directory, name).write_bytes(content)
     return record
 
 

@@ -71,7 +71,7 @@ class Tokenizer:
     decode: Callable  # token ids -> text
     vocab_size: int
     eos_token_id: int
-    json: Callable | None = None  # returns the text of its tokenizer.json
+    save: Callable | None = None  # writes tokenizer.json to a folder, and beside it what ends a text
 
 
 BYTES = Tokenizer(  # UTF-8; 256 ends a text
@@ -101,7 +101,6 @@ def end_of_text(tokenizer, folder):
 def of_file(path):
     """The Tokenizer of a tokenizer.json. Raises ConfigError."""
     import tokenizers
-
     check_file(path, MOST_TOKENIZER)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -119,9 +118,14 @@ def of_file(path):
     if not eos_token_id < vocab_size <= MOST_IDS:
         raise ConfigError(f"{path}: its vocabulary ends at {vocab_size:,}; it has to hold end-of-text, "
                           f"{eos_token_id}, and to end at {MOST_IDS:,}")
+
+    def save(folder):
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+        stated = json.dumps({"eos_token": tokenizer.id_to_token(eos_token_id)})
+        (folder / "tokenizer_config.json").write_text(stated)
     return Tokenizer(lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
                      lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                     vocab_size, eos_token_id, lambda: tokenizer.to_str(pretty=True))
+                     vocab_size, eos_token_id, save)
 
 
 def load_tokenizer(name_or_path):
@@ -130,7 +134,6 @@ def load_tokenizer(name_or_path):
         return BYTES
     if name_or_path == "gpt2":
         import tiktoken
-
         try:
             return of_tiktoken(tiktoken.get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # no network; a damaged download
@@ -145,7 +148,6 @@ def load_tokenizer(name_or_path):
 def train_bpe(texts, vocab_size):
     """A byte-level BPE (tokenizers.Tokenizer) of `vocab_size` entries: end-of-text, 256 bytes, merges."""
     import tokenizers
-
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -197,7 +199,6 @@ def text_of(row, field):
 def read_datasets(field, *args, **kwargs):
     """The texts of datasets.load_dataset(*args, **kwargs), streamed."""
     from datasets import load_dataset
-
     for library in ("datasets", "huggingface_hub"):  # they log each error that they raise, and each retry
         logging.getLogger(library).setLevel(logging.CRITICAL)
     for row in load_dataset(*args, **kwargs, streaming=True):
@@ -332,12 +333,12 @@ def build(options, folder):
             trained = train_bpe(texts("train"), options.bpe_vocab_size).to_str(pretty=True)
             (folder / "tokenizer.json").write_text(trained, "utf-8")
             tokenizer = load_tokenizer(folder)
-        elif tokenizer.json:
-            (folder / "tokenizer.json").write_text(tokenizer.json(), "utf-8")
+        if tokenizer.save:
+            tokenizer.save(folder)
         dtype, n_tokens, sha256 = np.min_scalar_type(tokenizer.vocab_size - 1), {}, {}
         for part, n in n_documents.items():
             n_tokens[part], sha256[part] = write_npy(folder / f"{part}.npy", texts(part), n, tokenizer, dtype)
-    name = "tokenizer.json" if tokenizer.json else options.tokenizer
+    name = "tokenizer.json" if tokenizer.save else options.tokenizer
     content = "\n".join([name, sha256["train"], sha256["val"]])
     return {"source": options.source, "tokenizer": name, "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_token_id, "dtype": dtype.name, "tokens": n_tokens,

@@ -192,7 +192,8 @@ def test_a_nonzero_router_bias_is_never_saved_as_mixtral(tmp_path):
 def test_tokenizer_files_come_along(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tokenizer.json").write_text("{}")
-    checkpoint.save(tmp_path / "c", random_model(**DENSE), {}, tokenizer_from=tmp_path / "data")
+    beside = checkpoint.companions(tmp_path / "data")
+    checkpoint.save(tmp_path / "c", random_model(**DENSE), {}, beside=beside)
     assert (tmp_path / "c" / "tokenizer.json").exists()
     assert isinstance(checkpoint.load_model(tmp_path / "c"), Transformer)
 

@@ -82,7 +82,7 @@ def test_every_distinct_document_once_split_by_document(tmp_path, tokenizer):
         tokens, _ = load_tokens(tmp_path / "out", split)
         assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
         assert tokens.max() < meta["vocab_size"] and np.array_equal(tokens, np.load(path))
-    extra = ["tokenizer.json"] * (tokenizer == "bpe")
+    extra = ["tokenizer.json", "tokenizer_config.json"] * (tokenizer == "bpe")
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", *extra, "train.npy", "val.npy"]
 
 
@@ -338,6 +338,9 @@ def test_a_tokenizer_file_without_its_truncation_and_with_the_end_of_text_said_b
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     meta, _ = make(tmp_path, source, tokenizer=str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path / "out").eos_token_id == meta["eos_token_id"] == end
+    from transformers import PreTrainedTokenizerFast
+    others = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")  # other tools know what ends a text
+    assert others.eos_token_id == end and others.encode(TEXTS[0]) == encode(tokenizer, TEXTS[0])
     (tmp_path / "tokenizer.json").write_text(bpe.read_text().replace("<|endoftext|>", "<|other|>"))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert load_tokenizer(tmp_path).eos_token_id == end  # tokenizer_config.json comes first

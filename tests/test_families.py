@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from configurator import ConfigError
 from formats import FORMATS, MIXTURES, NO_MIXTURE
 from model import ModelConfig, Transformer, parameter_counts
 from test_upcycle import METHODS, difference, tokens
+from train import Train, train
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -57,9 +59,13 @@ def logits(model, ids):
     return getattr(out, "logits", out)
 
 
+KINDS = [(False, torch.float32), (True, torch.bfloat16)]
+ALL_KINDS = [*KINDS, (True, torch.float32), (False, torch.bfloat16)]
+
+
 @pytest.fixture(scope="module", params=[(family, *kind) for family in FAMILIES for kind in
-                                        ((False, torch.float32), (True, torch.bfloat16))],
-                ids=lambda p: f"{p[0]}-{'tied-bf16' if p[1] else 'fp32'}")
+                                        (ALL_KINDS if family in ("qwen2", "qwen3") else KINDS)],
+                ids=lambda p: f"{p[0]}{'-tied' * p[1]}-{str(p[2])[6:]}")
 def source(request, tmp_path_factory):
     """(family, directory, logits of transformers in fp32)"""
     family, tied, dtype = request.param
@@ -174,7 +180,7 @@ def test_a_sliding_window_is_kept(tmp_path, family):
     for name in ("dense", "moe"):
         ours = checkpoint.load_model(tmp_path / name)
         assert difference(logits(dense, ids[:, :24]), logits(ours, ids[:, :24])) < 1e-5
-        with pytest.raises(ValueError, match="sliding window, 24"):
+        with pytest.raises(ValueError, match="25 tokens exceed .* the window 24"):
             ours(ids[:, :25])
 
 
@@ -209,6 +215,75 @@ def test_phi3_with_longrope_is_passed_through(tmp_path, style):
         assert difference(logits(dense, tokens(2, length)), logits(moe, tokens(2, length))) < 1e-5
     # the factors do something, and other ones do from 33 tokens on
     assert difference(logits(dense, tokens(2, 48))[:, :24], logits(dense, tokens(2, 48)[:, :24])) > 1e-3
+
+
+# config.json as the models are published with it, but for the sizes and ids.
+COMMON = {"hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 64,
+          "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+          "num_key_value_heads": 2, "torch_dtype": "float32", "use_cache": True, "vocab_size": 61}
+DROPOUT = {"attention_bias": False, "attention_dropout": 0.0}
+QWEN = {"bos_token_id": 7, "max_window_layers": 2, "use_sliding_window": False}
+PUBLISHED = {
+    "llama": DROPOUT | {  # 3.2
+        "bos_token_id": 7, "eos_token_id": [8, 9], "head_dim": 8, "mlp_bias": False, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True, "rope_scaling": {
+            "factor": 4.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32, "rope_type": "llama3"}},
+    "mistral": {  # 0.1
+        "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": 40,
+        "tie_word_embeddings": False},
+    "phi3": DROPOUT | {  # 3 mini
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config",
+                     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        "bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 8, "original_max_position_embeddings": 64,
+        "pad_token_id": 9, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1e4,
+        "sliding_window": 40, "tie_word_embeddings": False},
+    "qwen2": QWEN | {  # 2.5
+        "attention_dropout": 0.0, "eos_token_id": 7, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "sliding_window": 64, "tie_word_embeddings": True, "use_mrope": False},
+    "qwen3": QWEN | DROPOUT | {
+        "eos_token_id": 8, "head_dim": 16, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": True},
+    "olmo2": DROPOUT | {
+        "eos_token_id": 8, "pad_token_id": 9, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 500000, "tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_published_is_upcycled_and_trained_and_keeps_its_ids(tmp_path, family):
+    """After two steps of train.py the validation loss is what transformers makes of the checkpoint."""
+    given = COMMON | PUBLISHED[family]
+    usual = dict.fromkeys(FAMILIES[family][0])
+    dense, random = build(tmp_path / "dense", family, **usual | given), np.random.default_rng(0)
+    config = {"architectures": [type(dense).__name__], "model_type": family, **given}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    assert difference(logits(dense, tokens()), logits(opened(tmp_path / "dense"), tokens())) < 1e-6
+    upcycled(tmp_path / "dense", tmp_path / "moe", D1=5000)
+    assert difference(logits(dense, tokens()), logits(opened(tmp_path / "moe"), tokens())) < 1e-5
+    (tmp_path / "data").mkdir()
+    ids = {part: random.integers(0, 61, 3000).astype(np.uint8) for part in ("train", "val")}
+    for part, values in ids.items():
+        np.save(tmp_path / "data" / f"{part}.npy", values)
+    (tmp_path / "data" / "meta.json").write_text(json.dumps({
+        "vocab_size": 61, "eos_token_id": None, "dtype": "uint8", "tokenizer": "none",
+        "data_sha256": "0" * 64, "tokens": {part: len(values) for part, values in ids.items()}}))
+    for start, classes, expected in (("dense", FAMILIES[family][2], {"family": "dense", "D": 5256}),
+                                     ("moe", FAMILIES[family][1], {"D1": 5000, "D2": 256})):
+        c = Train(dataset=str(tmp_path / "data"), init_from=str(tmp_path / start), max_seq_len=32,
+                  tokens_per_step=128, max_tokens=256, warmup_steps=1, eval_tokens=1024, learning_rate=1e-2,
+                  out_dir=str(tmp_path / f"run-{start}"), rows=str(tmp_path / "rows.jsonl"),
+                  D1=5000 if start == "dense" else None)
+        row = train(c, report=lambda n: None)
+        assert expected.items() <= row.items()
+        path = tmp_path / f"run-{start}" / "checkpoint-2"
+        judge, x = opened(path), torch.from_numpy(ids["val"][:1025].astype(np.int64))
+        assert type(judge).__name__ == classes + "ForCausalLM"
+        loss = F.cross_entropy(logits(judge, x[:-1].view(32, 32)).flatten(0, 1), x[1:])
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert difference(logits(judge, tokens()), logits(dense, tokens())) > 1e-3
+        saved = json.loads((path / "config.json").read_text())
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert saved[key] == given.get(key) == getattr(judge.config, key), key
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """A pilot in miniature: on a checkpoint of ours, and on one that transformers made."""
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -11,9 +13,14 @@ import pytest
 import torch
 
 import checkpoint
+import fit_laws
+import mixture
 import pilot
+import plan
+import uncertainty
 from configurator import ConfigError, parse
 from data.stream import load_tokens
+from laws import short
 from model import Transformer
 from rows import FAMILIES, read_rows, run_key
 from sweep import Study, check_unchanged, planned_rows, study_jobs
@@ -22,6 +29,7 @@ from test_sweep import ROOT
 from test_train import data, tiny  # noqa: F401  (fixtures)
 from train import train
 
+LAW = "upcycled.head_start"
 STEP = 128  # tokens
 BUDGET = 640 * STEP  # its shares 1/64 .. 1/4 are 10 .. 160 steps
 
@@ -108,6 +116,37 @@ def test_a_checkpoint_of_ours_is_continued_upcycled_and_matched_from_scratch(min
     best = min(row["loss"] for row in found["moe"])
     assert f"moe: lowest loss {best:.4f} nats a token (" in said
     assert all(job.done for job in study_jobs(parse(Study, flags(mini, ours, data))))
+    check_answers(mini.parent / "out" / "rows.jsonl", found, ours, N=attention + mlp + 5 * 16, flops=moe)
+
+
+def check_answers(path, found, checkpoint, N, flops):
+    """The rows of the pilot are fitted, and the planner answers for its checkpoint, by the two commands."""
+    laws, D1, tokens = path.parent / "laws", 20 * STEP, 80 * STEP
+    fit_laws.main(fit_laws.Options(rows=[str(path)], out=str(laws), laws=[LAW], draws=20))
+
+    def answer(tokens, **more):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            plan.main(plan.Options(laws=str(laws / "laws.json"), checkpoint=checkpoint, tokens=tokens,
+                                   json=True, **more))
+        return json.loads(said.getvalue())
+    result = answer(tokens)
+    assert (result["N"], result["D1"]) == (N, D1) and result["flops"] == tokens * flops
+    assert result["verdict"] in ("clear", "mixed")
+    for option in (plan.SCRATCH, plan.DENSE, plan.UPCYCLE):
+        low, high = result["options"][option]["interval"]
+        assert low < result["options"][option]["loss"] < high
+    # Where there are rows, the answer is near them.
+    near = result["options"][plan.SCRATCH]["loss"], answer(20 * STEP)["options"][plan.UPCYCLE]["loss"]
+    assert near == pytest.approx([found[f][-1]["loss"] for f in ("moe", "upcycled")], rel=0.02)
+    # A pilot says nothing of another checkpoint. A rounded N or D1 is no other one.
+    assert answer(tokens, D1=0.96 * D1)["verdict"] != "void"
+    other = answer(tokens, D1=0.93 * D1)
+    assert other["verdict"] == "void" and other["options"] == {} and "D1 = 2.38k is 1.08" in other["says"]
+    content, book = mixture.read_laws(str(laws / "laws.json"))
+    question = plan.ask(plan.Options(checkpoint=checkpoint, tokens=tokens), content, book)
+    for factor, void in ((1.04, False), (1.07, True), (0.93, True)):
+        other = plan.answer_now(book, question | {"N": factor * N})
+        assert (other["verdict"] == "void") == void == ("N = " in other["says"])
 
 
 def test_what_was_planned_is_what_is_made_for_another_family(mini, qwen3, data):  # noqa: F811
@@ -178,7 +217,7 @@ def test_what_no_pilot_can_start_from_is_refused_by_name(mini, ours, qwen3, data
     fails("its tokens are not those of", qwen3, "--D1=5000")
 
 
-def test_one_tokenizer_in_two_files_is_the_same_by_its_vocabulary(mini, qwen3, data, tmp_path):  # noqa: F811
+def test_one_tokenizer_in_two_files_is_the_same_by_its_vocabulary(mini, qwen3, data, tmp_path, capsys):  # noqa: F811
     (tmp_path / "data").mkdir()
     for name in os.listdir(data):
         if name != "tokenizer.json":
@@ -188,6 +227,71 @@ def test_one_tokenizer_in_two_files_is_the_same_by_its_vocabulary(mini, qwen3, d
     here.write_text('{"model": {"vocab": {"a": 0}}, "padding": null}')
     study = parse(Study, flags(mini, qwen3, tmp_path / "data", "--D1=5000"))
     assert len(study_jobs(study)) == 8 + 3
+    there.rename(there.parent / "vocab.json")
+    assert capsys.readouterr().err == ""
+    assert len(study_jobs(study)) == 8 + 3
+    assert f"note: {qwen3}: has no tokenizer.json, so nothing says whether" in capsys.readouterr().err
+    (there.parent / "vocab.json").rename(there)
     here.write_text('{"model": {"vocab": {"b": 0}}}')
     with pytest.raises(ConfigError, match="its tokens are not those of"):
         study_jobs(study)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The answers of pilots against the truth, from rows of studies
+
+def answered(rows, tokens):
+    """What the planner says of a budget of MoE tokens by a pilot's rows."""
+    (law, (system, chosen)), = fit_laws.plan_fits(rows, [LAW])[0].items()
+    options = fit_laws.Options(rows=[], laws=[law], draws=100)
+    ranges = {family: {name: [extreme(row[name] for row in members) for extreme in (min, max)]
+                       for name in FAMILIES[family]}
+              for family, members in fit_laws.families_of(rows).items()}
+    content = {"version": 2, "laws": fit_laws.entries_of([law], system, chosen, options, lambda n: None)[0],
+               "ranges": ranges, "models": fit_laws.models(rows)}
+    book = mixture.make_book("laws.json", content)
+    who = {name: rows[-1][name] for name in ("N", "D1")}
+    return plan.answer_now(book, plan.ask(plan.Options(tokens=tokens, **who), content, book))
+
+
+def test_the_table_of_pilots_and_their_truth_is_that_of_the_rows():
+    """A pilot on each dense checkpoint of the quick study: upcycled to D2 = 0.52M, a MoE from scratch to
+    1.05M. It is asked for 2.1M, where both were measured."""
+    rows, budget, lines = read_rows([str(ROOT / "results" / "study_quick.jsonl")])[0], 2**21, []
+    rows = [row for row in rows if row["seed"] == 0 and row["family"] != "dense"]
+    for n, d1 in sorted({(row["N"], row["D1"]) for row in rows if "D1" in row}):
+        here = [row for row in rows if row["N"] == n and row.get("D1", d1) == d1]
+        here.sort(key=lambda row: row["family"])  # an upcycled row is last
+        found = answered([row for row in here if row.get("D2", 0) < 6e5 and row.get("D", 0) < 1.1e6], budget)
+        scratch, upcycled = (row["loss"] for row in here if budget == row.get("D2", row.get("D")))
+        cells = [short(n), short(d1)]
+        for loss, option in ((upcycled, plan.UPCYCLE), (scratch, plan.SCRATCH)):
+            said = found["options"][option]
+            low, high = said["interval"]
+            cells += [f"{100 * math.log(said['loss'] / loss):+.1f}", "yes" if low < loss < high else "no"]
+        ahead = plan.UPCYCLE if upcycled < scratch else plan.SCRATCH
+        sure = found["options"][found["best"]]["probability_best"]
+        cells += [f"{100 * math.log(scratch / upcycled):+.1f}", f"{found['best']}, {sure:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {'right' if found['best'] == ahead else 'wrong'} |")
+    text = "\n".join(lines)
+    assert len(lines) == 12 and text in (ROOT / "README.md").read_text(), text
+
+
+def test_a_curve_from_scratch_to_a_quarter_of_the_budget_errs_by_what_the_readme_says():
+    """The rows of the larger study: three seeds of a size, each on its own."""
+    rows = [row for row in read_rows([str(ROOT / "results" / "study.jsonl")])[0] if row["family"] == "moe"]
+    lines = []
+    for n in sorted({row["N"] for row in rows if row["D"] == 2**25}):
+        cells = [short(n)]
+        for budget in (2**23, 2**24, 2**25):
+            errors = []
+            for seed in range(3):
+                here = [row for row in rows if row["N"] == n and row["seed"] == seed]
+                known = [row for row in here if row["D"] <= budget / 4]
+                fitted = uncertainty.fit_with_noise(known, {"moe": "moe"})
+                true = [row for row in here if row["D"] == budget]
+                errors += list(fit_laws.errors(fitted, "moe", true))
+            cells.append(f"{100 * fit_laws.rms(errors):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join(lines)
+    assert text in (ROOT / "README.md").read_text(), text

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -620,6 +621,52 @@ def test_bits_a_byte_are_those_of_the_validation_text(tiny, capsys):
     line = log(c)[-1]
     assert line["val_loss"] == row["loss"] and line["val_bits_per_byte"] == row["bits_per_byte"]
     assert bits_per_byte(1.0, {"tokens": {"val": 7}}) is None
+
+
+def test_a_checkpoint_has_the_card_the_tokenizer_and_the_ids_of_what_it_started_from(tiny, tmp_path):
+    """Files come from init_from first. The card tells of the run, once, also where it was resumed."""
+    train(dataclasses.replace(tiny, save_at_tokens=[]), report=quiet)
+    dense, start = Path(tiny.out_dir) / "checkpoint-20", tmp_path / "start"
+    config = json.loads((dense / "config.json").read_text())
+    ids = {"bos_token_id": 5, "eos_token_id": [256, 7], "pad_token_id": 6}
+    (dense / "config.json").write_text(json.dumps(config | ids))
+    files = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "generation_config.json": b"[\xff]"}
+    for name, content in files.items():
+        (dense / name).write_bytes(content)
+    upcycle(Options(str(dense), str(start), num_local_experts=4))
+    data = tmp_path / "data"
+    shutil.copytree(tiny.dataset, data)
+    (data / "tokenizer.json").write_text("[]")
+    (data / "tokenizer_config.json").write_text("{}")
+    (data / "README.md").write_text("of the data")
+    c = dataclasses.replace(tiny, dataset=str(data), init_from=str(start), out_dir=str(tmp_path / "moe"),
+                            save_at_tokens=[8 * STEP, 12 * STEP], learning_rate=1e-3)
+    row, card = train(c, report=quiet), (start / "README.md").read_text()
+    said = (f"\nOn data of sha256 `{load_tokens(data, 'val')[1]['data_sha256']}` the model was trained up to "
+            "{:,} tokens in all.{}\n")
+    last = card + said.format(20 * STEP, f" Its validation loss is {row['loss']:.4f} nats a token "
+                                         f"({row['bits_per_byte']:.4f} bits a byte).")
+
+    def check(step, text):
+        path = Path(c.out_dir) / f"checkpoint-{step}"
+        assert (path / "README.md").read_text() == text
+        assert {name: (path / name).read_bytes() for name in files} == files
+        assert (path / "tokenizer_config.json").read_text() == "{}"
+        assert ids.items() <= json.loads((path / "config.json").read_text()).items()
+    check(8, card + said.format(8 * STEP, ""))
+    check(20, last)
+    for step in (12, 20):
+        shutil.rmtree(Path(c.out_dir) / f"checkpoint-{step}")
+    os.remove(Path(c.out_dir) / "row.json")
+    shutil.rmtree(start)  # a resumed run needs it no more
+    train(dataclasses.replace(c, resume=True), report=quiet)
+    check(12, card + said.format(12 * STEP, ""))
+    check(20, last)
+    branch = dataclasses.replace(c, init_from=str(Path(c.out_dir) / "checkpoint-12"), branch=True, rows=None,
+                                 out_dir=str(tmp_path / "branch"), save_at_tokens=[])
+    train(branch, report=quiet)  # a run of a run on the same data has its own number in this line
+    text = (Path(branch.out_dir) / "checkpoint-20" / "README.md").read_text()
+    assert text == card + said.format(20 * STEP, "")
 
 
 def test_what_is_given_is_checked_against_the_checkpoint_even_if_it_is_the_default(tiny, tmp_path):

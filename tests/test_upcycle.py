@@ -653,6 +653,12 @@ def test_hints_say_what_other_tools_make_of_a_number_of_experts(E, words):
     assert u.hints_for(E, "qwen2_moe")[:-1] == hints and "llama.cpp" in u.hints_for(E, "qwen2_moe")[-1]
 
 
+def test_hints_are_seen_on_the_terminal(tmp_path, random_dense, capsys):
+    u.main(u.Options(random_dense, str(tmp_path / "moe"), num_local_experts=7, check=False))
+    assert "\nhint: vLLM routes 7 experts with a slow kernel, powers of two with a fast one\n" in (
+        capsys.readouterr().out)
+
+
 def test_every_tensor_is_used_or_needless_or_refused(tmp_path):
     source = write(tmp_path / "dense", torch.float32, tie_word_embeddings=True)
     t = load(Path(source) / "model.safetensors")
