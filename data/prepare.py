@@ -118,7 +118,6 @@ def of_file(path):
     if not eos_token_id < vocab_size <= MOST_IDS:
         raise ConfigError(f"{path}: its vocabulary ends at {vocab_size:,}; it has to hold end-of-text, "
                           f"{eos_token_id}, and to end at {MOST_IDS:,}")
-
     def save(folder):
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
         stated = json.dumps({"eos_token": tokenizer.id_to_token(eos_token_id)})
