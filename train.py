@@ -414,8 +414,7 @@ def loop(run, signals, report):
     kept.add(run.max_steps)
     first, stride = state["sequence"] + rank * run.micro, ranks()[1] * run.micro
     stream = batches(run.tokens, first, run.micro, stride, c.max_seq_len, state["data_seed"], run.device)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(stream))
+    with contextlib.closing(stream), contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         if rank == 0:
             write_config(c, os.path.join(c.out_dir, "config.py"))
