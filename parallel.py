@@ -68,8 +68,8 @@ def process_group(kind, timeout_seconds):
         print(f"train.py: rank {rank}: {text}", file=sys.stderr)
         raise SystemExit(2)
     finally:
-        # Gloo's thread needs Python's lock to let go of the last sum. Python at its end holds the lock and waits
-        # for that thread, so both would wait for ever (torch 2.13).
+        # Gloo's thread needs Python's lock to let go of the last sum. Python at its end holds the lock and
+        # waits for that thread, so both would wait for ever (torch 2.13).
         time.sleep(0.2)
         with contextlib.suppress(RuntimeError, AssertionError):  # there may be no group yet
             dist.destroy_process_group()
