@@ -41,8 +41,12 @@ def one_line(error):
 def start_training(c, tmp_path, **options):
     write_config(c, tmp_path / "c.py")
     command = [sys.executable, "train.py", str(tmp_path / "c.py")]
+
+    def heed_signals():  # where the tests themselves run under nohup or in the background of a shell
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
     return subprocess.Popen(command, cwd=ROOT, **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT,
-                                                  "text": True} | options)
+                                                  "text": True, "preexec_fn": heed_signals} | options)
 
 
 def wait_for(process, condition):
