@@ -93,3 +93,9 @@ def test_dense_and_moe_rows_alone_predict_all_upcycled_rows(mini, tmp_path):  # 
         predicted.setdefault(row["method"], []).append(middle)
     assert len(predicted["copy"]) == len(predicted["drop"]) > 5
     assert predicted["drop"] == pytest.approx(predicted["copy"], rel=0.01)  # but for the draws of noise
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("sealed*.json")), ids=lambda path: path.stem)
+def test_the_page_of_the_study_has_what_seal_prints(path, capsys):
+    seal(ROOT / "results" / "study.jsonl", f"--out={path}")
+    assert f"`{path.name}`\n```\n{capsys.readouterr().out}```" in (ROOT / "results" / "README.md").read_text()
