@@ -197,7 +197,7 @@ def make_book(path, content, wanted=""):
             "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
                       for name in ("N", "D", "D1", "D2", *MOE)}
             | ({"N": 1.0, "D1": 1.0} if "upcycled.head_start" in laws else {}),  # it is of one checkpoint
-            "models": {family: {model["N"]: model["flops_per_token"] / (6 * model["N"])
+            "models": {family: {float(model["N"]): model["flops_per_token"] / (6 * model["N"])
                                 for model in content.get("models", ()) if model["family"] == family}
                        for family in FAMILIES},
             "methods": methods, "bits_per_nat": ratio and float(ratio),
