@@ -347,8 +347,8 @@ def readme_bytes(parallel, dtype, P, L, R, n):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_a_rank_is_what_the_readme_and_the_dry_run_say(tiny, parallel, dtype):  # noqa: F811
-    """Two ranks, 7 M parameters: training, saving, loading, within 9 MB, which libraries and pages take (twice
-    that in loading), and 7 MB more in bf16, for which oneDNN keeps more."""
+    """Two ranks, 7 M parameters: training, saving, loading, within 9 MB, which libraries and pages take
+    (loading: 18), and 7 MB more in bf16, for which oneDNN keeps more."""
     c = variant(tiny, "dense", 2, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, dtype=dtype,
                 parallel=parallel, tokens_per_step=32, micro_batch_size=1)
     path, slack, w = f"{c.out_dir}/checkpoint-1", *((9e6, 4) if dtype == "float32" else (16e6, 2))
