@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 
-from configurator import code_version, one_line, read_json, write_text_atomically
+from configurator import ConfigError, code_version, one_line, read_json, write_result
 
 import numpy as np
 import torch
@@ -303,7 +303,10 @@ def ratios(rows, old_rows=(), peak=None):
 
 def train(options):
     """A training step beside transformers' and a GPT-2-like model's, and where its time goes."""
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("transformers is missing: pip install -r requirements-test.txt") from None
     transformers.logging.set_verbosity_error()
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {"git": code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -332,6 +335,5 @@ def report_races(result, options, card):
     peak = next((flops for name, flops in PEAK_BF16.items() if card and name in card), None)
     for race_key, found in ratios(result["races"], old_rows, peak).items():
         print(*race_key, *(f"{name} {value:.2f}" for name, value in found.items()), sep=", ")
-    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
-    write_text_atomically(options.out, json.dumps(result, indent=1))
+    write_result(options.out, json.dumps(result, indent=1))
     draw_stages(result["stages"], os.path.splitext(options.out)[0] + ".png")

@@ -1,6 +1,7 @@
 """The benchmarks: contestants do the same work, the limit is what it says, ratios are what the rows give."""
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -51,8 +52,8 @@ def test_a_race_measures_each_contestant_and_the_stages_sum_to_the_step():
     assert rows[0]["flops_per_s"] == pytest.approx(
         rows[0]["tokens_per_s"] * flops_per_token(model_config(32, "dense"), bench_train.SEQUENCE))
     shared = ["embedding", "norms", "q k v and RoPE", "attention", "output", "head and loss"]
-    for family, dtype, own in (("dense", "float32", ["MLP"]),
-                               ("moe", "bfloat16", ["router", "dispatch", "experts"])):
+    for family, dtype, own in (("dense", "bfloat16", ["MLP"]),
+                               ("moe", "float32", ["router", "dispatch", "experts"])):
         parts = stages(family, 32, dtype, SimpleNamespace(repeats=3, clock="cpu"))
         both = [f"{stage}, {way}" for stage in shared + own for way in ("forward", "backward")]
         assert sorted(parts) == sorted([*both, "optimizer", "whole step"])
@@ -237,3 +238,9 @@ def test_the_benchmark_of_gpus_leaves_all_that_it_ran_in_one_file(tmp_path, monk
 def test_the_benchmark_of_gpus_says_where_there_is_none():
     with pytest.raises(ConfigError, match="torch sees no GPU here"):
         bench.main(SimpleNamespace(what="gpu", out=""))
+
+
+def test_a_race_without_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="pip install -r requirements-test.txt"):
+        bench_train.train(parse(bench.Options, ["train"]))
