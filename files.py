@@ -22,6 +22,7 @@ LIMITS = {
     "num_local_experts": (int, 0, 2**16), "num_experts_per_tok": (int, 1, 2**16),
     "router_aux_loss_coef": (float, 0, 1e6)}
 MOST_EXPERTS = 2**16  # of all layers together
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of this machine
 
 COUNT, WORD = (int, 0), (str | None,)
 STATE = {"step": COUNT, "tokens": COUNT, "skipped": COUNT, "sequence": COUNT, "max_seq_len": COUNT,

@@ -14,7 +14,7 @@ import types
 
 import checkpoint
 from configurator import ConfigError, locked, note, writing
-from files import check_model
+from files import MEMORY, check_model
 from model import ModelConfig, flops_per_token, parameter_counts
 from parallel import on_cuda
 from rows import ARCHITECTURE, EXPERTS, KNOBS, ROUTING, TRAINING, automatic_range, run_key
@@ -39,9 +39,8 @@ def resolve(c, meta, world):
     c, max_steps = resolve_schedule(c, state, source, resumed_from)
     trunk = c.trunk or (resumed_from or c.branch) and before.get("trunk")
     c = dataclasses.replace(c, trunk=trunk or os.path.basename(os.path.abspath(c.out_dir)))
-    size, memory = 16 * parameter_counts(m)["total"], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not on_cuda(c.device) and size > memory:
-        raise ConfigError(f"weights, gradients and moments take {size / 1e9:,.0f} of {memory / 1e9:,.0f} GB")
+    if not on_cuda(c.device) and (size := 16 * parameter_counts(m)["total"]) > MEMORY:
+        raise ConfigError(f"weights, gradients and moments take {size / 1e9:,.0f} of {MEMORY / 1e9:,.0f} GB")
     seen = checkpoint.tokens_seen(state)
     row = planned_row(c, m, state["lineage"], seen + (max_steps - state["step"]) * c.tokens_per_step,
                       meta["data_sha256"], seen - state["tokens"], world)

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from checkpoint import (CARD, KEYS, atomic_directory, companions, load_model, open_moments, read_config,
                         read_moment, read_state, stored_views, to_hf_config, tokens_seen, write_moments)
 from data.stream import bits_per_byte, load_tokens, locate, sequences
+from files import MEMORY
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
@@ -431,8 +432,7 @@ def upcycle(o):
                   intermediate_size=dense.intermediate_size // o.granularity)
     pieces = pieces_of(first, moe)
     seen = tokens_seen(*(s.state for s in sources)) if all(s.state for s in sources) else None
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < memory / 2
+    fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < MEMORY / 2
     ids = None
     if fits if o.check is None else o.check:
         ids, origin, ratio = ids_of(o, first, "val", o.check_tokens)
