@@ -478,7 +478,7 @@ def finish(run, report):
         said = f" Its validation loss is {loss_text(row)}."
         if card := checkpoint.with_training(run.beside, run.state, said).get(checkpoint.CARD):
             path = os.path.join(run.c.out_dir, f"checkpoint-{run.state['step']}", checkpoint.CARD)
-            write_text_atomically(path, card.decode(errors="replace"))
+            write_text_atomically(path, card)
         append_row(run.c.rows, row)
         write_text_atomically(os.path.join(run.c.out_dir, "row.json"), json.dumps(row, indent=1) + "\n")
         if report is None:
