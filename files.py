@@ -76,8 +76,7 @@ def remove_directory(directory):
 def atomic_directory(path, needed=0):
     """Yields a temporary sibling of `path` to fill, which is synced and renamed to `path` at the end.
     Whatever goes wrong and whenever the process dies, `path` is absent or complete. Raises ConfigError when
-    `path` exists, when another process is writing it, when the disk has no room for `needed` bytes, or when
-    it cannot be written."""
+    `path` exists or is being written, or when the disk has no room for `needed` bytes or fails."""
     path = os.path.normpath(path)
     if os.path.exists(path):
         raise ConfigError(f"{path}: already exists; remove it or choose another name")
@@ -88,10 +87,11 @@ def atomic_directory(path, needed=0):
         fd = os.open(temporary, os.O_RDONLY)
         stack.callback(os.close, fd)
         lock(fd, held)
-        if os.path.exists(path) or not (os.path.exists(temporary)
-                                        and os.path.samestat(os.stat(temporary), os.fstat(fd))):
+        if not (os.path.exists(temporary) and os.path.samestat(os.stat(temporary), os.fstat(fd))):
             raise ConfigError(held)  # the other process has just finished
         try:
+            if os.path.exists(path):
+                raise ConfigError(held)
             for name in os.listdir(temporary):  # left by a killed writer of this directory
                 os.remove(os.path.join(temporary, name))
             if shutil.disk_usage(parent).free < needed:

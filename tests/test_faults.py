@@ -345,6 +345,17 @@ def test_two_writers_of_one_directory_never_meet(tmp_path):
     assert (tmp_path / "c" / "a").read_text() == "first" and os.listdir(tmp_path) == ["c"]
 
 
+def test_a_writer_that_starts_as_another_one_finishes_leaves_nothing(tmp_path, monkeypatch):
+    def make(*args, true=os.makedirs, **kwargs):
+        true(*args, **kwargs)
+        (tmp_path / "c").mkdir()  # by the other one, which found nobody there
+    monkeypatch.setattr(files.os, "makedirs", make)
+    with pytest.raises(ConfigError, match="is being written"):
+        with files.atomic_directory(tmp_path / "c"):
+            pass
+    assert os.listdir(tmp_path) == ["c"]
+
+
 def test_a_data_set_has_one_writer_and_its_leftovers_go(tmp_path):
     texts, out, temporary = tmp_path / "texts", tmp_path / "out", tmp_path / ".out.tmp"
     for folder in (texts, temporary):
