@@ -56,11 +56,10 @@ class ModelConfig:
                 if not isinstance(value, int) or value < (0 if f.name == "num_local_experts" else 1):
                     raise ValueError(f"{f.name} is {value!r}, must be a positive integer")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                                 f"{self.num_attention_heads}")
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                             f"{self.num_attention_heads}")
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -267,8 +266,8 @@ def _(x, w, ends):
 
 
 def grouped_backward(ctx, grad):
-    x, w, ends = ctx.saved_tensors
-    return grouped_op(grad, w.transpose(1, 2), ends), grouped_op(x.T, grad, ends), None
+    x, w, ends = ctx.saved_tensors  # w is a weight transposed, so that its gradient is one too
+    return grouped_op(grad, w.transpose(1, 2), ends), grouped_op(grad.T, x, ends).transpose(1, 2), None
 
 
 grouped_op.register_autograd(
@@ -328,16 +327,23 @@ class MoE(nn.Module):
         shape, x = x.shape, x.view(-1, x.shape[-1])  # (S, D)
         weights, chosen, probs, z_loss = self.route(x)
         # Sort the S·k assignments by expert, run each expert on its run of rows, add them to their tokens.
-        sorted_experts, order = chosen.view(-1).sort(stable=True)  # (R,)
+        chosen, weights, rows = chosen.view(-1), weights.view(-1), narrow(x)
         experts = torch.arange(len(probs), device=x.device)
-        ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
-        token = order // self.k
-        rows = narrow(x).index_select(0, token)
+        counts = (chosen == experts.unsqueeze(1)).sum(1)
+        if rows.dtype == torch.bfloat16 and not x.is_cuda:
+            # A CPU makes a kernel for each number of rows, which takes longer than its use, so that rows of
+            # weight 0 fill up an expert's to a multiple of 32. The last expert takes what is over.
+            lacks = torch.arange(32) < (-counts % 32).unsqueeze(1)  # (E, 32)
+            chosen = torch.cat((chosen, torch.where(lacks, experts.unsqueeze(1), experts[-1]).flatten()))
+            weights = F.pad(weights, (0, lacks.numel()))
+        chosen, order = chosen.sort(stable=True)  # (R,)
+        ends = torch.searchsorted(chosen, experts, right=True, out_int32=True)
+        token = (order // self.k).clamp(max=len(x) - 1)
+        rows = rows.index_select(0, token)
         rows = run_experts(rows, narrow(self.gate_up_proj), narrow(self.down_proj), ends)
-        rows = rows * weights.view(-1, 1).index_select(0, order)  # (R, D) in the router's type
+        rows = rows * weights.index_select(0, order).unsqueeze(1)  # (R, D) in the router's type
         out = torch.zeros_like(x, dtype=rows.dtype).index_add(0, token, rows).to(x.dtype)
-        counts = ends.diff(prepend=ends.new_zeros(1)).float()
-        return out.view(shape), (counts, probs, z_loss)
+        return out.view(shape), (counts.float(), probs, z_loss)
 
 
 class Layer(nn.Module):
@@ -435,14 +441,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Fresh weights, a function of (config, seed) alone.
-
-        | tensor                                    | distribution                     |
-        |-------------------------------------------|----------------------------------|
-        | embedding, head, router, q k v, gate, up  | N(0, initializer_range²)         |
-        | o, down (they write to the residual)      | N(0, initializer_range² / 2L)    |
-        | norms; biases                             | 1; 0                             |
-        """
+        """Fresh weights, a function of (config, seed) alone: N(0, initializer_range²), but for o and down,
+        which write to the residual, N(0, initializer_range² / 2L). Norms are 1 and biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 1:
