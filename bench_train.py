@@ -119,7 +119,7 @@ def training_step(model, dtype, loss=None, batch=()):
             with AUTOCAST(enabled=dtype == "bfloat16"):
                 value = loss(*batch)
             value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         if loss:
             optimizer.zero_grad()
