@@ -96,7 +96,7 @@ def add_noise(o, w, p):
     """w + noise_std · std(w) · N(0, 1) on a random share noise_fraction of its entries. The first thread that
     wants the std of a dense matrix computes it for all its experts."""
     with STD_LOCK:
-        p.std[:] = p.std or [wide(w).std()]
+        p.std[:] = p.std or [wide(w).std().item()]  # a tensor would pin the freed heap below it
     return add_normal(w, o.noise_std * p.std[0], generator(o.seed, p.name), o.noise_fraction)
 
 

@@ -1000,10 +1000,10 @@ u.upcycle(o)
 
 
 def test_memory_is_a_few_times_the_largest_tensor(tmp_path):
-    """Anonymous memory, sampled while 100 MB are written out of 25 MB, tensors of at most 4 MB."""
+    """Anonymous memory, sampled while 430 MB are written out of 85 MB, tensors of at most 4 MB."""
     source = tmp_path / "dense"
     model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048,
-                               num_attention_heads=8, num_hidden_layers=1))
+                               num_attention_heads=8, num_hidden_layers=4))
     save(source, model.bfloat16(), {})
     done = python("""
 import sys, threading, time, upcycle as u
