@@ -1,5 +1,5 @@
 """Does the law that wins on Python source win on another text? C++ headers of torch, 2 sizes, 3 levels of D1
-and of D2, copying. The largest D1 and the largest D2 are predicted first.
+and of D2, copying. The largest D1 and the largest D2 of the larger size are predicted first.
 
     python data/prepare.py .venv/lib/python3.11/site-packages/torch/include --out_dir=data/headers
     python sweep.py config/study_headers.py
@@ -19,7 +19,7 @@ D_dense = [_M / 2, _M, 2 * _M, 4 * _M, 8 * _M]
 D_moe = [_M / 2, _M, 2 * _M, 4 * _M, 8 * _M, 16 * _M]
 seeds = [0]
 
-withheld = [{"D1": 8 * _M}, {"D2": 8 * _M}]
+withheld = [{"N": 55536, "D1": 8 * _M}, {"N": 55536, "D2": 8 * _M}]
 
 train = {
     "dataset": "data/headers", "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 8e-3,
