@@ -97,6 +97,7 @@ def test_dense_and_moe_rows_alone_predict_all_upcycled_rows(mini, tmp_path):  # 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("sealed*.json")), ids=lambda path: path.stem)
 def test_the_page_of_the_study_has_what_seal_prints(path, capsys):
-    seal(ROOT / "results" / "study.jsonl", f"--out={path}")
+    study = "study_headers" if path.stem == "sealed_headers" else "study"
+    seal(ROOT / "results" / f"{study}.jsonl", f"--out={path}")
     page = (ROOT / "results" / "README.md").read_text()
     assert f"`{path.name}`\n```\n{capsys.readouterr().out.strip()}\n```" in page
