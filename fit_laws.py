@@ -355,7 +355,7 @@ def measured(rows):
 
 def compared(entries, corner):
     """[(claim, whether it holds, text)] on entries of the interaction law, the handicap law or both; corner
-    are the largest N, D1 and D2 of upcycled rows."""
+    are the largest N and D1 of upcycled rows."""
     found, handicap = [], "upcycled.handicap"
     for claim, law, name in (("alpha3 of the interaction law is positive", "upcycled", "alpha3"),
                              ("upcycling has a lasting cost kappa", handicap, "kappa")):
@@ -363,7 +363,7 @@ def compared(entries, corner):
             value, error = float(entries[law]["params"][name]), entries[law]["se_asymptotic"][name]
             found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
     if handicap in entries:
-        star, = report.overtaking(handicap, entries[handicap]["params"], *corner)
+        star, = report.overtaking_by(handicap, entries[handicap]["params"], *corner)
         found.append(("by the handicap law a MoE from scratch overtakes after the largest D1",
                       math.isfinite(star), f"D2* = {star:.3g}"))
     if len(entries) < 2:
@@ -397,7 +397,7 @@ def claims(rows, options):
             held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
             entries[law] = {"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
                             "aicc": aicc(fitted), "held_out": held_out}
-        corner = [max((row[name] for row in upcycled), default=0.0) for name in FAMILIES["upcycled"]]
+        corner = [max((row[name] for row in upcycled), default=0.0) for name in ("N", "D1")]
         for claim, holds, text in compared(entries, corner) + (measured(chosen) if settings is usual else []):
             found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     left = len(rows) - len(long)

@@ -151,3 +151,19 @@ def predict(law, params, **variables):
             power = power + sign * params[exponent] * math.prod(logs[name] for name in factors)
         loss = loss + params[coefficient] * np.exp(power)
     return factor * loss
+
+
+def overtaking(D1, behind):
+    """D2* (...,): after how many tokens a MoE from scratch first leads the upcycled model, on as many tokens:
+    0 from the start, inf not within 10,000 times D1. behind(tokens (n,)) is (..., n) the loss from scratch
+    less that of the upcycled model."""
+    x = D1 * np.geomspace(1e-4, 1e4, 161)
+    difference = behind(x)
+    leads = difference < -1e-9  # curves that merge do not cross
+    place = leads.argmax(axis=-1)
+    before = np.maximum(place - 1, 0)
+    high = np.take_along_axis(difference, before[..., None], -1)[..., 0]
+    low = np.take_along_axis(difference, place[..., None], -1)[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
+    return np.where(leads.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)

@@ -257,15 +257,3 @@ def quantile(values, weights, q):
     order = np.argsort(values, kind="stable")
     summed = np.cumsum(weights[order])
     return float(values[order][np.searchsorted(summed, q * summed[-1] - 1e-12)])
-
-
-def first_crossing(x, difference):
-    """x at which each row of difference (..., len(x)) first falls below 0: 0 from the start, inf never."""
-    below = difference < -1e-9  # curves that merge do not cross
-    place = below.argmax(axis=-1)
-    before = np.maximum(place - 1, 0)
-    high = np.take_along_axis(difference, before[..., None], -1)[..., 0]
-    low = np.take_along_axis(difference, place[..., None], -1)[..., 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
-    return np.where(below.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)

@@ -20,9 +20,9 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-from laws import head_start, short
-from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, losses_of,
-                     quantile, read_laws, routes, weights_of_draws)
+from laws import head_start, overtaking, short
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, losses_of, quantile,
+                     read_laws, routes, weights_of_draws)
 from plan_page import WORDS, folded, percent, say, say_answer, write_page
 from rows import FAMILIES, loss_columns
 
@@ -183,14 +183,17 @@ def finite(value):
     return float(value) if math.isfinite(value) else None
 
 
-def overtaking(book, question, laws, method):
-    """({law: D2*}, {"interval": 90 %, "never": probability}): after how many tokens from scratch leads, on as
-    many tokens; 0 from the start, None not within 10,000 times D1."""
+def overtaking_of(book, question, laws, method):
+    """({law: D2*}, {"interval": 90 %, "never": probability}), with None for infinity."""
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
-    x, kept = D1 * np.geomspace(1e-4, 1e4, 161), [law for law in book["laws"] if law["name"] in laws]
-    scratch = losses_of(book, kept, "moe", {"N": N, "D": x} | moe)
-    upcycled = losses_of(book, kept, "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
-    stars, draws = (first_crossing(x, one - other) for one, other in zip(scratch, upcycled))
+    kept = [law for law in book["laws"] if law["name"] in laws]
+
+    def behind(tokens):  # by the laws, then by their draws
+        scratch = losses_of(book, kept, "moe", {"N": N, "D": tokens} | moe)
+        upcycled = losses_of(book, kept, "upcycled", {"N": N, "D1": D1, "D2": tokens} | moe, method)
+        return np.concatenate(scratch) - np.concatenate(upcycled)
+
+    stars, draws = np.split(overtaking(D1, behind), [len(kept)])
     weights = weights_of_draws(book, [laws[law["name"]]["weight"] for law in kept])
     return ({law["name"]: finite(star) for law, star in zip(kept, stars)},
             {"interval": [finite(quantile(draws, weights, q)) for q in INTERVAL],
@@ -240,7 +243,7 @@ def answer_now(book, question):
         cost = flops_per_token(book, "dense" if option == DENSE else "moe", question["N"])
         found["tokens"] = float(question["flops"] / cost)
     if result["method"] and SCRATCH in points:
-        stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
+        stars, result["overtaking"] = overtaking_of(book, question, result["laws"], result["method"])
         routes_of = {law["name"]: law["routes"] for law in book["laws"]}
         for name, found in sorted(result["laws"].items(), key=lambda item: item[1]["weight"]):
             of_law, found["D2_star"] = routes_of[name], stars[name]

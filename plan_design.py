@@ -8,8 +8,7 @@ from scipy.stats import norm
 
 from configurator import ConfigError, parse
 from engine import evaluate, fit
-from laws import predict
-from mixture import first_crossing
+from laws import overtaking, predict
 from plan_page import columns, percent
 from problem import point_of
 from rows import FAMILIES
@@ -38,14 +37,12 @@ def expected(laws, rows, options, N, D1):
     cov = covariance(jacobian, noise)
     place, alpha3 = found.problem.names.index("upcycled:alpha3"), found.params("upcycled")["alpha3"]
     error = math.sqrt(cov[place, place])
-    x = D1 * np.geomspace(1e-4, 1e4, 4001)
 
     def ln_star(theta):
         if "moe" not in system:
             return math.nan
-        scratch = predict("moe", found.params("moe", theta), N=N, D=x)
-        upcycled = predict("upcycled", found.params("upcycled", theta), N=N, D1=D1, D2=x)
-        star = float(first_crossing(x, scratch - upcycled))
+        star = overtaking(D1, lambda tokens: predict("moe", found.params("moe", theta), N=N, D=tokens)
+                          - predict("upcycled", found.params("upcycled", theta), N=N, D1=D1, D2=tokens))
         return math.log(star) if 0 < star < math.inf else math.nan
 
     step = 1e-4 * np.diag(free)

@@ -13,7 +13,7 @@ import numpy as np
 import figures
 from configurator import ConfigError, write_result
 from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
-from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
+from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
 from problem import at_levels
 from rows import KNOBS, loss_columns, loss_text, method_label, same_but
@@ -179,13 +179,11 @@ def claims_table(claims):
 # ---------------------------------------------------------------------------------------------------------
 # Head starts, and words
 
-def overtaking(law, params, n, d1, largest):
-    """D2* (S,) of S draws of a law's parameters: the one crossing after which a MoE from scratch is better,
-    on a grid of 1 %; inf where it is beyond 1000 times the largest D2."""
-    D2 = largest * np.geomspace(1e-4, 1e3, 1620)
+def overtaking_by(law, params, n, d1):
+    """D2* (S,) of S draws of the parameters of a law that knows from scratch."""
     params = {name: np.reshape(value, (-1, 1)) for name, value in params.items()}
-    upcycled, scratch = (predict(law, params, N=n, D1=tokens, D2=D2) for tokens in (d1, 0.0))  # (S, 1620)
-    return np.append(D2, np.inf)[(upcycled < scratch).sum(axis=1)]
+    return overtaking(d1, lambda tokens: predict(law, params, N=n, D=tokens)
+                      - predict(law, params, N=n, D1=d1, D2=tokens))
 
 
 def with_interval(value, draws, form=short):
@@ -200,7 +198,7 @@ def head_starts(laws, ranges):
     with a head start, for each method of upcycling and both ends of the range of D1."""
     lines = []
     for law in SHARED_CURVE if "upcycled" in ranges else ():
-        n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
+        n = ranges["upcycled"]["N"][1]
         fits = laws[law].get("methods", {"every method": laws[law]}) if law in laws else {}
         for (method, fit), d1 in itertools.product(fits.items(), dict.fromkeys(ranges["upcycled"]["D1"])):
             params, draws = fit["params"], {name: np.array(value) for name, value in fit["draws"].items()}
@@ -209,7 +207,7 @@ def head_starts(laws, ranges):
                     "kappa": "-", "D2*": "-"}
             if "kappa" in params:
                 line["kappa"] = with_interval(params["kappa"], draws["kappa"], lambda k: f"{100 * k:.2f} %")
-                line["D2*"] = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
+                line["D2*"] = with_interval(*(overtaking_by(law, p, n, d1) for p in (params, draws)))
             lines.append(line)
     return lines
 
