@@ -41,8 +41,6 @@ class Options:
     out: str = setting("out/laws", "directory for laws.json, report.md and the figures")
     laws: list[str] = setting([], "laws to fit, comma-separated; empty: all that the rows allow")
     share: Literal["none", "E", "E,B,beta"] = setting("E", "what the laws of the families share")
-    delta: Literal["auto"] | float = setting(
-        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise", least=1e-9)
     prior: str = setting("", "laws.json of other sizes; its alpha is a prior of the alpha of a pilot's "
                          "law, upcycled.head_start")
     A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
@@ -124,10 +122,9 @@ def plan_fits(rows, wanted=()):
 def fit_settings(options, system):
     """The settings of fit_with_noise for a system {family: law}. Raises ConfigError."""
     share = () if options.share == "none" else tuple(options.share.split(","))
-    settings = {"share": share, "A_of_N": options.A_of_N, "delta": options.delta}
     priors = {"dense.local": LOCAL_ALPHA, "upcycled.head_start": alpha_prior(options.prior)}
-    return settings | {"priors": {law: prior for law, prior in priors.items()
-                                  if prior and law in system.values()}}
+    priors = {law: prior for law, prior in priors.items() if prior and law in system.values()}
+    return {"share": share, "A_of_N": options.A_of_N, "priors": priors}
 
 
 def alpha_prior(path):
@@ -161,7 +158,7 @@ def entries_of(laws, system, rows, options, tick):
     problem, left_out, (noise, misfit) = fitted.problem, leave_trunk_out(fitted), fitted.noise.table()
     of_system = {"aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
                  "shared": sorted(set(settings["share"]) & set(problem.names)),
-                 "huber_delta": float(fitted.delta), "noise": noise, "misfit": misfit}
+                 "huber_delta": fitted.delta, "noise": noise, "misfit": misfit}
 
     def fit_of(law, method=None):
         return {"params": rounded(fitted.params(law, method=method)),
@@ -292,9 +289,9 @@ def planned(rows, options):
     fits, lacks = plan_fits(rows, options.laws)
     if options.laws and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
-    if options.prior and ("upcycled.head_start" not in fits or options.delta != "auto"):
-        raise ConfigError("--prior is for a pilot's law, upcycled.head_start, with --delta=auto: "
-                          f"{lacks.get('upcycled.head_start', 'leave out --delta or --laws')}")
+    if options.prior and "upcycled.head_start" not in fits:
+        raise ConfigError("--prior is for a pilot's law, upcycled.head_start: "
+                          f"{lacks.get('upcycled.head_start', 'leave out --laws')}")
     for lack in dict.fromkeys(lacks.values()):
         print(f"skipped {', '.join(law for law in lacks if lacks[law] == lack)}: {lack}")
     if not fits:
