@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laws import LEAST_GAP, MATCHING
-from problem import Problem, build
+from problem import Problem
 
 # ---------------------------------------------------------------------------------------------------------
 # Loss and Jacobian
@@ -231,7 +231,7 @@ class Fit:
 def fit(rows, system, share=("E",), delta=0.01, A_of_N=False):
     """The Fit of a system {family: law}: starts, then Huber least squares on ln loss with the analytic
     Jacobian. delta is Huber's, on log residuals."""
-    problem = build(rows, system, share, A_of_N)
+    problem = Problem(rows, system, share, A_of_N)
     theta, cost = descend(problem, starts(problem), max(delta, 0.01), max_steps=7, tolerance=1e-4)
     theta, cost = descend(problem, theta[np.argsort(cost)[:2]], delta)
     theta = theta[[np.argmin(cost)]]

@@ -104,20 +104,23 @@ class Head:
 
 
 class Problem:
-    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred. Bounds keep finite
-    what rows leave open: exponents within 3, of a product within 0.3, a term above a millionth of the loss.
+    """The rows of the families of a system {family: law} and these laws as arrays, to be fitted at once. The
+    laws share the named parameters. With A_of_N, A depends on N. Coefficients are fitted as logs, variables
+    are centred. Bounds keep finite what rows leave open: exponents within 3, of a product within 0.3, a term
+    above a millionth of the loss.
     """
 
-    def __init__(self, rows, system, laws, fixed, names, methods):
-        self.rows, self.system = rows, system  # system: {family: law}
-        self.laws, self.fixed = laws, fixed    # as identified_terms gives them
-        self.names = names                     # as names_of gives them
-        self.methods = methods                 # labels of methods with parameters of their own
+    def __init__(self, rows, system, share=("E",), A_of_N=False):
+        self.system = system
+        self.rows = rows = [row for row in rows if row["family"] in system]
         self.law_of_row = np.array([system[row["family"]] for row in rows])
-        self.y = np.log([row["loss"] for row in rows])                     # (n,) ln loss
-        self.slots = list(dict.fromkeys(itertools.chain(*laws.values())))  # (K,) coefficients of the terms
-        p, n, terms = len(names), len(rows), len(self.slots)
-        short = [name.rpartition(":")[2].partition("|")[0] for name in names]
+        self.laws, self.fixed, alone = identified_terms(rows, system, share, A_of_N)
+        self.methods = methods_of(rows, system)  # labels of methods with parameters of their own
+        self.names = names_of(self.laws, alone, share, self.methods)
+        self.y = np.log([row["loss"] for row in rows])                          # (n,) ln loss
+        self.slots = list(dict.fromkeys(itertools.chain(*self.laws.values())))  # (K,) coefficients of terms
+        p, n, terms = len(self.names), len(rows), len(self.slots)
+        short = [name.rpartition(":")[2].partition("|")[0] for name in self.names]
         self.is_log = np.array([name in (*self.slots, "c", "H", "H_max") for name in short])
         self.low = np.full(p, self.y.min() + math.log(1e-6))
         self.high = np.full(p, self.y.max() + 3.0)
@@ -127,6 +130,29 @@ class Problem:
         self.shift = np.zeros((p, n))               # features of what is added to ln loss: kappa
         self.to_raw, self.to_raw0 = np.eye(p), np.zeros(p)  # raw = to_raw @ centred + to_raw0
         self.head = None
+        self.fill()
+
+    def fill(self):
+        """Fill the arrays, term by term."""
+        factors = set().union(*map(factors_of, self.laws.values()))
+        factors |= {"D1"} if any("D1" in row for row in self.rows) else set()
+        logs = {name: np.log([variable(row, name) for row in self.rows]) for name in factors}
+        center = {name: np.nanmean(values) for name, values in logs.items()}
+        logs = {name: values - center[name] for name, values in logs.items()}
+        for law, terms in self.laws.items():
+            here = self.law_of_row == law
+            for coefficient, exponents in terms.items():
+                slot = self.slots.index(coefficient)
+                self.offset[slot, here] = 0.0
+                add_term(self, law, coefficient, self.features[slot], here, logs, center)
+                if "-effective" in exponents.values():
+                    add_head(self, law, coefficient, logs, center)
+        if set(self.laws) & set(MATCHING):
+            D1 = logs.get("D1", 0.0 * self.y) + center.get("D1", 0.0) - center.get("D", 0.0)
+            self.head.dense = np.zeros((len(self.laws["dense"]), *self.shift.shape))
+            for coefficient, features in zip(self.laws["dense"], self.head.dense):
+                add_term(self, "dense", coefficient, features, slice(None),
+                         logs | {"D": np.nan_to_num(D1)}, center)
 
     @cached_property
     def used(self):
@@ -147,16 +173,16 @@ class Problem:
         return found
 
 
-def identified_terms(rows, law_of_row, share, A_of_N):
+def identified_terms(rows, system, share, A_of_N):
     """({law: its terms that these rows can tell apart}, {law: {parameter that is fixed at 0: why}}, laws
     that share nothing). One level of N or D: the term folds into an E of the law's own. Rows that mix numbers
     of experts have an E of their own too. Two levels of N in every law that shares E: E is 0."""
-    laws = {law: law_terms(law, A_of_N) for law in dict.fromkeys(law_of_row)}
+    laws = {law: law_terms(law, A_of_N) for law in dict.fromkeys(system[row["family"]] for row in rows)}
     fixed, alone, sizes = {law: {} for law in laws}, set(), {}
     for law, terms in laws.items():
         if terms.get("B") != {"beta": "-N"}:
             continue
-        members = [row for row, name in zip(rows, law_of_row) if name == law]
+        members = [row for row in rows if system[row["family"]] == law]
         sizes[law] = count_levels(members, "N")
         experts = levels(variable(row, "experts") / (row.get("granularity") or 1) for row in members)
         one_D = law in ("dense", "moe") and count_levels(members, "D") == 1
@@ -246,35 +272,6 @@ def methods_of(rows, system):
     return sorted(labels, key=lambda label: (label != "copy", label)) if len(labels) > 1 else []
 
 
-def build(rows, system, share=("E",), A_of_N=False):
-    """The Problem of fitting `system` = {family: law} to the rows of those families at once; laws share
-    the named parameters. With A_of_N, A depends on N."""
-    rows = [row for row in rows if row["family"] in system]
-    laws, fixed, alone = identified_terms(rows, [system[row["family"]] for row in rows], share, A_of_N)
-    methods = methods_of(rows, system)
-    problem = Problem(rows, system, laws, fixed, names_of(laws, alone, share, methods), methods)
-    factors = set().union(*map(factors_of, laws.values()))
-    factors |= {"D1"} if any("D1" in row for row in rows) else set()
-    logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
-    center = {name: np.nanmean(values) for name, values in logs.items()}
-    logs = {name: values - center[name] for name, values in logs.items()}
-    for law, terms in laws.items():
-        here = problem.law_of_row == law
-        for coefficient, exponents in terms.items():
-            slot = problem.slots.index(coefficient)
-            problem.offset[slot, here] = 0.0
-            add_term(problem, law, coefficient, problem.features[slot], here, logs, center)
-            if "-effective" in exponents.values():
-                add_head(problem, law, coefficient, logs, center)
-    if set(laws) & set(MATCHING):
-        D1 = logs.get("D1", 0.0 * problem.y) + center.get("D1", 0.0) - center.get("D", 0.0)
-        problem.head.dense = np.zeros((len(laws["dense"]), *problem.shift.shape))
-        for coefficient, features in zip(laws["dense"], problem.head.dense):
-            add_term(problem, "dense", coefficient, features, slice(None),
-                     logs | {"D": np.nan_to_num(D1)}, center)
-    return problem
-
-
 def missing(rows, system):
     """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows. N may have
     one level, and so may D where N has three. The laws of a pilot are for one N and one D1 alone."""
@@ -309,7 +306,7 @@ def missing(rows, system):
         if label in methods_of(rows, system) and count < (1 if pilot else 4):
             lacks.append(f"needs 4 rows of the method {label}, has {count}")
     if not lacks:
-        problem = build(rows, system)
+        problem = Problem(rows, system)
         needed = len(problem.names) + (1 if pilot else 0 if "dense.local" in system.values() else 3)
         if len(problem.y) < needed:
             lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")
