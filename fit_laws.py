@@ -18,7 +18,7 @@ import numpy as np
 import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
-from mixture import WARM_UPS, read_laws
+from mixture import ORIGIN, WARM_UPS, read_laws
 from problem import at_levels, levels, levels_of_N, missing, point_of, variable, variables_of
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
@@ -26,7 +26,6 @@ from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk
 
 # Laws that are fitted to the rows of one (D, D1, D2).
 AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
-ORIGIN = ("data_sha256", "tokenizer", *EXPERTS, "max_seq_len")  # what must agree among laws that are compared
 # Mean and sd of a dense model's -d ln loss / d ln D, which a short pilot cannot tell: laws have 0.03 to 0.13.
 LOCAL_ALPHA = (0.08, 0.05)
 

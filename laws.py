@@ -52,7 +52,7 @@ SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
 LEAST_GAP = 1e-4  # loss matching: the dense loss counts as at least this share above the MoE's asymptote
 RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not in law]
 NAMES = {  # where the name of a law is not that of its key
-    "moe": "MoE from scratch", "upcycled": "interaction",
+    "": "dense and MoE", "moe": "MoE from scratch", "upcycled": "interaction",
     "upcycled.effective_data_shared": "effective data (shared)",
     "upcycled.saturating": "saturating head start", "upcycled.head_start": "free head start",
     "upcycled.loss_matching_0": "loss matching (delta = 0)"}

@@ -24,6 +24,7 @@ FORM_ERROR, REACH = 0.01, 8.0
 EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
 WARM_UPS = 5  # a shorter run, in lengths of its warm-up, says little of the law
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
+ORIGIN = ("data_sha256", "tokenizer", *MOE, "max_seq_len")  # what must agree among laws that are compared
 
 # The least that a number in a laws file can be, by its key; others may be negative. E may be 0, and so may
 # the B of a law for one N. A misfit has its family as the key.
@@ -54,7 +55,7 @@ def check_numbers(where, value, key=""):
 def check_origin(path, origin):
     """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs.
     Methods of upcycling may have other numbers of experts beside that of the MoE from scratch."""
-    for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
+    for key in ORIGIN:
         values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
                   for family in FAMILIES if family != "dense" or key not in MOE}
         if key in MOE and values["moe"] and values["moe"] <= values["upcycled"]:
@@ -189,7 +190,7 @@ def make_book(path, content, wanted=""):
     sizes = [10 + len(laws[law]["params"]) * len(laws[law].get("methods") or [law]) for law in weights if law]
     draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
     random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
-    return {"laws": [{"name": law, "label": law_name(law) or "dense and MoE", "weight": weight,
+    return {"laws": [{"name": law, "label": law_name(law), "weight": weight,
                       "routes": routes_of(path, laws, law, draws),
                       "misfit": {family: misfit(laws, law, family) for family in FAMILIES}}
                      for law, weight in weights.items()],

@@ -23,7 +23,7 @@ from scipy.special import expit
 from laws import head_start, overtaking, short
 from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, losses_of, quantile,
                      read_laws, routes, weights_of_draws)
-from plan_page import WORDS, folded, percent, say, say_answer, write_page
+from plan_page import WORDS, folded, lead, percent, say, say_answer, write_page
 from rows import FAMILIES, loss_columns
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
@@ -108,9 +108,8 @@ def summary(found, weights, book):
 
 def judge(options, laws):
     """{"verdict": clear or mixed, "says": it in words, "best", "gap": its lead as a share of the loss}."""
-    best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
-    gap, sure = options[second]["loss"] / options[best]["loss"] - 1, options[best]["probability_best"]
-    sides = {}
+    best, second, gap = lead(options)
+    sure, sides = options[best]["probability_best"], {}
     for found in laws.values():
         if found["weight"] >= WITH_WEIGHT:
             sides.setdefault(found["best"], []).append(found["label"])
@@ -160,8 +159,8 @@ def compare(book, points, reasons=()):
 # Now: a dense checkpoint is there
 
 def flops_per_token(book, family, N):
-    """Training FLOPs of a token of the dense model or the MoE: 6 N times a factor, interpolated in ln N."""
-    sizes, factors = np.transpose(book["costs"][family])
+    """Training FLOPs of a token of a model of the family: 6 N times a factor, interpolated in ln N."""
+    sizes, factors = np.transpose(book["costs"]["dense" if family == "dense" else "moe"])
     return 6 * N * np.interp(np.log(N), np.log(sizes), factors)
 
 
@@ -222,7 +221,7 @@ def pilot(book, question, result):
         return None
     runs = {False: [], True: []}  # those to run for the first time, and all of them
     for family, shares in PILOT.items():
-        per_token = float(flops_per_token(book, "dense" if family == "dense" else "moe", question["N"]))
+        per_token = float(flops_per_token(book, family, question["N"]))
         most, known = question["flops"] / per_token, longest(book, question, family)
         every = [share * most for share in shares if share * most >= book["shortest"]] or [most]
         for again, branches in ((True, every), (False, [tokens for tokens in every if tokens > known])):
@@ -240,8 +239,7 @@ def answer_now(book, question):
               for option, family in routes(book, NOW).items()}
     result = question | compare(book, points) | {"overtaking": None}
     for option, found in result["options"].items():
-        cost = flops_per_token(book, "dense" if option == DENSE else "moe", question["N"])
-        found["tokens"] = float(question["flops"] / cost)
+        found["tokens"] = float(question["flops"] / flops_per_token(book, NOW[option], question["N"]))
     if result["method"] and SCRATCH in points:
         stars, result["overtaking"] = overtaking_of(book, question, result["laws"], result["method"])
         routes_of = {law["name"]: law["routes"] for law in book["laws"]}

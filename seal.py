@@ -100,7 +100,7 @@ def judge(options):
     for (family, name), found in scores.items():
         errors, held = np.array(found).T
         numbers = 100 * math.sqrt(np.mean(errors ** 2)), 100 * errors.mean(), held.sum()
-        lines.append([family, law_name(name) or "dense and MoE", str(len(found)),
+        lines.append([family, law_name(name), str(len(found)),
                       *map(str.format, ("{:.2f}", "{:+.2f}", "{:.0f}"), numbers)])
     print(f"{len(losses) - losses.count(None)} of {len(losses)} sealed rows were run. "
           f"The code {content.get('git')} predicted them.\n")

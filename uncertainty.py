@@ -34,7 +34,7 @@ LEAST_SD = 1e-6
 
 def trunk_of(rows):
     """(n,) the trunk number of each row. A row that names no trunk is a trunk of its own."""
-    keys = [(row["family"], str(row["trunk"])) if "trunk" in row else i for i, row in enumerate(rows)]
+    keys = [(row["family"], row["trunk"]) if "trunk" in row else i for i, row in enumerate(rows)]
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return np.array([place[key] for key in keys])
 
@@ -42,17 +42,15 @@ def trunk_of(rows):
 def dense_trunks(rows):
     """[the dense trunk of each row, or None]: its column dense_trunk; a dense row's own trunk; and for an
     upcycled row with no such column the dense trunk of the same N and seed."""
-    by_seed = {(row["N"], str(row["seed"])): str(row["trunk"]) for row in rows
+    by_seed = {(row["N"], str(row["seed"])): row["trunk"] for row in rows
                if row["family"] == "dense" and "trunk" in row and "seed" in row}
     found = []
     for row in rows:
-        key = (row["N"], str(row["seed"])) if "seed" in row else None
-        if row["family"] == "moe":
-            found.append(None)
-        elif row["family"] == "dense":
-            found.append(str(row["trunk"]) if "trunk" in row else None)
+        if row["family"] == "upcycled":
+            key = (row["N"], str(row["seed"])) if "seed" in row else None
+            found.append(row.get("dense_trunk", by_seed.get(key, key)))
         else:
-            found.append(str(row["dense_trunk"]) if "dense_trunk" in row else by_seed.get(key, key))
+            found.append(row.get("trunk") if row["family"] == "dense" else None)
     return found
 
 
@@ -63,7 +61,7 @@ def shared_luck(rows):
     for family in dict.fromkeys(row["family"] for row in rows):
         here = [row if row["family"] == family else {} for row in rows]
         if family != "dense":
-            found["trunk", family] = [str(row["trunk"]) if "trunk" in row else None for row in here]
+            found["trunk", family] = [row.get("trunk") for row in here]
         found["cell", family] = [run_key(row, but=("seed", "trunk", "dense_trunk")) if row else None
                                  for row in here]
     return found
