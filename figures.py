@@ -10,7 +10,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import RIVALS, law_name, predict, short
-from problem import levels, point_of
+from problem import levels, levels_of, of_family, point_of
 from rows import method_label
 
 plt.rcParams.update({
@@ -22,17 +22,6 @@ FAMILY_STYLES = {  # name, marker and colour
 RIVAL_STYLES = {law: (plt.cm.tab10(i % 10), ("-", "--", "-.")[i % 3]) for i, law in enumerate(RIVALS)}
 
 
-def of_family(rows, family, **values):
-    """The rows of a family that have the given values."""
-    return [row for row in rows
-            if row["family"] == family and all(row[name] == value for name, value in values.items())]
-
-
-def sorted_levels(rows, name):
-    """The different values of a column in the rows that have it, ascending."""
-    return sorted({row[name] for row in rows if name in row})
-
-
 def few(levels):
     """At most nine of the levels, evenly spread: more curves or panels cannot be told apart."""
     return [levels[i] for i in np.unique(np.linspace(0, len(levels) - 1, 9).round().astype(int)) if levels]
@@ -40,7 +29,7 @@ def few(levels):
 
 def mean_loss(rows, name):
     """(n,) levels of a variable, the mean loss at each, and half the range of its losses."""
-    levels = sorted_levels(rows, name)
+    levels = levels_of(rows, name)
     groups = [[row["loss"] for row in rows if row[name] == level] for level in levels]
     mean, spread = zip(*((np.mean(group), np.ptp(group) / 2) for group in groups))
     return np.array(levels), np.array(mean), np.array(spread)
@@ -130,7 +119,7 @@ def legend_outside(figure, axes, title=None):
 def curves_of(rows):
     """{(family, D1 or number of experts): (label, colour)} of the curves that loss against tokens shows."""
     curves = {}
-    for d1, color in shades(few(sorted_levels(rows, "D1"))).items():
+    for d1, color in shades(few(levels_of(rows, "D1"))).items():
         curves["upcycled", d1] = f"upcycled, D1 = {short(d1)}", color
     counts = few(sorted({row.get("num_local_experts", 0) for row in of_family(rows, "moe")}))
     for count, color in shades(counts).items():
@@ -145,7 +134,7 @@ def loss_against_tokens(rows, laws, shown):
     """One panel a size: mean loss, its range over repeats, and the laws. shown is {family: [law that is drawn
     as lines, law that is drawn as dashes]}."""
     upcycled = of_family(rows, "upcycled")
-    sizes = few(sorted_levels(upcycled or rows, "N"))
+    sizes = few(levels_of(upcycled or rows, "N"))
     figure, axes = panels(len(sizes))
     for axis, n in zip(axes, sizes):
         for (family, level), (label, color) in curves_of(rows).items():
@@ -160,7 +149,7 @@ def loss_against_tokens(rows, laws, shown):
                 fine = [{**here[0], tokens: value} for value in np.geomspace(x[0], x[-1], 60)]
                 axis.plot([row[tokens] for row in fine], predicted_losses(fine, law, laws[law]), dash, lw=1.2,
                           color=color)
-        log_axis(axis, sorted({row.get("D2", row.get("D")) for row in rows if row["N"] == n}))
+        log_axis(axis, levels_of([row for row in rows if row["N"] == n], "effective"))
         axis.set(yscale="log", title=f"N = {short(n)}",
                  xlabel="D2, or D from scratch (tokens)" if upcycled else "D (tokens)")
         axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
@@ -174,11 +163,11 @@ def loss_against_tokens(rows, laws, shown):
 
 def exponent_against_D1(rows, laws):
     """How fast loss falls with D2, measured and by each law, against D1: one panel a size."""
-    sizes = few(sorted_levels(of_family(rows, "upcycled"), "N"))
+    sizes = few(levels_of(of_family(rows, "upcycled"), "N"))
     figure, axes = panels(len(sizes), sharey=True)
     for axis, n in zip(axes, sizes):
         here = of_family(rows, "upcycled", N=n)
-        means = {d1: mean_loss(of_family(here, "upcycled", D1=d1), "D2") for d1 in sorted_levels(here, "D1")}
+        means = {d1: mean_loss(of_family(here, "upcycled", D1=d1), "D2") for d1 in levels_of(here, "D1")}
         means = {d1: mean for d1, mean in means.items() if len(mean[0]) > 2}
         slopes = np.array([local_exponent(D2, loss) for D2, loss, _ in means.values()]).reshape(-1, 2)
         axis.errorbar(list(means), slopes[:, 0], 2 * slopes[:, 1], fmt="o", ms=5, color="black", zorder=5,
@@ -189,7 +178,7 @@ def exponent_against_D1(rows, laws):
                           for d1, (D2, _, _) in means.items()]
                 slopes = [local_exponent(D2, loss)[0] for loss, (D2, _, _) in zip(fitted, means.values())]
                 axis.plot(list(means), slopes, color=color, ls=dash, label=law_name(law))
-        log_axis(axis, sorted_levels(here, "D1"))
+        log_axis(axis, levels_of(here, "D1"))
         axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
     axes[0].set_ylabel("local exponent  d ln L / d ln D2")
     legend_outside(figure, axes)
@@ -202,7 +191,7 @@ def residuals(rows, law, entry):
     fitted = [(row, value) for row, value in zip(rows, error) if np.isfinite(value)]
     titles = {"N": "N (parameters)", "D": "D (tokens)", "D1": "D1 (tokens)", "D2": "D2 (tokens)",
               "num_local_experts": "experts per layer"}
-    levels = {name: sorted_levels([row for row, _ in fitted if row.get(name)], name) for name in titles}
+    levels = {name: levels_of([row for row, _ in fitted if row.get(name)], name) for name in titles}
     names = [name for name in titles if len(levels[name]) > 1] or ["N"]
     figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.8, 2.8), sharey=True,
                                 squeeze=False)

@@ -19,7 +19,8 @@ import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
 from mixture import ORIGIN, WARM_UPS, read_laws
-from problem import at_levels, levels, levels_of_N, missing, point_of, variable, variables_of
+from problem import (at_levels, levels, levels_of_N, missing, of_family, point_of, variable,
+                     variables_of)
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
                          standard_errors, unidentified)
@@ -166,7 +167,7 @@ def entries_of(laws, system, rows, options, tick):
     entries = {}
     for law in laws:
         family, draws = law.partition(".")[0], fitted.params(law, theta)
-        explained = [row for row in rows if row["family"] == family]
+        explained = of_family(rows, family)
         inside = errors(fitted, law, explained)
         left = left_out[np.isfinite(left_out) & [row["family"] == family for row in problem.rows]]
         if law == "upcycled.loss_matching_0":  # it saw no upcycled trunk
@@ -216,7 +217,7 @@ def errors(fitted, law, rows):
 def held_out_from(rows, family, name):
     """The value of variable `name` from which rows of a family are held out: its largest level, or the upper
     fifth of its range (in logarithms) where that level has less than 15 % of the rows; None for one level."""
-    values = np.array([variable(row, name) for row in rows if row["family"] == family], float)
+    values = np.array([variable(row, name) for row in of_family(rows, family)], float)
     values = values[np.isfinite(values)]
     found = levels(values)
     if len(found) < 2:
@@ -244,9 +245,8 @@ def extrapolate(rows, system, law, name, **options):
     if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
         return None
     fitted = fit_with_noise(kept, system, **options)
-    rest = [variable(row, name) for row in kept if row["family"] == family]
-    largest = max(variable(row, name) for row in held)
-    return counted(errors(fitted, law, held), float(largest / max(rest)))
+    largest, rest = (max(variable(row, name) for row in some) for some in (held, of_family(kept, family)))
+    return counted(errors(fitted, law, held), float(largest / rest))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def extrapolate(rows, system, law, name, **options):
 
 def families_of(rows):
     """{family: its rows} of the families that have rows."""
-    found = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
+    found = {family: of_family(rows, family) for family in FAMILIES}
     return {family: members for family, members in found.items() if members}
 
 
@@ -270,8 +270,7 @@ def mixtures(rows):
              for family, members in families_of(rows).items()}
     said = []
     for who, columns in (found | {"rows": mixed_conditions(rows)}).items():
-        for key in (key for key in columns if len(columns[key]) > 1):
-            values = columns[key]
+        for key, values in ((key, values) for key, values in columns.items() if len(values) > 1):
             shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
                      for value in values[:5]]
             said.append(f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "

@@ -97,9 +97,8 @@ def read_laws(path):
 # The mixture
 
 def held_out(entry):
-    """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it is)}."""
-    tests = entry.get("held_out", {}).items()
-    return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in tests if test}
+    """{what was left out: {"rms" error of ln loss, how many times "beyond" the fitted rows it is}}."""
+    return {name: test for name, test in entry.get("held_out", {}).items() if test}
 
 
 def weigh(entries):
@@ -108,7 +107,7 @@ def weigh(entries):
     its errors. N is no such test, since laws of one fit have the same terms in N."""
     errors = {law: held_out(entry) for law, entry in entries.items()}
     tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
-    weights = {law: math.prod(1 / max(found[name][0], LEAST_ERROR) for name in tests)
+    weights = {law: math.prod(1 / max(found[name]["rms"], LEAST_ERROR) for name in tests)
                for law, found in errors.items()}
     kept = {law: w for law, w in weights.items() if w >= LEAST_WEIGHT * sum(weights.values())}
     return {law: w / sum(kept.values()) for law, w in kept.items()}
@@ -179,7 +178,8 @@ def make_book(path, content, wanted=""):
     methods_of = {law: sorted(laws[law].get("methods") or ["copy"]) for law in names}
     methods = max(methods_of.values(), key=len, default=[])
     names = [law for law in methods_of if methods_of[law] == methods]  # the others know fewer methods
-    tests = [held_out(entry) for entry in laws.values()]
+    tests = [(name, test.get("beyond") or 1.0) for entry in laws.values()
+             for name, test in held_out(entry).items()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
     ranges = {family: {name: [float(low), float(high)] for name, (low, high) in
@@ -195,7 +195,7 @@ def make_book(path, content, wanted=""):
                       "misfit": {family: misfit(laws, law, family) for family in FAMILIES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,
-            "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
+            "reach": {name: max([REACH, *(beyond for kind, beyond in tests if kind == name)])
                       for name in ("N", "D", "D1", "D2", *MOE)}
             | ({"N": 1.0, "D1": 1.0} if "upcycled.head_start" in laws else {}),  # it is of one checkpoint
             "models": {family: {float(model["N"]): model["flops_per_token"] / (6 * model["N"])

@@ -10,7 +10,7 @@ from configurator import ConfigError, parse
 from engine import evaluate, fit
 from laws import overtaking, predict
 from plan_page import columns, percent
-from problem import point_of
+from problem import of_family, point_of
 from rows import FAMILIES
 from sweep import Study, planned_rows, study_totals
 from uncertainty import covariance, trunk_of
@@ -22,8 +22,7 @@ def expected(laws, rows, options, N, D1):
     {"rows", "s.e. of alpha3", "power" to reject alpha3 = 0 at 5 %, "D2*" at N and D1, "s.e. of ln D2*"}; the
     last two are nan where there is no D2*.
     """
-    system = {family: family for family in FAMILIES
-              if family in laws and any(row["family"] == family for row in rows)}
+    system = {family: family for family in FAMILIES if family in laws and of_family(rows, family)}
     if "upcycled" not in system:
         raise ConfigError("--design needs an upcycled law in the laws file and upcycled runs in the study")
     rows = [row | {"loss": float(predict(row["family"], laws[row["family"]]["params"], **point_of(row)))}

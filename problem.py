@@ -37,6 +37,12 @@ def variable(row, name):
         return math.nan
 
 
+def of_family(rows, family, **values):
+    """The rows of a family that have the given values."""
+    return [row for row in rows
+            if row["family"] == family and all(row[name] == value for name, value in values.items())]
+
+
 def point_of(row):
     """{variable: its value} of all variables that a row has, for laws.predict."""
     names = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
@@ -75,14 +81,14 @@ def at_levels(rows):
     return rows
 
 
-def count_levels(rows, name):
-    """How many levels a variable has in these rows."""
-    return len(levels(variable(row, name) for row in rows))
+def levels_of(rows, name):
+    """The levels of a variable in the rows that have it."""
+    return levels(variable(row, name) for row in rows)
 
 
 def levels_of_N(rows, system):
     """The number of levels of N in each family of the system {family: law}."""
-    return [count_levels([row for row in rows if row["family"] == family], "N") for family in system]
+    return [len(levels_of(of_family(rows, family), "N")) for family in system]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -183,9 +189,9 @@ def identified_terms(rows, system, share, A_of_N):
         if terms.get("B") != {"beta": "-N"}:
             continue
         members = [row for row in rows if system[row["family"]] == law]
-        sizes[law] = count_levels(members, "N")
+        sizes[law] = len(levels_of(members, "N"))
         experts = levels(variable(row, "experts") / (row.get("granularity") or 1) for row in members)
-        one_D = law in ("dense", "moe") and count_levels(members, "D") == 1
+        one_D = law in ("dense", "moe") and len(levels_of(members, "D")) == 1
         if one_D:
             why = "one level of D: A D^-alpha is part of E, and nothing is known of another D"
             fixed[law] |= dict.fromkeys(("A", *terms.pop("A")), why)
@@ -284,7 +290,7 @@ def missing(rows, system):
         return ["needs a dense law of the same rows"]
     for law in dict.fromkeys(system.values()):
         families = [family for family in system if system[family] == law]
-        absent = [family for family in families if not any(row["family"] == family for row in rows)]
+        absent = [family for family in families if not of_family(rows, family)]
         if absent:
             lacks.append(f"has no {' or '.join(absent)} rows")
             continue
@@ -292,7 +298,7 @@ def missing(rows, system):
         names = variables_of(law)
         if law in SHARED_CURVE and ("upcycled" not in families or pilot):  # the MoE's own curve
             names = ["D", "N"] + ["D1", "D2"] * pilot
-        found = {name: count_levels(members, name) for name in names}
+        found = {name: len(levels_of(members, name)) for name in names}
         if law == "dense.local":  # D1 may be much larger than what comes after it
             found["D"] = len({row["D"] for row in members})
         one_D = law in ("dense", "moe") and found["D"] == 1

@@ -12,10 +12,10 @@ import numpy as np
 
 import figures
 from configurator import ConfigError, write_result
-from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
+from figures import FAMILY_STYLES, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
-from problem import at_levels
+from problem import at_levels, levels_of, of_family
 from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
@@ -230,10 +230,10 @@ def main_method_rows(rows):
 def local_exponents(rows):
     """{D1: d ln L / d ln D2 by the main method, the mean over sizes}, at the smallest and the largest D1."""
     rows, found = main_method_rows(rows)[1], {}
-    levels = sorted_levels(rows, "D1")
+    levels = levels_of(rows, "D1")
     for d1 in dict.fromkeys(levels[:1] + levels[-1:]):
         here = of_family(rows, "upcycled", D1=d1)
-        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
+        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in levels_of(here, "N")]
         slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
         found |= {d1: np.mean(slopes)} if slopes else {}
     return found
@@ -274,7 +274,7 @@ def draw_figures(rows, laws):
     found = {"loss_against_tokens": (
         figures.loss_against_tokens(one_method, laws, shown),
         f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
-    if rivals and len(sorted_levels(of_family(rows, "upcycled"), "D1")) > 1:
+    if rivals and len(levels_of(of_family(rows, "upcycled"), "D1")) > 1:
         found["exponent_against_D1"] = (figures.exponent_against_D1(one_method, laws),
                                         "The interaction: how fast the loss falls with D2, against D1.")
     alone = [law for law in laws if law.startswith("moe.") or not rivals]

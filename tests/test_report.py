@@ -353,7 +353,7 @@ def test_levels_within_5_percent_are_one_in_figures_and_pairs():
                                                             D1=1.03 * DATA[::2], D2=1.04 * DATA)
     _, joined = report.main_method_rows(rows)
     for name, count in (("N", 1), ("D", 5), ("D1", 3), ("D2", 5)):
-        assert len(figures.sorted_levels(joined, name)) == count
+        assert len({row[name] for row in joined if name in row}) == count
     figure, _ = report.draw_figures(rows, content_of(rows, TABLE2, THREE)["laws"])["loss_against_tokens"]
     assert len([axis for axis in figure.axes if axis.lines]) == 1  # one panel, and a curve for each D1
     assert sum("D1 = " in text.get_text() for text in figure.legends[0].get_texts()) == 3
