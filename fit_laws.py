@@ -264,18 +264,17 @@ def values_of(members, names):
 
 
 def mixtures(rows):
-    """Warnings, [text], where rows of one family mix data, numbers of experts or methods (only laws with a
+    """Yields warnings where rows of one family mix data, numbers of experts or methods (only laws with a
     head start tell these apart), and where rows were made under different settings."""
     found = {f"{family} rows": values_of(members, ("data_sha256", "method", *EXPERTS))
              for family, members in families_of(rows).items()}
-    said = []
     for who, columns in (found | {"rows": mixed_conditions(rows)}).items():
-        for key, values in ((key, values) for key, values in columns.items() if len(values) > 1):
-            shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
-                     for value in values[:5]]
-            said.append(f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "
-                        "the laws take them as one")
-    return said
+        for key, values in columns.items():
+            if len(values) > 1:
+                shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
+                         for value in values[:5]]
+                yield (f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "
+                       "the laws take them as one")
 
 
 def planned(rows, options):
@@ -332,68 +331,66 @@ def warm_up(row):
 
 
 def measured(rows):
-    """[(claim, whether it holds, text)] on losses, without a law."""
-    found, scratch, slopes = [], {}, report.local_exponents(rows)
+    """Yields (claim, whether it holds, text) on losses, without a law."""
+    scratch, slopes = {}, report.local_exponents(rows)
     if len(slopes) > 1:
         small, large = slopes.values()
         text = ", ".join(f"D2^{slope:.3f} after D1 = {short(d1)}" for d1, slope in slopes.items())
-        found.append(("the loss falls more slowly with D2 after the largest D1", large > small, text))
+        yield "the loss falls more slowly with D2 after the largest D1", large > small, text
     for (label, _, d1), cells in report.method_differences(rows).items():
         if label == report.FAMILY_STYLES["moe"][0]:
             scratch.setdefault(d1, []).extend(cells[max(cells)])
     if scratch:
         pairs = scratch[min(scratch)]
-        found.append(("a MoE from scratch leads copying at the smallest D1 and the largest D2",
-                      sum(report.t_interval(pairs)) < 0, report.mean_text(pairs)))
-    return found
+        yield ("a MoE from scratch leads copying at the smallest D1 and the largest D2",
+               sum(report.t_interval(pairs)) < 0, report.mean_text(pairs))
 
 
-def compared(entries, corner):
-    """[(claim, whether it holds, text)] on entries of the interaction law, the handicap law or both; corner
-    are the largest N and D1 of upcycled rows."""
-    found, handicap = [], "upcycled.handicap"
+def compared(entries, rows):
+    """Yields (claim, whether it holds, text) on entries of the interaction law, the handicap law or both."""
+    handicap = "upcycled.handicap"
     for claim, law, name in (("alpha3 of the interaction law is positive", "upcycled", "alpha3"),
                              ("upcycling has a lasting cost kappa", handicap, "kappa")):
         if law in entries:
             value, error = float(entries[law]["params"][name]), entries[law]["se_asymptotic"][name]
-            found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
+            yield claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"
     if handicap in entries:
+        corner = [max(row[name] for row in of_family(rows, "upcycled")) for name in ("N", "D1")]
         star, = report.overtaking_by(handicap, entries[handicap]["params"], *corner)
-        found.append(("by the handicap law a MoE from scratch overtakes after the largest D1",
-                      math.isfinite(star), f"D2* = {star:.3g}"))
+        yield ("by the handicap law a MoE from scratch overtakes after the largest D1", math.isfinite(star),
+               f"D2* = {star:.3g}")
     if len(entries) < 2:
-        return found
+        return
     interaction, handicap = entries["upcycled"], entries[handicap]
     better = "the handicap law is better than the interaction law"
     gain = interaction["aicc"] - handicap["aicc"]
-    found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
+    yield f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"
     for name in ("D1", "D2"):
         ours, other = handicap["held_out"][name], interaction["held_out"][name]
         if ours and other:
             text = f"{100 * ours['rms']:.2f} % against {100 * other['rms']:.2f} % on {ours['rows']} rows"
-            found.append((f"{better} at the held-out largest {name}", ours["rms"] < other["rms"], text))
-    return found
+            yield f"{better} at the held-out largest {name}", ours["rms"] < other["rms"], text
 
 
 def claims(rows, options):
     """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows,
     [note]). All leave out runs that are shorter than WARM_UPS times their warm-up, where they name it."""
     long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * warm_up(row)]
-    smallest = min((row["D2"] for row in long if row["family"] == "upcycled"), default=0.0)
+    smallest = min((row["D2"] for row in of_family(long, "upcycled")), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
     usual, found = fit_settings(options, {}), {}
     for variation, chosen, settings in (
             ("as fitted", long, usual), ("without the smallest D2", without, usual),
             ("B and beta shared", long, usual | {"share": ("E", "B", "beta")}),
             ("A depends on N", long, usual | {"A_of_N": True})):
-        entries, upcycled = {}, [row for row in chosen if row["family"] == "upcycled"]
+        entries = {}
         for law, (system, explained) in plan_fits(chosen, ["upcycled", "upcycled.handicap"])[0].items():
             fitted = fit_with_noise(explained, system, **settings)
             held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
             entries[law] = {"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
                             "aicc": aicc(fitted), "held_out": held_out}
-        corner = [max((row[name] for row in upcycled), default=0.0) for name in ("N", "D1")]
-        for claim, holds, text in compared(entries, corner) + (measured(chosen) if settings is usual else []):
+        without_law = measured(chosen) if settings is usual else ()
+        for claim, holds, text in (*compared(entries, chosen), *without_law):
             found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     left = len(rows) - len(long)
     return found, [f"{left} rows are shorter than {WARM_UPS} warm-ups; claims leave them out"] * bool(left)
@@ -412,7 +409,7 @@ def main(options):
     if len(rows) > 5_000:  # there are matrices of rows x rows
         raise ConfigError(f"{', '.join(options.rows)}: {len(rows):,} rows; at most 5,000 are fitted")
     fits = planned(rows, options)
-    notes += said + mixtures(rows)
+    notes += [*said, *mixtures(rows)]
     with writing(options.out):
         os.makedirs(options.out, exist_ok=True)
     systems, entries, profile = {}, {}, {}

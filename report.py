@@ -194,9 +194,8 @@ def with_interval(value, draws, form=short):
 
 
 def head_starts(laws, ranges):
-    """[{"law", "method", "D1", "H", "kappa", "D2*"}], texts with intervals, at the largest N, by each law
-    with a head start, for each method of upcycling and both ends of the range of D1."""
-    lines = []
+    """Yields {"law", "method", "D1", "H", "kappa", "D2*"}, texts with intervals, at the largest N, by each
+    law with a head start, for each method of upcycling and both ends of the range of D1."""
     for law in SHARED_CURVE if "upcycled" in ranges else ():
         n = ranges["upcycled"]["N"][1]
         fits = laws[law].get("methods", {"every method": laws[law]}) if law in laws else {}
@@ -208,8 +207,7 @@ def head_starts(laws, ranges):
             if "kappa" in params:
                 line["kappa"] = with_interval(params["kappa"], draws["kappa"], lambda k: f"{100 * k:.2f} %")
                 line["D2*"] = with_interval(*(overtaking_by(law, p, n, d1) for p in (params, draws)))
-            lines.append(line)
-    return lines
+            yield line
 
 
 def head_start_table(lines):
@@ -240,23 +238,22 @@ def local_exponents(rows):
 
 
 def findings(rows, content):
-    """What the rows and the laws say, [text]."""
-    said, laws, ranges = [], content["laws"], content["ranges"]
+    """Yields what the rows and the laws say."""
+    laws, ranges = content["laws"], content["ranges"]
     if "upcycled" in laws:
         low, high = laws["upcycled"]["ci95"]["alpha3"]
-        said.append(f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % "
-                    f"interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
+        yield (f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % interval "
+               f"{low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
     for d1, slope in local_exponents(rows).items():
-        said.append(f"At D1 = {short(d1)} the loss falls as D2^{slope:.3f}, on average over sizes.")
+        yield f"At D1 = {short(d1)} the loss falls as D2^{slope:.3f}, on average over sizes."
     for line in head_starts(laws, ranges):
         n, d1, d2 = (short(ranges["upcycled"][name][1]) for name in ("N", "D1", "D2"))
         if line["law"] in ("handicap", "free head start") and line["D1"] == d1:
             lasting = (f" Upcycling costs {line['kappa']} of the loss for ever. A MoE from scratch overtakes "
                        f"at D2*: {line['D2*']}.") if line["law"] == "handicap" else ""
-            said.append(f"By the {line['law']} law, N = {n}, {line['method']}: a dense checkpoint of {d1} "
-                        f"tokens is worth {line['H']} tokens of MoE training, once.{lasting} The largest "
-                        f"measured D2 is {d2}.")
-    return said
+            yield (f"By the {line['law']} law, N = {n}, {line['method']}: a dense checkpoint of {d1} tokens "
+                   f"is worth {line['H']} tokens of MoE training, once.{lasting} The largest measured D2 is "
+                   f"{d2}.")
 
 
 # ---------------------------------------------------------------------------------------------------------

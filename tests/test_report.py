@@ -198,7 +198,7 @@ def test_each_method_has_its_head_start_handicap_and_overtaking():
     assert worth == short(80 * 1e8 ** 0.67) and table[3][2] == short(40 * 1e8 ** 0.67)
     assert cost == "3.00 % (2.90 % to 3.10 %)" and said.startswith(f"{short(star)} (")
     assert table[5][4] == "never"
-    said = report.findings([], {"laws": laws, "ranges": ranges})
+    said = list(report.findings([], {"laws": laws, "ranges": ranges}))
     assert len(said) == 3 and f"copy: a dense checkpoint of 100M tokens is worth {worth} tokens" in said[0]
     assert f"costs {cost} of the loss for ever" in said[0] and "D2*: never." in said[2]
 
