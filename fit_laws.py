@@ -297,19 +297,19 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """[warning] on parameters that these rows do not identify, and on laws that hold at one D, D1 and D2."""
+    """Yields warnings on parameters that these rows do not identify, and on laws that hold at one D, D1 and
+    D2."""
     found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
         for name, why in entry["not_identified"].items():
             if why.endswith(("bound of the fit", "sign is open", "another D")):
                 found.setdefault(why, {}).setdefault(law, []).append(name)
-    notes = [", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
-             for why, of_laws in found.items()]
+    for why, of_laws in found.items():
+        yield ", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
     for law, entry in entries.items():
         if "at" in entry:
             tokens = ", ".join(f"{name} = {short(value)}" for name, value in entry["at"].items())
-            notes.append(f"{law} is fitted at {tokens} alone")
-    return notes
+            yield f"{law} is fitted at {tokens} alone"
 
 
 def models(rows):
@@ -422,7 +422,7 @@ def main(options):
             if "upcycled" in laws:
                 profile = profile_E(fitted, "upcycled")
     claimed, left_out = claims(rows, options) if not options.laws else ({}, [])
-    notes += notes_on(entries) + report.doubts(entries) + left_out
+    notes += [*notes_on(entries), *report.doubts(entries), *left_out]
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
     families = families_of(rows)
     ranges = {family: {name: [extreme(row[name] for row in families[family]) for extreme in (min, max)]
