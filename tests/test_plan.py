@@ -604,13 +604,19 @@ def test_one_more_level_tightens_alpha3():
         assert more["s.e. of alpha3"] < base["s.e. of alpha3"] and more["power"] > base["power"]
 
 
-def test_design_holds_the_question_still_while_the_study_grows(monkeypatch):
+def test_design_says_what_a_study_finds_at_its_largest_N_and_D1(monkeypatch, capsys):
     import sweep
     monkeypatch.setattr(sweep, "load_tokens", lambda directory,
                         split: (None, {"vocab_size": 257}))  # no data in tests
-    found = plan_design.plan_design(LAWS, P.Options(design=os.path.join(ROOT, "config", "study_quick.py")))
-    assert len(found) == 4 and len({f"{cells['D2*']:.4g}" for cells in found.values()}) == 1
-    assert "one more level of N" in found
+    design = {"laws": QUICK, "design": os.path.join(ROOT, "config", "study_quick.py")}
+    found = json.loads(run(capsys, json=True, **design))
+    assert (found["N"], found["D1"], found["rows"]) == (55536, 2**22, 88)
+    assert found["s.e. of alpha3"] > 0 and found["tokens"] > 8.8e7
+    other = json.loads(run(capsys, json=True, N=1e5, D1=1e6, flops_per_gpu=1e12, mfu=0.5, **design))
+    assert (other["N"], other["D1"]) == (1e5, 1e6) and other["s.e. of alpha3"] == found["s.e. of alpha3"]
+    assert other["hours"] == pytest.approx(found["flops"] / 1.8e15)
+    heading, names, values = run(capsys, **design).splitlines()
+    assert heading.startswith(f"Were {QUICK} true") and f"{found['s.e. of alpha3']:.3g}" in values
 
 # ---------------------------------------------------------------------------------------------------------
 # The command and the page
