@@ -297,8 +297,7 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """Yields warnings on parameters that these rows do not identify, and on laws that hold at one D, D1 and
-    D2."""
+    """Yields warnings on parameters that are not identified, and on laws that hold at one D, D1 and D2."""
     found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
         for name, why in entry["not_identified"].items():

@@ -102,8 +102,7 @@ def parameter_names(law, A_of_N=False):
 
 
 def law_terms(law, A_of_N=False):
-    """The terms of a law. With A_of_N the terms of data are also proportional to N^-nu, in laws that know
-    N."""
+    """The terms of a law. With A_of_N those of data are also proportional to N^-nu, in laws that know N."""
     depends = A_of_N and LAWS[law].get("B") == {"beta": "-N"}
     return {name: exponents | ({"nu": "-N"} if depends and name in ("A", "A1", "A2") else {})
             for name, exponents in LAWS[law].items()}

@@ -63,8 +63,7 @@ def variables_of(law):
 
 
 def levels(values):
-    """The distinct levels of some numbers, ascending: each is the smallest of the values within 5 % above
-    it."""
+    """The levels of some numbers, ascending: each is the smallest of the values within 5 % above it."""
     found = []
     for value in sorted(value for value in set(values) if not math.isnan(value)):
         if not found or value > 1.05 * found[-1]:
@@ -96,8 +95,7 @@ def levels_of_N(rows, system):
 
 @dataclass
 class Head:
-    """The head start in a problem: the term A (D2 + H)^-alpha, where ln H or what it saturates from is
-    linear."""
+    """The head start in a problem: a term A (D2 + H)^-alpha. ln H, or what it saturates from, is linear."""
     slot: int            # the term A
     alpha: int           # the place of alpha
     x2: np.ndarray       # (n,) centred ln D2, or ln D from scratch

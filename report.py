@@ -217,8 +217,7 @@ def head_start_table(lines):
 
 
 def main_method_rows(rows):
-    """copy or else the commonest method of the upcycled rows, and the rows without other methods, at their
-    levels."""
+    """copy or else the commonest method of upcycled rows, and the rows without others, at their levels."""
     labels = [method_label(row) for row in of_family(rows, "upcycled")]
     method = "copy" if "copy" in labels else max(labels, key=labels.count, default="none")
     return method, at_levels([row for row in rows

@@ -199,8 +199,7 @@ def whitening(covariance, kept=None):
 
 def fit_with_noise(rows, system, share=("E",), A_of_N=False, priors=None):
     """The Fit of a system {family: law} with its Noise, by generalised least squares: Huber's loss, delta
-    1.345, of residuals whitened by the estimated noise. priors: {law: (mean, standard deviation) of its
-    alpha}."""
+    1.345, of residuals whitened by that noise. priors: {law: (mean, standard deviation) of its alpha}."""
     plain = fit(rows, system, share, A_of_N=A_of_N)
     problem, noise = plain.problem, noise_of(plain.problem, plain.theta)
     prior = (np.array([problem.places(law)["alpha"] for law in priors]),
