@@ -108,7 +108,7 @@ def law_terms(law, A_of_N=False):
             for name, exponents in LAWS[law].items()}
 
 
-def head_start(law, params, N=None, D1=0.0):
+def head_start(law, params, N=None, D1=None):
     """H in tokens: how many tokens of MoE training a dense checkpoint is worth that has seen D1 tokens. Only
     loss matching needs N: its H solves L_moe(N, H) = e^delta L_dense(N, D1)."""
     alpha = params["alpha"]
@@ -131,17 +131,17 @@ def head_start(law, params, N=None, D1=0.0):
 
 def predict(law, params, **variables):
     """The loss by the law of that name, in nats per token. params is {name: number or array of draws},
-    variables are N=, D=, D1=, D2=, ...; all broadcast. Under a law with a head start, D1 = 0 or D= instead of
-    D1= and D2= is training from scratch."""
+    variables are N=, D=, D1=, D2=, ...; all broadcast. Under a law with a head start, D= instead of D1= and
+    D2= is training from scratch."""
     variables = {name: np.asarray(value, float) for name, value in variables.items()}
     factor = 1.0
-    with np.errstate(divide="ignore"):
-        if law in HEAD_START:
-            D1, D2 = variables.get("D1", np.zeros(())), variables.get("D2", variables.get("D"))
-            head = head_start(law, params, variables.get("N"), D1)
-            variables["effective"] = D2 + np.where(D1 > 0, head, 0.0)
-            factor = np.exp(np.where(D1 > 0, params.get("kappa", 0.0), 0.0))
-        logs = {name: np.log(value) for name, value in variables.items()}
+    if law in HEAD_START and "D1" in variables:
+        head = head_start(law, params, variables.get("N"), variables["D1"])
+        variables["effective"] = variables["D2"] + head
+        factor = np.exp(params.get("kappa", 0.0))
+    elif law in HEAD_START:
+        variables["effective"] = variables["D"]
+    logs = {name: np.log(value) for name, value in variables.items()}
     loss = 0.0
     for coefficient, exponents in law_terms(law, "nu" in params).items():
         power = 0.0

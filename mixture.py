@@ -150,7 +150,7 @@ def routes_of(path, laws, name, wanted):
 
 def misfit(laws, name, family):
     """Standard deviation of ln loss that a law leaves unexplained: its misfit where the rows tell that from
-    noise, else that of its residuals, else, of published laws or without rows of the family, a guess."""
+    noise, else that of its residuals, else (published laws, no rows of the family) an assumed one."""
     entry = laws.get(name if family == "upcycled" else family, {})
     for error in (laws.get(name, {}).get("misfit", {}).get(family), entry.get("rmse_log"),
                   entry.get("relative_error")):
