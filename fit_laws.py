@@ -236,12 +236,9 @@ def extrapolate(rows, system, law, name, **options):
     threshold = held_out_from(rows, family, name)
     if threshold is None:
         return None
-
-    def is_held(row, families):
-        return row["family"] in families and variable(row, name) >= threshold
-
-    held = [row for row in rows if is_held(row, {family})]
-    kept = [row for row in rows if not is_held(row, set(system) | {family} if name == "N" else {family})]
+    families = {family, *system} if name == "N" else {family}
+    held = [row for row in of_family(rows, family) if variable(row, name) >= threshold]
+    kept = [row for row in rows if not (row["family"] in families and variable(row, name) >= threshold)]
     if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
         return None
     fitted = fit_with_noise(kept, system, **options)
