@@ -141,13 +141,12 @@ def predict(law, params, **variables):
         factor = np.exp(params.get("kappa", 0.0))
     elif law in HEAD_START:
         variables["effective"] = variables["D"]
-    logs = {name: np.log(value) for name, value in variables.items()}
     loss = 0.0
     for coefficient, exponents in law_terms(law, "nu" in params).items():
         power = 0.0
         for exponent, feature in exponents.items():
             sign, factors = parse_feature(feature)
-            power = power + sign * params[exponent] * math.prod(logs[name] for name in factors)
+            power = power + sign * params[exponent] * math.prod(np.log(variables[name]) for name in factors)
         loss = loss + params[coefficient] * np.exp(power)
     return factor * loss
 

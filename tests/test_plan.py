@@ -19,7 +19,7 @@ import mixture as M
 import plan as P
 import plan_design
 import plan_page
-from configurator import ConfigError, from_dict
+from configurator import ConfigError, from_dict, parse
 from rows import FAMILIES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -611,7 +611,8 @@ def test_design_says_what_a_study_finds_at_its_largest_N_and_D1(monkeypatch, cap
     design = {"laws": QUICK, "design": os.path.join(ROOT, "config", "study_quick.py")}
     found = json.loads(run(capsys, json=True, **design))
     assert (found["N"], found["D1"], found["rows"]) == (55536, 2**22, 88)
-    assert found["s.e. of alpha3"] > 0 and found["tokens"] > 8.8e7
+    totals = sweep.study_totals(parse(sweep.Study, [design["design"], "--train_withheld"]))
+    assert found["s.e. of alpha3"] > 0 and found | totals == found
     other = json.loads(run(capsys, json=True, N=1e5, D1=1e6, flops_per_gpu=1e12, mfu=0.5, **design))
     assert (other["N"], other["D1"]) == (1e5, 1e6) and other["s.e. of alpha3"] == found["s.e. of alpha3"]
     assert other["hours"] == pytest.approx(found["flops"] / 1.8e15)
