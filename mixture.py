@@ -220,10 +220,9 @@ def distance(book, family, variables):
 def estimate(law, family, variables, method="copy", part="params"):
     """The loss of one family by a law's own "params" or, first in the shape, by each of its "draws"."""
     route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
-    counts = {name: value for name, value in variables.items() if name not in MOE}
-    shape = (-1,) + (1,) * max(np.ndim(value) for value in counts.values()) if part == "draws" else ()
+    shape = (-1,) + (1,) * max(map(np.ndim, variables.values())) if part == "draws" else ()
     params = {name: np.reshape(value, shape) for name, value in route[part].items()}
-    return predict(route["law"], params, **counts)
+    return predict(route["law"], params, **variables)
 
 
 def sample(book, law, family, variables, method="copy"):
