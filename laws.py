@@ -151,11 +151,11 @@ def predict(law, params, **variables):
     return factor * loss
 
 
-def overtaking(D1, behind):
+def overtaking(D1, behind, points=161):
     """D2* (...,): after how many tokens a MoE from scratch first leads the upcycled model, on as many tokens:
     0 from the start, inf not within 10,000 times D1. behind(tokens (n,)) is (..., n) the loss from scratch
-    less that of the upcycled model."""
-    x = D1 * np.geomspace(1e-4, 1e4, 161)
+    less that of the upcycled model. It is asked at so many points, and is a straight line between them."""
+    x = D1 * np.geomspace(1e-4, 1e4, points)
     difference = behind(x)
     leads = difference < -1e-9  # curves that merge do not cross
     place = leads.argmax(axis=-1)

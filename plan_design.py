@@ -40,7 +40,8 @@ def expected(laws, rows, options, N, D1):
         if "moe" not in system:
             return math.nan
         star = overtaking(D1, lambda tokens: predict("moe", found.params("moe", theta), N=N, D=tokens)
-                          - predict("upcycled", found.params("upcycled", theta), N=N, D1=D1, D2=tokens))
+                          - predict("upcycled", found.params("upcycled", theta), N=N, D1=D1, D2=tokens),
+                          points=4001)  # its slope is taken
         return math.log(star) if 0 < star < math.inf else math.nan
 
     step = 1e-4 * np.diag(free)
