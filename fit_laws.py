@@ -47,7 +47,6 @@ class Options:
     repeats: Literal["refuse", "lowest", "mean"] = setting(
         "refuse", "of repeated runs take the lowest loss (of a search) or the mean loss (of seeds)")
     draws: int = setting(1000, "bootstrap draws", least=20)
-    seed: int = setting(0, "seed of the bootstrap", least=0)
     skip_bad: bool = setting(False, "drop bad rows and count them, instead of stopping at the first")
 
 
@@ -153,7 +152,7 @@ def entries_of(laws, system, rows, options, tick):
     """({law: its entry in laws.json}, the Fit) of the laws of one system."""
     settings = fit_settings(options, system)
     fitted = fit_with_noise(rows, system, **settings)
-    theta = bootstrap(fitted, options.draws, options.seed, tick)
+    theta = bootstrap(fitted, options.draws, tick=tick)
     narrow = fit(rows, system, settings["share"], 1e-3, options.A_of_N)
     problem, left_out, (noise, misfit) = fitted.problem, leave_trunk_out(fitted), fitted.noise.table()
     of_system = {"aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
