@@ -106,11 +106,13 @@ def shades(levels):
     return dict(zip(levels, plt.cm.viridis(np.linspace(0.0, 0.85, len(levels)))))
 
 
-def legend_outside(figure, axes, title=None):
-    """One legend for all panels, right of them."""
+def finished(figure, axes, ylabel, title=None):
+    """The figure with a label left of its panels, and right of them one legend for all, with a title."""
+    axes[0].set_ylabel(ylabel)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", title=title,
                   title_fontsize=8, alignment="left")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -155,10 +157,8 @@ def loss_against_tokens(rows, laws, shown):
         axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
-    axes[0].set_ylabel("validation loss (nats per token)")
     names = [f"{dash}: {law_name(law)}" for law, dash in zip(shown["upcycled"], ("lines", "dashes"))]
-    legend_outside(figure, axes, "\n".join(names))
-    return figure
+    return finished(figure, axes, "validation loss (nats per token)", "\n".join(names))
 
 
 def exponent_against_D1(rows, laws):
@@ -180,9 +180,7 @@ def exponent_against_D1(rows, laws):
                 axis.plot(list(means), slopes, color=color, ls=dash, label=law_name(law))
         log_axis(axis, levels_of(here, "D1"))
         axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
-    axes[0].set_ylabel("local exponent  d ln L / d ln D2")
-    legend_outside(figure, axes)
-    return figure
+    return finished(figure, axes, "local exponent  d ln L / d ln D2")
 
 
 def residuals(rows, law, entry):
@@ -205,9 +203,7 @@ def residuals(rows, law, entry):
         axis.axhline(0, color="black", lw=0.8)
         log_axis(axis, levels[name], most=4)
         axis.set_xlabel(titles[name])
-    axes[0, 0].set_ylabel("measured - fitted (%)")
-    legend_outside(figure, axes[0], f"law: {law_name(law)}")
-    return figure
+    return finished(figure, axes[0], "measured - fitted (%)", f"law: {law_name(law)}")
 
 
 def against_copy(differences):
@@ -235,9 +231,8 @@ def against_copy(differences):
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         title = f"N = {short(n)}" + (f", D1 = {short(d1)}" if d1 else "")
         axis.set(xlabel="D2 (tokens after upcycling)", title=title)
-    axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
-    legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
-    return figure
+    return finished(figure, axes, "loss against copying (%)\nlinear within ± 2 %, then logarithmic",
+                    "mean over pairs\nand 95 % interval")
 
 
 def loss_matching(curves):
@@ -252,6 +247,4 @@ def loss_matching(curves):
         axis.axhline(0, color="black", lw=0.8, ls=":")
         log_axis(axis, [D2[0], D2[len(D2) // 2], D2[-1]])
         axis.set(xlabel="D2 (tokens)", title=f"N = {short(n)}")
-    axes[0].set_ylabel("loss matching - published law (%)")
-    legend_outside(figure, axes)
-    return figure
+    return finished(figure, axes, "loss matching - published law (%)")
