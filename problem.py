@@ -145,12 +145,12 @@ class Problem:
         logs = {name: values - center[name] for name, values in logs.items()}
         for law, terms in self.laws.items():
             here = self.law_of_row == law
-            for coefficient, exponents in terms.items():
+            for coefficient in terms:
                 slot = self.slots.index(coefficient)
                 self.offset[slot, here] = 0.0
                 add_term(self, law, coefficient, self.features[slot], here, logs, center)
-                if "-effective" in exponents.values():
-                    add_head(self, law, coefficient, logs, center)
+            if law in HEAD_START:
+                add_head(self, law, logs, center)
         if set(self.laws) & set(MATCHING):
             D1 = logs.get("D1", 0.0 * self.y) + center.get("D1", 0.0) - center.get("D", 0.0)
             self.head.dense = np.zeros((len(self.laws["dense"]), *self.shift.shape))
@@ -244,13 +244,13 @@ def add_term(problem, law, coefficient, features, here, logs, center):
             problem.grid[problem.names[j]] = [-sign * s for s in SLOPES] if single else (-0.03, 0.0, 0.03)
 
 
-def add_head(problem, law, coefficient, logs, center):
-    """Add the head start of a law to its term, as problem.head, and the handicap."""
+def add_head(problem, law, logs, center):
+    """Add the head start of a law to its term A, as problem.head, and the handicap."""
     places, here = problem.places(law), problem.law_of_row == law
     started = here & np.array(["D1" in row for row in problem.rows])
     labels = np.array([method_label(row) for row in problem.rows])
     problem.head = head = Head(
-        problem.slots.index(coefficient), places["alpha"], logs["effective"], here, started,
+        problem.slots.index("A"), places["alpha"], logs["effective"], here, started,
         places.get("H_max"), places.get("delta"), np.zeros_like(problem.shift), np.empty(0))
     for name in HEAD_START[law]:
         bounds, problem.grid[problem.names[places[name]]] = HEAD_PARAMETERS[name]

@@ -54,9 +54,7 @@ def interval(laws, book, row, random):
         method = method_label(row)
     if law["routes"].get(family) is None or family == "upcycled" and method not in law["routes"]["upcycled"]:
         return None
-    variables = {name: float(row[name]) for name in FAMILIES[family]}
-    if family != "dense":
-        variables |= {name: float(row[name]) for name in EXPERTS}
+    variables = {name: float(row[name]) for name in FAMILIES[family] + EXPERTS * (family != "dense")}
     losses = sample(book, law, family, variables, method)
     noise = math.hypot(*(entry.get("noise", {}).get(family) or {"row": 0.0}).values())
     losses = losses * np.exp(noise * random.standard_normal(losses.shape))
