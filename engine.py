@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laws import LEAST_GAP, MATCHING
-from problem import Problem, build
+from problem import Problem
 
 # ---------------------------------------------------------------------------------------------------------
 # Loss and Jacobian
@@ -55,8 +55,7 @@ def log_head_start(problem, theta, terms):
 
 
 def log_terms(problem, theta):
-    """(logs of the terms (K, S, n), and with a head start ln H, its Jacobian, ln(D2 + H) and alpha) at
-    theta (S, p)."""
+    """At theta (S, p): logs of terms (K, S, n); with a head start ln H, its Jacobian, ln(D2 + H), alpha."""
     terms, head = np.matmul(theta, problem.features) + problem.offset[:, None, :], problem.head
     if not head:
         return terms, None
@@ -109,8 +108,7 @@ def marquardt_step(problem, theta, gradient, jacobian, weight, damping):
 
 
 def whitened(values, whiten):
-    """Values (..., n) multiplied by whiten (n, n), a NumPy or SciPy sparse array, or left alone where it
-    is None."""
+    """Values (..., n) times whiten (n, n), a NumPy or SciPy sparse array; left alone where it is None."""
     if whiten is None:
         return values
     return (whiten @ values.reshape(-1, values.shape[-1]).T).T.reshape(values.shape)
@@ -231,7 +229,7 @@ class Fit:
 def fit(rows, system, share=("E",), delta=0.01, A_of_N=False):
     """The Fit of a system {family: law}: starts, then Huber least squares on ln loss with the analytic
     Jacobian. delta is Huber's, on log residuals."""
-    problem = build(rows, system, share, A_of_N)
+    problem = Problem(rows, system, share, A_of_N)
     theta, cost = descend(problem, starts(problem), max(delta, 0.01), max_steps=7, tolerance=1e-4)
     theta, cost = descend(problem, theta[np.argsort(cost)[:2]], delta)
     theta = theta[[np.argmin(cost)]]

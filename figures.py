@@ -10,7 +10,7 @@ from matplotlib import ticker
 from scipy import stats
 
 from laws import RIVALS, law_name, predict, short
-from problem import levels, point_of
+from problem import levels, levels_of, of_family, point_of
 from rows import method_label
 
 plt.rcParams.update({
@@ -22,17 +22,6 @@ FAMILY_STYLES = {  # name, marker and colour
 RIVAL_STYLES = {law: (plt.cm.tab10(i % 10), ("-", "--", "-.")[i % 3]) for i, law in enumerate(RIVALS)}
 
 
-def of_family(rows, family, **values):
-    """The rows of a family that have the given values."""
-    return [row for row in rows
-            if row["family"] == family and all(row[name] == value for name, value in values.items())]
-
-
-def sorted_levels(rows, name):
-    """The different values of a column in the rows that have it, ascending."""
-    return sorted({row[name] for row in rows if name in row})
-
-
 def few(levels):
     """At most nine of the levels, evenly spread: more curves or panels cannot be told apart."""
     return [levels[i] for i in np.unique(np.linspace(0, len(levels) - 1, 9).round().astype(int)) if levels]
@@ -40,7 +29,7 @@ def few(levels):
 
 def mean_loss(rows, name):
     """(n,) levels of a variable, the mean loss at each, and half the range of its losses."""
-    levels = sorted_levels(rows, name)
+    levels = levels_of(rows, name)
     groups = [[row["loss"] for row in rows if row[name] == level] for level in levels]
     mean, spread = zip(*((np.mean(group), np.ptp(group) / 2) for group in groups))
     return np.array(levels), np.array(mean), np.array(spread)
@@ -117,11 +106,13 @@ def shades(levels):
     return dict(zip(levels, plt.cm.viridis(np.linspace(0.0, 0.85, len(levels)))))
 
 
-def legend_outside(figure, axes, title=None):
-    """One legend for all panels, right of them."""
+def finished(figure, axes, ylabel, title=None):
+    """The figure with a label left of its panels, and right of them one legend for all, with a title."""
+    axes[0].set_ylabel(ylabel)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", title=title,
                   title_fontsize=8, alignment="left")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def legend_outside(figure, axes, title=None):
 def curves_of(rows):
     """{(family, D1 or number of experts): (label, colour)} of the curves that loss against tokens shows."""
     curves = {}
-    for d1, color in shades(few(sorted_levels(rows, "D1"))).items():
+    for d1, color in shades(few(levels_of(rows, "D1"))).items():
         curves["upcycled", d1] = f"upcycled, D1 = {short(d1)}", color
     counts = few(sorted({row.get("num_local_experts", 0) for row in of_family(rows, "moe")}))
     for count, color in shades(counts).items():
@@ -145,7 +136,7 @@ def loss_against_tokens(rows, laws, shown):
     """One panel a size: mean loss, its range over repeats, and the laws. shown is {family: [law that is drawn
     as lines, law that is drawn as dashes]}."""
     upcycled = of_family(rows, "upcycled")
-    sizes = few(sorted_levels(upcycled or rows, "N"))
+    sizes = few(levels_of(upcycled or rows, "N"))
     figure, axes = panels(len(sizes))
     for axis, n in zip(axes, sizes):
         for (family, level), (label, color) in curves_of(rows).items():
@@ -160,25 +151,23 @@ def loss_against_tokens(rows, laws, shown):
                 fine = [{**here[0], tokens: value} for value in np.geomspace(x[0], x[-1], 60)]
                 axis.plot([row[tokens] for row in fine], predicted_losses(fine, law, laws[law]), dash, lw=1.2,
                           color=color)
-        log_axis(axis, sorted({row.get("D2", row.get("D")) for row in rows if row["N"] == n}))
+        log_axis(axis, levels_of([row for row in rows if row["N"] == n], "effective"))
         axis.set(yscale="log", title=f"N = {short(n)}",
                  xlabel="D2, or D from scratch (tokens)" if upcycled else "D (tokens)")
         axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axis.yaxis.set_minor_locator(ticker.NullLocator())
-    axes[0].set_ylabel("validation loss (nats per token)")
     names = [f"{dash}: {law_name(law)}" for law, dash in zip(shown["upcycled"], ("lines", "dashes"))]
-    legend_outside(figure, axes, "\n".join(names))
-    return figure
+    return finished(figure, axes, "validation loss (nats per token)", "\n".join(names))
 
 
 def exponent_against_D1(rows, laws):
     """How fast loss falls with D2, measured and by each law, against D1: one panel a size."""
-    sizes = few(sorted_levels(of_family(rows, "upcycled"), "N"))
+    sizes = few(levels_of(of_family(rows, "upcycled"), "N"))
     figure, axes = panels(len(sizes), sharey=True)
     for axis, n in zip(axes, sizes):
         here = of_family(rows, "upcycled", N=n)
-        means = {d1: mean_loss(of_family(here, "upcycled", D1=d1), "D2") for d1 in sorted_levels(here, "D1")}
+        means = {d1: mean_loss(of_family(here, "upcycled", D1=d1), "D2") for d1 in levels_of(here, "D1")}
         means = {d1: mean for d1, mean in means.items() if len(mean[0]) > 2}
         slopes = np.array([local_exponent(D2, loss) for D2, loss, _ in means.values()]).reshape(-1, 2)
         axis.errorbar(list(means), slopes[:, 0], 2 * slopes[:, 1], fmt="o", ms=5, color="black", zorder=5,
@@ -189,11 +178,9 @@ def exponent_against_D1(rows, laws):
                           for d1, (D2, _, _) in means.items()]
                 slopes = [local_exponent(D2, loss)[0] for loss, (D2, _, _) in zip(fitted, means.values())]
                 axis.plot(list(means), slopes, color=color, ls=dash, label=law_name(law))
-        log_axis(axis, sorted_levels(here, "D1"))
+        log_axis(axis, levels_of(here, "D1"))
         axis.set(xlabel="D1 (tokens before upcycling)", title=f"N = {short(n)}")
-    axes[0].set_ylabel("local exponent  d ln L / d ln D2")
-    legend_outside(figure, axes)
-    return figure
+    return finished(figure, axes, "local exponent  d ln L / d ln D2")
 
 
 def residuals(rows, law, entry):
@@ -202,7 +189,7 @@ def residuals(rows, law, entry):
     fitted = [(row, value) for row, value in zip(rows, error) if np.isfinite(value)]
     titles = {"N": "N (parameters)", "D": "D (tokens)", "D1": "D1 (tokens)", "D2": "D2 (tokens)",
               "num_local_experts": "experts per layer"}
-    levels = {name: sorted_levels([row for row, _ in fitted if row.get(name)], name) for name in titles}
+    levels = {name: levels_of([row for row, _ in fitted if row.get(name)], name) for name in titles}
     names = [name for name in titles if len(levels[name]) > 1] or ["N"]
     figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names) + 1.8, 2.8), sharey=True,
                                 squeeze=False)
@@ -216,9 +203,7 @@ def residuals(rows, law, entry):
         axis.axhline(0, color="black", lw=0.8)
         log_axis(axis, levels[name], most=4)
         axis.set_xlabel(titles[name])
-    axes[0, 0].set_ylabel("measured - fitted (%)")
-    legend_outside(figure, axes[0], f"law: {law_name(law)}")
-    return figure
+    return finished(figure, axes[0], "measured - fitted (%)", f"law: {law_name(law)}")
 
 
 def against_copy(differences):
@@ -246,9 +231,8 @@ def against_copy(differences):
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         title = f"N = {short(n)}" + (f", D1 = {short(d1)}" if d1 else "")
         axis.set(xlabel="D2 (tokens after upcycling)", title=title)
-    axes[0].set_ylabel("loss against copying (%)\nlinear within ± 2 %, then logarithmic")
-    legend_outside(figure, axes, "mean over pairs\nand 95 % interval")
-    return figure
+    return finished(figure, axes, "loss against copying (%)\nlinear within ± 2 %, then logarithmic",
+                    "mean over pairs\nand 95 % interval")
 
 
 def loss_matching(curves):
@@ -263,6 +247,4 @@ def loss_matching(curves):
         axis.axhline(0, color="black", lw=0.8, ls=":")
         log_axis(axis, [D2[0], D2[len(D2) // 2], D2[-1]])
         axis.set(xlabel="D2 (tokens)", title=f"N = {short(n)}")
-    axes[0].set_ylabel("loss matching - published law (%)")
-    legend_outside(figure, axes)
-    return figure
+    return finished(figure, axes, "loss matching - published law (%)")

@@ -18,15 +18,15 @@ import numpy as np
 import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
-from mixture import WARM_UPS, read_laws
-from problem import at_levels, levels, levels_of_N, missing, point_of, variable, variables_of
+from mixture import ORIGIN, WARM_UPS, read_laws
+from problem import (at_levels, levels, levels_of_N, missing, of_family, point_of, variable,
+                     variables_of)
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
                          standard_errors, unidentified)
 
 # Laws that are fitted to the rows of one (D, D1, D2).
 AT_ONE_DATA = [law for law in LAWS if law.endswith((".sparsity", ".sparsity_additive"))]
-ORIGIN = ("data_sha256", "tokenizer", *EXPERTS, "max_seq_len")  # what must agree among laws that are compared
 # Mean and sd of a dense model's -d ln loss / d ln D, which a short pilot cannot tell: laws have 0.03 to 0.13.
 LOCAL_ALPHA = (0.08, 0.05)
 
@@ -41,15 +41,12 @@ class Options:
     out: str = setting("out/laws", "directory for laws.json, report.md and the figures")
     laws: list[str] = setting([], "laws to fit, comma-separated; empty: all that the rows allow")
     share: Literal["none", "E", "E,B,beta"] = setting("E", "what the laws of the families share")
-    delta: Literal["auto"] | float = setting(
-        "auto", "Huber's delta on log residuals; auto: 1.345 standard deviations of the noise", least=1e-9)
     prior: str = setting("", "laws.json of other sizes; its alpha is a prior of the alpha of a pilot's "
                          "law, upcycled.head_start")
     A_of_N: bool = setting(False, "let A of every law depend on N, as A N^-nu")
     repeats: Literal["refuse", "lowest", "mean"] = setting(
         "refuse", "of repeated runs take the lowest loss (of a search) or the mean loss (of seeds)")
     draws: int = setting(1000, "bootstrap draws", least=20)
-    seed: int = setting(0, "seed of the bootstrap", least=0)
     skip_bad: bool = setting(False, "drop bad rows and count them, instead of stopping at the first")
 
 
@@ -124,10 +121,9 @@ def plan_fits(rows, wanted=()):
 def fit_settings(options, system):
     """The settings of fit_with_noise for a system {family: law}. Raises ConfigError."""
     share = () if options.share == "none" else tuple(options.share.split(","))
-    settings = {"share": share, "A_of_N": options.A_of_N, "delta": options.delta}
     priors = {"dense.local": LOCAL_ALPHA, "upcycled.head_start": alpha_prior(options.prior)}
-    return settings | {"priors": {law: prior for law, prior in priors.items()
-                                  if prior and law in system.values()}}
+    priors = {law: prior for law, prior in priors.items() if prior and law in system.values()}
+    return {"share": share, "A_of_N": options.A_of_N, "priors": priors}
 
 
 def alpha_prior(path):
@@ -156,12 +152,12 @@ def entries_of(laws, system, rows, options, tick):
     """({law: its entry in laws.json}, the Fit) of the laws of one system."""
     settings = fit_settings(options, system)
     fitted = fit_with_noise(rows, system, **settings)
-    theta = bootstrap(fitted, options.draws, options.seed, tick)
+    theta = bootstrap(fitted, options.draws, tick=tick)
     narrow = fit(rows, system, settings["share"], 1e-3, options.A_of_N)
     problem, left_out, (noise, misfit) = fitted.problem, leave_trunk_out(fitted), fitted.noise.table()
     of_system = {"aicc": aicc(fitted), "n_with": len(fitted.residual), "fitted_with": system,
                  "shared": sorted(set(settings["share"]) & set(problem.names)),
-                 "huber_delta": float(fitted.delta), "noise": noise, "misfit": misfit}
+                 "huber_delta": fitted.delta, "noise": noise, "misfit": misfit}
 
     def fit_of(law, method=None):
         return {"params": rounded(fitted.params(law, method=method)),
@@ -170,7 +166,7 @@ def entries_of(laws, system, rows, options, tick):
     entries = {}
     for law in laws:
         family, draws = law.partition(".")[0], fitted.params(law, theta)
-        explained = [row for row in rows if row["family"] == family]
+        explained = of_family(rows, family)
         inside = errors(fitted, law, explained)
         left = left_out[np.isfinite(left_out) & [row["family"] == family for row in problem.rows]]
         if law == "upcycled.loss_matching_0":  # it saw no upcycled trunk
@@ -220,7 +216,7 @@ def errors(fitted, law, rows):
 def held_out_from(rows, family, name):
     """The value of variable `name` from which rows of a family are held out: its largest level, or the upper
     fifth of its range (in logarithms) where that level has less than 15 % of the rows; None for one level."""
-    values = np.array([variable(row, name) for row in rows if row["family"] == family], float)
+    values = np.array([variable(row, name) for row in of_family(rows, family)], float)
     values = values[np.isfinite(values)]
     found = levels(values)
     if len(found) < 2:
@@ -239,18 +235,14 @@ def extrapolate(rows, system, law, name, **options):
     threshold = held_out_from(rows, family, name)
     if threshold is None:
         return None
-
-    def is_held(row, families):
-        return row["family"] in families and variable(row, name) >= threshold
-
-    held = [row for row in rows if is_held(row, {family})]
-    kept = [row for row in rows if not is_held(row, set(system) | {family} if name == "N" else {family})]
+    families = {family, *system} if name == "N" else {family}
+    held = [row for row in of_family(rows, family) if variable(row, name) >= threshold]
+    kept = [row for row in rows if not (row["family"] in families and variable(row, name) >= threshold)]
     if missing(kept, system) or name == "N" and min(levels_of_N(kept, system)) < 2:
         return None
     fitted = fit_with_noise(kept, system, **options)
-    rest = [variable(row, name) for row in kept if row["family"] == family]
-    largest = max(variable(row, name) for row in held)
-    return counted(errors(fitted, law, held), float(largest / max(rest)))
+    largest, rest = (max(variable(row, name) for row in some) for some in (held, of_family(kept, family)))
+    return counted(errors(fitted, law, held), float(largest / rest))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,7 +250,7 @@ def extrapolate(rows, system, law, name, **options):
 
 def families_of(rows):
     """{family: its rows} of the families that have rows."""
-    found = {family: [row for row in rows if row["family"] == family] for family in FAMILIES}
+    found = {family: of_family(rows, family) for family in FAMILIES}
     return {family: members for family, members in found.items() if members}
 
 
@@ -268,19 +260,17 @@ def values_of(members, names):
 
 
 def mixtures(rows):
-    """Warnings, [text], where rows of one family mix data, numbers of experts or methods (only laws with a
+    """Yields warnings where rows of one family mix data, numbers of experts or methods (only laws with a
     head start tell these apart), and where rows were made under different settings."""
     found = {f"{family} rows": values_of(members, ("data_sha256", "method", *EXPERTS))
              for family, members in families_of(rows).items()}
-    said = []
     for who, columns in (found | {"rows": mixed_conditions(rows)}).items():
-        for key in (key for key in columns if len(columns[key]) > 1):
-            values = columns[key]
-            shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
-                     for value in values[:5]]
-            said.append(f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "
-                        "the laws take them as one")
-    return said
+        for key, values in columns.items():
+            if len(values) > 1:
+                shown = [f"{value:g}" if isinstance(value, float) else ascii(value).strip("'")[:12]
+                         for value in values[:5]]
+                yield (f"{who} mix {len(values)} values of {key} ({', '.join(shown)}); "
+                       "the laws take them as one")
 
 
 def planned(rows, options):
@@ -292,9 +282,9 @@ def planned(rows, options):
     fits, lacks = plan_fits(rows, options.laws)
     if options.laws and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
-    if options.prior and ("upcycled.head_start" not in fits or options.delta != "auto"):
-        raise ConfigError("--prior is for a pilot's law, upcycled.head_start, with --delta=auto: "
-                          f"{lacks.get('upcycled.head_start', 'leave out --delta or --laws')}")
+    if options.prior and "upcycled.head_start" not in fits:
+        raise ConfigError("--prior is for a pilot's law, upcycled.head_start: "
+                          f"{lacks.get('upcycled.head_start', 'leave out --laws')}")
     for lack in dict.fromkeys(lacks.values()):
         print(f"skipped {', '.join(law for law in lacks if lacks[law] == lack)}: {lack}")
     if not fits:
@@ -303,19 +293,18 @@ def planned(rows, options):
 
 
 def notes_on(entries):
-    """[warning] on parameters that these rows do not identify, and on laws that hold at one D, D1 and D2."""
+    """Yields warnings on parameters that are not identified, and on laws that hold at one D, D1 and D2."""
     found = {}  # {why: {law: [parameter]}}
     for law, entry in entries.items():
         for name, why in entry["not_identified"].items():
             if why.endswith(("bound of the fit", "sign is open", "another D")):
                 found.setdefault(why, {}).setdefault(law, []).append(name)
-    notes = [", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
-             for why, of_laws in found.items()]
+    for why, of_laws in found.items():
+        yield ", ".join(f"{law} ({' '.join(names)})" for law, names in of_laws.items()) + f": {why}"
     for law, entry in entries.items():
         if "at" in entry:
             tokens = ", ".join(f"{name} = {short(value)}" for name, value in entry["at"].items())
-            notes.append(f"{law} is fitted at {tokens} alone")
-    return notes
+            yield f"{law} is fitted at {tokens} alone"
 
 
 def models(rows):
@@ -337,68 +326,66 @@ def warm_up(row):
 
 
 def measured(rows):
-    """[(claim, whether it holds, text)] on losses, without a law."""
-    found, scratch, slopes = [], {}, report.local_exponents(rows)
+    """Yields (claim, whether it holds, text) on losses, without a law."""
+    scratch, slopes = {}, report.local_exponents(rows)
     if len(slopes) > 1:
         small, large = slopes.values()
         text = ", ".join(f"D2^{slope:.3f} after D1 = {short(d1)}" for d1, slope in slopes.items())
-        found.append(("the loss falls more slowly with D2 after the largest D1", large > small, text))
+        yield "the loss falls more slowly with D2 after the largest D1", large > small, text
     for (label, _, d1), cells in report.method_differences(rows).items():
         if label == report.FAMILY_STYLES["moe"][0]:
             scratch.setdefault(d1, []).extend(cells[max(cells)])
     if scratch:
         pairs = scratch[min(scratch)]
-        found.append(("a MoE from scratch leads copying at the smallest D1 and the largest D2",
-                      sum(report.t_interval(pairs)) < 0, report.mean_text(pairs)))
-    return found
+        yield ("a MoE from scratch leads copying at the smallest D1 and the largest D2",
+               sum(report.t_interval(pairs)) < 0, report.mean_text(pairs))
 
 
-def compared(entries, corner):
-    """[(claim, whether it holds, text)] on entries of the interaction law, the handicap law or both; corner
-    are the largest N, D1 and D2 of upcycled rows."""
-    found, handicap = [], "upcycled.handicap"
+def compared(entries, rows):
+    """Yields (claim, whether it holds, text) on entries of the interaction law, the handicap law or both."""
+    handicap = "upcycled.handicap"
     for claim, law, name in (("alpha3 of the interaction law is positive", "upcycled", "alpha3"),
                              ("upcycling has a lasting cost kappa", handicap, "kappa")):
         if law in entries:
             value, error = float(entries[law]["params"][name]), entries[law]["se_asymptotic"][name]
-            found.append((claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"))
+            yield claim, value > 1.96 * error, f"{value:.3g}, standard error {error:.2g}"
     if handicap in entries:
-        star, = report.overtaking(handicap, entries[handicap]["params"], *corner)
-        found.append(("by the handicap law a MoE from scratch overtakes after the largest D1",
-                      math.isfinite(star), f"D2* = {star:.3g}"))
+        corner = [max(row[name] for row in of_family(rows, "upcycled")) for name in ("N", "D1")]
+        star, = report.overtaking_by(handicap, entries[handicap]["params"], *corner)
+        yield ("by the handicap law a MoE from scratch overtakes after the largest D1", math.isfinite(star),
+               f"D2* = {star:.3g}")
     if len(entries) < 2:
-        return found
+        return
     interaction, handicap = entries["upcycled"], entries[handicap]
     better = "the handicap law is better than the interaction law"
     gain = interaction["aicc"] - handicap["aicc"]
-    found.append((f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"))
+    yield f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"
     for name in ("D1", "D2"):
         ours, other = handicap["held_out"][name], interaction["held_out"][name]
         if ours and other:
             text = f"{100 * ours['rms']:.2f} % against {100 * other['rms']:.2f} % on {ours['rows']} rows"
-            found.append((f"{better} at the held-out largest {name}", ours["rms"] < other["rms"], text))
-    return found
+            yield f"{better} at the held-out largest {name}", ours["rms"] < other["rms"], text
 
 
 def claims(rows, options):
     """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows,
     [note]). All leave out runs that are shorter than WARM_UPS times their warm-up, where they name it."""
     long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * warm_up(row)]
-    smallest = min((row["D2"] for row in long if row["family"] == "upcycled"), default=0.0)
+    smallest = min((row["D2"] for row in of_family(long, "upcycled")), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
     usual, found = fit_settings(options, {}), {}
     for variation, chosen, settings in (
             ("as fitted", long, usual), ("without the smallest D2", without, usual),
             ("B and beta shared", long, usual | {"share": ("E", "B", "beta")}),
             ("A depends on N", long, usual | {"A_of_N": True})):
-        entries, upcycled = {}, [row for row in chosen if row["family"] == "upcycled"]
+        entries = {}
         for law, (system, explained) in plan_fits(chosen, ["upcycled", "upcycled.handicap"])[0].items():
             fitted = fit_with_noise(explained, system, **settings)
             held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
             entries[law] = {"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
                             "aicc": aicc(fitted), "held_out": held_out}
-        corner = [max((row[name] for row in upcycled), default=0.0) for name in FAMILIES["upcycled"]]
-        for claim, holds, text in compared(entries, corner) + (measured(chosen) if settings is usual else []):
+        without_law = measured(chosen) if settings is usual else ()
+        for claim, holds, text in (*compared(entries, chosen), *without_law):
             found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     left = len(rows) - len(long)
     return found, [f"{left} rows are shorter than {WARM_UPS} warm-ups; claims leave them out"] * bool(left)
@@ -417,7 +404,7 @@ def main(options):
     if len(rows) > 5_000:  # there are matrices of rows x rows
         raise ConfigError(f"{', '.join(options.rows)}: {len(rows):,} rows; at most 5,000 are fitted")
     fits = planned(rows, options)
-    notes += said + mixtures(rows)
+    notes += [*said, *mixtures(rows)]
     with writing(options.out):
         os.makedirs(options.out, exist_ok=True)
     systems, entries, profile = {}, {}, {}
@@ -430,7 +417,7 @@ def main(options):
             if "upcycled" in laws:
                 profile = profile_E(fitted, "upcycled")
     claimed, left_out = claims(rows, options) if not options.laws else ({}, [])
-    notes += notes_on(entries) + report.doubts(entries) + left_out
+    notes += [*notes_on(entries), *report.doubts(entries), *left_out]
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
     families = families_of(rows)
     ranges = {family: {name: [extreme(row[name] for row in families[family]) for extreme in (min, max)]

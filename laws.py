@@ -52,7 +52,7 @@ SHARED_CURVE = [law for law in HEAD_START if law != "upcycled.effective_data"]
 LEAST_GAP = 1e-4  # loss matching: the dense loss counts as at least this share above the MoE's asymptote
 RIVALS = [law for law in LAWS if law.startswith("upcycled") and "sparsity" not in law]
 NAMES = {  # where the name of a law is not that of its key
-    "moe": "MoE from scratch", "upcycled": "interaction",
+    "": "dense and MoE", "moe": "MoE from scratch", "upcycled": "interaction",
     "upcycled.effective_data_shared": "effective data (shared)",
     "upcycled.saturating": "saturating head start", "upcycled.head_start": "free head start",
     "upcycled.loss_matching_0": "loss matching (delta = 0)"}
@@ -102,14 +102,13 @@ def parameter_names(law, A_of_N=False):
 
 
 def law_terms(law, A_of_N=False):
-    """The terms of a law. With A_of_N the terms of data are also proportional to N^-nu, in laws that know
-    N."""
+    """The terms of a law. With A_of_N those of data are also proportional to N^-nu, in laws that know N."""
     depends = A_of_N and LAWS[law].get("B") == {"beta": "-N"}
     return {name: exponents | ({"nu": "-N"} if depends and name in ("A", "A1", "A2") else {})
             for name, exponents in LAWS[law].items()}
 
 
-def head_start(law, params, N=None, D1=0.0):
+def head_start(law, params, N=None, D1=None):
     """H in tokens: how many tokens of MoE training a dense checkpoint is worth that has seen D1 tokens. Only
     loss matching needs N: its H solves L_moe(N, H) = e^delta L_dense(N, D1)."""
     alpha = params["alpha"]
@@ -132,22 +131,37 @@ def head_start(law, params, N=None, D1=0.0):
 
 def predict(law, params, **variables):
     """The loss by the law of that name, in nats per token. params is {name: number or array of draws},
-    variables are N=, D=, D1=, D2=, ...; all broadcast. Under a law with a head start, D1 = 0 or D= instead of
-    D1= and D2= is training from scratch."""
+    variables are N=, D=, D1=, D2=, ...; all broadcast. Under a law with a head start, D= instead of D1= and
+    D2= is training from scratch."""
     variables = {name: np.asarray(value, float) for name, value in variables.items()}
     factor = 1.0
-    with np.errstate(divide="ignore"):
-        if law in HEAD_START:
-            D1, D2 = variables.get("D1", np.zeros(())), variables.get("D2", variables.get("D"))
-            head = head_start(law, params, variables.get("N"), D1)
-            variables["effective"] = D2 + np.where(D1 > 0, head, 0.0)
-            factor = np.exp(np.where(D1 > 0, params.get("kappa", 0.0), 0.0))
-        logs = {name: np.log(value) for name, value in variables.items()}
+    if law in HEAD_START and "D1" in variables:
+        head = head_start(law, params, variables.get("N"), variables["D1"])
+        variables["effective"] = variables["D2"] + head
+        factor = np.exp(params.get("kappa", 0.0))
+    elif law in HEAD_START:
+        variables["effective"] = variables["D"]
     loss = 0.0
     for coefficient, exponents in law_terms(law, "nu" in params).items():
         power = 0.0
         for exponent, feature in exponents.items():
             sign, factors = parse_feature(feature)
-            power = power + sign * params[exponent] * math.prod(logs[name] for name in factors)
+            power = power + sign * params[exponent] * math.prod(np.log(variables[name]) for name in factors)
         loss = loss + params[coefficient] * np.exp(power)
     return factor * loss
+
+
+def overtaking(D1, behind, points=161):
+    """D2* (...,): after how many tokens a MoE from scratch first leads the upcycled model, on as many tokens:
+    0 from the start, inf not within 10,000 times D1. behind(tokens (n,)) is (..., n) the loss from scratch
+    less that of the upcycled model. It is asked at so many points, and is a straight line between them."""
+    x = D1 * np.geomspace(1e-4, 1e4, points)
+    difference = behind(x)
+    leads = difference < -1e-9  # curves that merge do not cross
+    place = leads.argmax(axis=-1)
+    before = np.maximum(place - 1, 0)
+    high = np.take_along_axis(difference, before[..., None], -1)[..., 0]
+    low = np.take_along_axis(difference, place[..., None], -1)[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
+    return np.where(leads.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)

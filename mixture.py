@@ -24,6 +24,7 @@ FORM_ERROR, REACH = 0.01, 8.0
 EXPERTS_ERROR = 0.03  # per factor e in experts: published routed models of 4 to 32 experts gain 2-4 %
 WARM_UPS = 5  # a shorter run, in lengths of its warm-up, says little of the law
 MOE = {"num_local_experts": 8, "num_experts_per_tok": 2}  # the MoE of laws that do not name theirs
+ORIGIN = ("data_sha256", "tokenizer", *MOE, "max_seq_len")  # what must agree among laws that are compared
 
 # The least that a number in a laws file can be, by its key; others may be negative. E may be 0, and so may
 # the B of a law for one N. A misfit has its family as the key.
@@ -54,7 +55,7 @@ def check_numbers(where, value, key=""):
 def check_origin(path, origin):
     """Raises ConfigError where laws were fitted on different data, or with different tokenizers or MoEs.
     Methods of upcycling may have other numbers of experts beside that of the MoE from scratch."""
-    for key in ("data_sha256", "tokenizer", "max_seq_len", *MOE):
+    for key in ORIGIN:
         values = {family: {str(value) for value in origin.get(family, {}).get(key) or ()}
                   for family in FAMILIES if family != "dense" or key not in MOE}
         if key in MOE and values["moe"] and values["moe"] <= values["upcycled"]:
@@ -96,9 +97,8 @@ def read_laws(path):
 # The mixture
 
 def held_out(entry):
-    """{what was left out: (rms error of ln loss, how many times beyond the fitted rows it is)}."""
-    tests = entry.get("held_out", {}).items()
-    return {name: (test["rms"], test.get("beyond") or 1.0) for name, test in tests if test}
+    """{what was left out: {"rms" error of ln loss, how many times "beyond" the fitted rows it is}}."""
+    return {name: test for name, test in entry.get("held_out", {}).items() if test}
 
 
 def weigh(entries):
@@ -107,7 +107,7 @@ def weigh(entries):
     its errors. N is no such test, since laws of one fit have the same terms in N."""
     errors = {law: held_out(entry) for law, entry in entries.items()}
     tests = [name for name in ("D1", "D2", "trunk") if all(name in found for found in errors.values())]
-    weights = {law: math.prod(1 / max(found[name][0], LEAST_ERROR) for name in tests)
+    weights = {law: math.prod(1 / max(found[name]["rms"], LEAST_ERROR) for name in tests)
                for law, found in errors.items()}
     kept = {law: w for law, w in weights.items() if w >= LEAST_WEIGHT * sum(weights.values())}
     return {law: w / sum(kept.values()) for law, w in kept.items()}
@@ -150,8 +150,7 @@ def routes_of(path, laws, name, wanted):
 
 def misfit(laws, name, family):
     """Standard deviation of ln loss that a law leaves unexplained: its misfit where the rows tell that from
-    noise, else that of its residuals, else, of published laws or without rows of the family, an assumed one.
-    """
+    noise, else that of its residuals, else (published laws, no rows of the family) an assumed one."""
     entry = laws.get(name if family == "upcycled" else family, {})
     for error in (laws.get(name, {}).get("misfit", {}).get(family), entry.get("rmse_log"),
                   entry.get("relative_error")):
@@ -178,7 +177,8 @@ def make_book(path, content, wanted=""):
     methods_of = {law: sorted(laws[law].get("methods") or ["copy"]) for law in names}
     methods = max(methods_of.values(), key=len, default=[])
     names = [law for law in methods_of if methods_of[law] == methods]  # the others know fewer methods
-    tests = [held_out(entry) for entry in laws.values()]
+    tests = [(name, test.get("beyond") or 1.0) for entry in laws.values()
+             for name, test in held_out(entry).items()]
     moe = {key: int((origin.get("moe", {}).get(key) or origin.get("upcycled", {}).get(key) or [default])[0])
            for key, default in MOE.items()}
     ranges = {family: {name: [float(low), float(high)] for name, (low, high) in
@@ -189,12 +189,12 @@ def make_book(path, content, wanted=""):
     sizes = [10 + len(laws[law]["params"]) * len(laws[law].get("methods") or [law]) for law in weights if law]
     draws = min(DRAWS, NUMBERS // max(sum(sizes), 1))
     random, levels = np.random.default_rng(0), ndtri((np.arange(draws) + 0.5) / draws).round(4)
-    return {"laws": [{"name": law, "label": law_name(law) or "dense and MoE", "weight": weight,
+    return {"laws": [{"name": law, "label": law_name(law), "weight": weight,
                       "routes": routes_of(path, laws, law, draws),
                       "misfit": {family: misfit(laws, law, family) for family in FAMILIES}}
                      for law, weight in weights.items()],
             "ranges": ranges, "moe": moe,
-            "reach": {name: max([REACH, *(found[name][1] for found in tests if name in found)])
+            "reach": {name: max([REACH, *(beyond for kind, beyond in tests if kind == name)])
                       for name in ("N", "D", "D1", "D2", *MOE)}
             | ({"N": 1.0, "D1": 1.0} if "upcycled.head_start" in laws else {}),  # it is of one checkpoint
             "models": {family: {float(model["N"]): model["flops_per_token"] / (6 * model["N"])
@@ -220,10 +220,9 @@ def distance(book, family, variables):
 def estimate(law, family, variables, method="copy", part="params"):
     """The loss of one family by a law's own "params" or, first in the shape, by each of its "draws"."""
     route = law["routes"]["upcycled"][method] if family == "upcycled" else law["routes"][family]
-    counts = {name: value for name, value in variables.items() if name not in MOE}
-    shape = (-1,) + (1,) * max(np.ndim(value) for value in counts.values()) if part == "draws" else ()
+    shape = (-1,) + (1,) * max(map(np.ndim, variables.values())) if part == "draws" else ()
     params = {name: np.reshape(value, shape) for name, value in route[part].items()}
-    return predict(route["law"], params, **counts)
+    return predict(route["law"], params, **variables)
 
 
 def sample(book, law, family, variables, method="copy"):
@@ -257,15 +256,3 @@ def quantile(values, weights, q):
     order = np.argsort(values, kind="stable")
     summed = np.cumsum(weights[order])
     return float(values[order][np.searchsorted(summed, q * summed[-1] - 1e-12)])
-
-
-def first_crossing(x, difference):
-    """x at which each row of difference (..., len(x)) first falls below 0: 0 from the start, inf never."""
-    below = difference < -1e-9  # curves that merge do not cross
-    place = below.argmax(axis=-1)
-    before = np.maximum(place - 1, 0)
-    high = np.take_along_axis(difference, before[..., None], -1)[..., 0]
-    low = np.take_along_axis(difference, place[..., None], -1)[..., 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        root = np.exp(np.log(x[before]) + np.log(x[place] / x[before]) * high / (high - low))
-    return np.where(below.any(axis=-1), np.where(place == 0, 0.0, root), math.inf)

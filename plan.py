@@ -20,10 +20,10 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-from laws import head_start, short
-from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, first_crossing, losses_of,
-                     quantile, read_laws, routes, weights_of_draws)
-from plan_page import WORDS, folded, percent, say, say_answer, write_page
+from laws import head_start, overtaking, short
+from mixture import (EXPERTS_ERROR, FORM_ERROR, MOE, REACH, distance, estimate, losses_of, quantile,
+                     read_laws, routes, weights_of_draws)
+from plan_page import WORDS, folded, lead, percent, say, say_answer, write_page
 from rows import FAMILIES, loss_columns
 
 DENSE, UPCYCLE, SCRATCH = "continue the dense model", "upcycle", "MoE from scratch"
@@ -49,9 +49,6 @@ class Options:
     D1: float = setting(0.0, "tokens the dense model has seen, a raw count", least=0)
     tokens: float = setting(0.0, "budget as tokens of MoE training", least=0)
     flops: float = setting(0.0, "budget in training FLOPs", least=0)
-    gpu_hours: float = setting(0.0, "budget in GPU hours; it needs flops_per_gpu and mfu", least=0)
-    flops_per_gpu: float = setting(0.0, "peak FLOP/s of a GPU", least=0)
-    mfu: float = setting(0.4, "share of the peak that training uses", least=0.001, most=1)
     num_local_experts: int | None = setting(None, "experts of the MoE; none: as in the laws file", least=1)
     num_experts_per_tok: int | None = setting(None, "experts a token uses; none: as the laws file", least=1)
     max_seq_len: int = setting(0, "context of a checkpoint's FLOPs; 0: the laws', else 4096", least=0)
@@ -108,9 +105,8 @@ def summary(found, weights, book):
 
 def judge(options, laws):
     """{"verdict": clear or mixed, "says": it in words, "best", "gap": its lead as a share of the loss}."""
-    best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
-    gap, sure = options[second]["loss"] / options[best]["loss"] - 1, options[best]["probability_best"]
-    sides = {}
+    best, second, gap = lead(options)
+    sure, sides = options[best]["probability_best"], {}
     for found in laws.values():
         if found["weight"] >= WITH_WEIGHT:
             sides.setdefault(found["best"], []).append(found["label"])
@@ -160,8 +156,8 @@ def compare(book, points, reasons=()):
 # Now: a dense checkpoint is there
 
 def flops_per_token(book, family, N):
-    """Training FLOPs of a token of the dense model or the MoE: 6 N times a factor, interpolated in ln N."""
-    sizes, factors = np.transpose(book["costs"][family])
+    """Training FLOPs of a token of a model of the family: 6 N times a factor, interpolated in ln N."""
+    sizes, factors = np.transpose(book["costs"]["dense" if family == "dense" else "moe"])
     return 6 * N * np.interp(np.log(N), np.log(sizes), factors)
 
 
@@ -183,14 +179,17 @@ def finite(value):
     return float(value) if math.isfinite(value) else None
 
 
-def overtaking(book, question, laws, method):
-    """({law: D2*}, {"interval": 90 %, "never": probability}): after how many tokens from scratch leads, on as
-    many tokens; 0 from the start, None not within 10,000 times D1."""
+def overtaking_of(book, question, laws, method):
+    """({law: D2*}, {"interval": 90 %, "never": probability}), with None for infinity."""
     N, D1, moe = question["N"], question["D1"], {name: question[name] for name in MOE}
-    x, kept = D1 * np.geomspace(1e-4, 1e4, 161), [law for law in book["laws"] if law["name"] in laws]
-    scratch = losses_of(book, kept, "moe", {"N": N, "D": x} | moe)
-    upcycled = losses_of(book, kept, "upcycled", {"N": N, "D1": D1, "D2": x} | moe, method)
-    stars, draws = (first_crossing(x, one - other) for one, other in zip(scratch, upcycled))
+    kept = [law for law in book["laws"] if law["name"] in laws]
+
+    def behind(tokens):  # by the laws, then by their draws
+        scratch = losses_of(book, kept, "moe", {"N": N, "D": tokens} | moe)
+        upcycled = losses_of(book, kept, "upcycled", {"N": N, "D1": D1, "D2": tokens} | moe, method)
+        return np.concatenate(scratch) - np.concatenate(upcycled)
+
+    stars, draws = np.split(overtaking(D1, behind), [len(kept)])
     weights = weights_of_draws(book, [laws[law["name"]]["weight"] for law in kept])
     return ({law["name"]: finite(star) for law, star in zip(kept, stars)},
             {"interval": [finite(quantile(draws, weights, q)) for q in INTERVAL],
@@ -219,7 +218,7 @@ def pilot(book, question, result):
         return None
     runs = {False: [], True: []}  # those to run for the first time, and all of them
     for family, shares in PILOT.items():
-        per_token = float(flops_per_token(book, "dense" if family == "dense" else "moe", question["N"]))
+        per_token = float(flops_per_token(book, family, question["N"]))
         most, known = question["flops"] / per_token, longest(book, question, family)
         every = [share * most for share in shares if share * most >= book["shortest"]] or [most]
         for again, branches in ((True, every), (False, [tokens for tokens in every if tokens > known])):
@@ -237,10 +236,9 @@ def answer_now(book, question):
               for option, family in routes(book, NOW).items()}
     result = question | compare(book, points) | {"overtaking": None}
     for option, found in result["options"].items():
-        cost = flops_per_token(book, "dense" if option == DENSE else "moe", question["N"])
-        found["tokens"] = float(question["flops"] / cost)
+        found["tokens"] = float(question["flops"] / flops_per_token(book, NOW[option], question["N"]))
     if result["method"] and SCRATCH in points:
-        stars, result["overtaking"] = overtaking(book, question, result["laws"], result["method"])
+        stars, result["overtaking"] = overtaking_of(book, question, result["laws"], result["method"])
         routes_of = {law["name"]: law["routes"] for law in book["laws"]}
         for name, found in sorted(result["laws"].items(), key=lambda item: item[1]["weight"]):
             of_law, found["D2_star"] = routes_of[name], stars[name]
@@ -320,10 +318,9 @@ def answer_fresh(book, question):
 def check(options):
     """Refuse counts that cannot be meant, with what may be meant. Raises ConfigError."""
     few = max(1e3, options.N / 1e3)
-    for name, floor in (("N", 1e4), ("D1", few), ("tokens", few), ("flops", 1e6), ("flops_per_gpu", 1e9)):
+    for name, floor in (("N", 1e4), ("D1", few), ("tokens", few), ("flops", 1e6)):
         if 0 < (value := getattr(options, name)) < floor:
-            unit = "e12" if name == "flops_per_gpu" else "e9"
-            meant = f"{value:g}{unit}" if value < 1000 else f"{value * 1e6:g}"
+            meant = f"{value:g}e9" if value < 1000 else f"{value * 1e6:g}"
             raise ConfigError(f"--{name}={value:g} is too small for a raw count; "
                               f"did you mean --{name}={meant}?")
 
@@ -382,17 +379,13 @@ def ask(options, content, book):
 
 def budget(options, book, N):
     """The budget in FLOPs. Raises ConfigError unless exactly one is given and is worth 1,000 tokens."""
-    given = [name for name in ("tokens", "flops", "gpu_hours") if getattr(options, name)]
+    given = [name for name in ("tokens", "flops") if getattr(options, name)]
     if len(given) != 1:
-        got = f"got {', '.join(given) or 'none'}"
-        raise ConfigError(f"give one budget, --tokens=, --flops= or --gpu_hours= ({got})")
-    if options.gpu_hours and not options.flops_per_gpu:
-        raise ConfigError("--gpu_hours needs --flops_per_gpu= (989e12 for an H100 in bf16) and --mfu=")
+        raise ConfigError(f"give one budget, --tokens= or --flops= (got {', '.join(given) or 'none'})")
     if options.tokens and not N:
         raise ConfigError("--tokens as a budget needs --N=; give --flops=")
     per_token = float(flops_per_token(book, "moe", N or 1e6))
-    hours = options.gpu_hours * 3600 * options.flops_per_gpu * options.mfu
-    flops = options.flops or options.tokens * per_token or hours
+    flops = options.flops or options.tokens * per_token
     if flops < 1e3 * per_token:
         few = "too few to plan N with"
         if N:

@@ -46,6 +46,12 @@ def percent(share):
     return f"{100 * share * (1 + TIE):.1f} %"
 
 
+def lead(options):
+    """(the option of the lowest loss, the next one, the lead as a share of the loss)."""
+    best, second = sorted(options, key=lambda option: options[option]["loss"])[:2]
+    return best, second, options[second]["loss"] / options[best]["loss"] - 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # In the terminal
 
@@ -63,13 +69,6 @@ def say_options(options, what, cell):
     return columns([("option", what, "loss", "90 % interval", "best with probability")] + [
         (name, cell(found), loss_text(found), "{:.4f} .. {:.4f}".format(*found["interval"]),
          percent(found["probability_best"])) for name, found in options.items()])
-
-
-def say_method(methods):
-    """Which method of upcycling to take, and by how much it leads."""
-    best, second = sorted(methods, key=lambda method: methods[method]["loss"])[:2]
-    gap = methods[second]["loss"] / methods[best]["loss"] - 1
-    return say("method", method=best, second=second, gap=percent(gap))
 
 
 def say_plan(found):
@@ -103,7 +102,8 @@ def say_answer(result):
         lines += say_options(result["options"], "tokens or plan", say_plan) + [""]
         if len(result["methods"]) > 1:
             lines += say_options(result["methods"], "H, kappa", lambda found: "  ".join(say_head(found)))
-            lines += [say_method(result["methods"]), ""]
+            best, second, gap = lead(result["methods"])
+            lines += [say("method", method=best, second=second, gap=percent(gap)), ""]
         lines += say_laws(result["laws"]) + [""]
     if result["overtaking"]:
         low, high = map(say_star, result["overtaking"]["interval"])

@@ -37,6 +37,12 @@ def variable(row, name):
         return math.nan
 
 
+def of_family(rows, family, **values):
+    """The rows of a family that have the given values."""
+    return [row for row in rows
+            if row["family"] == family and all(row[name] == value for name, value in values.items())]
+
+
 def point_of(row):
     """{variable: its value} of all variables that a row has, for laws.predict."""
     names = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
@@ -57,8 +63,7 @@ def variables_of(law):
 
 
 def levels(values):
-    """The distinct levels of some numbers, ascending: each is the smallest of the values within 5 % above
-    it."""
+    """The levels of some numbers, ascending: each is the smallest of the values within 5 % above it."""
     found = []
     for value in sorted(value for value in set(values) if not math.isnan(value)):
         if not found or value > 1.05 * found[-1]:
@@ -75,14 +80,14 @@ def at_levels(rows):
     return rows
 
 
-def count_levels(rows, name):
-    """How many levels a variable has in these rows."""
-    return len(levels(variable(row, name) for row in rows))
+def levels_of(rows, name):
+    """The levels of a variable in the rows that have it."""
+    return levels(variable(row, name) for row in rows)
 
 
 def levels_of_N(rows, system):
     """The number of levels of N in each family of the system {family: law}."""
-    return [count_levels([row for row in rows if row["family"] == family], "N") for family in system]
+    return [len(levels_of(of_family(rows, family), "N")) for family in system]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -90,8 +95,7 @@ def levels_of_N(rows, system):
 
 @dataclass
 class Head:
-    """The head start in a problem: the term A (D2 + H)^-alpha, where ln H or what it saturates from is
-    linear."""
+    """The head start in a problem: a term A (D2 + H)^-alpha. ln H, or what it saturates from, is linear."""
     slot: int            # the term A
     alpha: int           # the place of alpha
     x2: np.ndarray       # (n,) centred ln D2, or ln D from scratch
@@ -104,20 +108,23 @@ class Head:
 
 
 class Problem:
-    """Rows and laws as arrays. Coefficients are fitted as logs, variables are centred. Bounds keep finite
-    what rows leave open: exponents within 3, of a product within 0.3, a term above a millionth of the loss.
+    """The rows of the families of a system {family: law} and these laws as arrays, to be fitted at once. The
+    laws share the named parameters. With A_of_N, A depends on N. Coefficients are fitted as logs, variables
+    are centred. Bounds keep finite what rows leave open: exponents within 3, of a product within 0.3, a term
+    above a millionth of the loss.
     """
 
-    def __init__(self, rows, system, laws, fixed, names, methods):
-        self.rows, self.system = rows, system  # system: {family: law}
-        self.laws, self.fixed = laws, fixed    # as identified_terms gives them
-        self.names = names                     # as names_of gives them
-        self.methods = methods                 # labels of methods with parameters of their own
+    def __init__(self, rows, system, share=("E",), A_of_N=False):
+        self.system = system
+        self.rows = rows = [row for row in rows if row["family"] in system]
         self.law_of_row = np.array([system[row["family"]] for row in rows])
-        self.y = np.log([row["loss"] for row in rows])                     # (n,) ln loss
-        self.slots = list(dict.fromkeys(itertools.chain(*laws.values())))  # (K,) coefficients of the terms
-        p, n, terms = len(names), len(rows), len(self.slots)
-        short = [name.rpartition(":")[2].partition("|")[0] for name in names]
+        self.laws, self.fixed, alone = identified_terms(rows, system, share, A_of_N)
+        self.methods = methods_of(rows, system)  # labels of methods with parameters of their own
+        self.names = names_of(self.laws, alone, share, self.methods)
+        self.y = np.log([row["loss"] for row in rows])                          # (n,) ln loss
+        self.slots = list(dict.fromkeys(itertools.chain(*self.laws.values())))  # (K,) coefficients of terms
+        p, n, terms = len(self.names), len(rows), len(self.slots)
+        short = [name.rpartition(":")[2].partition("|")[0] for name in self.names]
         self.is_log = np.array([name in (*self.slots, "c", "H", "H_max") for name in short])
         self.low = np.full(p, self.y.min() + math.log(1e-6))
         self.high = np.full(p, self.y.max() + 3.0)
@@ -127,6 +134,29 @@ class Problem:
         self.shift = np.zeros((p, n))               # features of what is added to ln loss: kappa
         self.to_raw, self.to_raw0 = np.eye(p), np.zeros(p)  # raw = to_raw @ centred + to_raw0
         self.head = None
+        self.fill()
+
+    def fill(self):
+        """Fill the arrays, term by term."""
+        factors = set().union(*map(factors_of, self.laws.values()))
+        factors |= {"D1"} if any("D1" in row for row in self.rows) else set()
+        logs = {name: np.log([variable(row, name) for row in self.rows]) for name in factors}
+        center = {name: np.nanmean(values) for name, values in logs.items()}
+        logs = {name: values - center[name] for name, values in logs.items()}
+        for law, terms in self.laws.items():
+            here = self.law_of_row == law
+            for coefficient in terms:
+                slot = self.slots.index(coefficient)
+                self.offset[slot, here] = 0.0
+                add_term(self, law, coefficient, self.features[slot], here, logs, center)
+            if law in HEAD_START:
+                add_head(self, law, logs, center)
+        if set(self.laws) & set(MATCHING):
+            D1 = logs.get("D1", 0.0 * self.y) + center.get("D1", 0.0) - center.get("D", 0.0)
+            self.head.dense = np.zeros((len(self.laws["dense"]), *self.shift.shape))
+            for coefficient, features in zip(self.laws["dense"], self.head.dense):
+                add_term(self, "dense", coefficient, features, slice(None),
+                         logs | {"D": np.nan_to_num(D1)}, center)
 
     @cached_property
     def used(self):
@@ -147,19 +177,19 @@ class Problem:
         return found
 
 
-def identified_terms(rows, law_of_row, share, A_of_N):
+def identified_terms(rows, system, share, A_of_N):
     """({law: its terms that these rows can tell apart}, {law: {parameter that is fixed at 0: why}}, laws
     that share nothing). One level of N or D: the term folds into an E of the law's own. Rows that mix numbers
     of experts have an E of their own too. Two levels of N in every law that shares E: E is 0."""
-    laws = {law: law_terms(law, A_of_N) for law in dict.fromkeys(law_of_row)}
+    laws = {law: law_terms(law, A_of_N) for law in dict.fromkeys(system[row["family"]] for row in rows)}
     fixed, alone, sizes = {law: {} for law in laws}, set(), {}
     for law, terms in laws.items():
         if terms.get("B") != {"beta": "-N"}:
             continue
-        members = [row for row, name in zip(rows, law_of_row) if name == law]
-        sizes[law] = count_levels(members, "N")
+        members = [row for row in rows if system[row["family"]] == law]
+        sizes[law] = len(levels_of(members, "N"))
         experts = levels(variable(row, "experts") / (row.get("granularity") or 1) for row in members)
-        one_D = law in ("dense", "moe") and count_levels(members, "D") == 1
+        one_D = law in ("dense", "moe") and len(levels_of(members, "D")) == 1
         if one_D:
             why = "one level of D: A D^-alpha is part of E, and nothing is known of another D"
             fixed[law] |= dict.fromkeys(("A", *terms.pop("A")), why)
@@ -214,13 +244,13 @@ def add_term(problem, law, coefficient, features, here, logs, center):
             problem.grid[problem.names[j]] = [-sign * s for s in SLOPES] if single else (-0.03, 0.0, 0.03)
 
 
-def add_head(problem, law, coefficient, logs, center):
-    """Add the head start of a law to its term, as problem.head, and the handicap."""
+def add_head(problem, law, logs, center):
+    """Add the head start of a law to its term A, as problem.head, and the handicap."""
     places, here = problem.places(law), problem.law_of_row == law
     started = here & np.array(["D1" in row for row in problem.rows])
     labels = np.array([method_label(row) for row in problem.rows])
     problem.head = head = Head(
-        problem.slots.index(coefficient), places["alpha"], logs["effective"], here, started,
+        problem.slots.index("A"), places["alpha"], logs["effective"], here, started,
         places.get("H_max"), places.get("delta"), np.zeros_like(problem.shift), np.empty(0))
     for name in HEAD_START[law]:
         bounds, problem.grid[problem.names[places[name]]] = HEAD_PARAMETERS[name]
@@ -246,35 +276,6 @@ def methods_of(rows, system):
     return sorted(labels, key=lambda label: (label != "copy", label)) if len(labels) > 1 else []
 
 
-def build(rows, system, share=("E",), A_of_N=False):
-    """The Problem of fitting `system` = {family: law} to the rows of those families at once; laws share
-    the named parameters. With A_of_N, A depends on N."""
-    rows = [row for row in rows if row["family"] in system]
-    laws, fixed, alone = identified_terms(rows, [system[row["family"]] for row in rows], share, A_of_N)
-    methods = methods_of(rows, system)
-    problem = Problem(rows, system, laws, fixed, names_of(laws, alone, share, methods), methods)
-    factors = set().union(*map(factors_of, laws.values()))
-    factors |= {"D1"} if any("D1" in row for row in rows) else set()
-    logs = {name: np.log([variable(row, name) for row in rows]) for name in factors}
-    center = {name: np.nanmean(values) for name, values in logs.items()}
-    logs = {name: values - center[name] for name, values in logs.items()}
-    for law, terms in laws.items():
-        here = problem.law_of_row == law
-        for coefficient, exponents in terms.items():
-            slot = problem.slots.index(coefficient)
-            problem.offset[slot, here] = 0.0
-            add_term(problem, law, coefficient, problem.features[slot], here, logs, center)
-            if "-effective" in exponents.values():
-                add_head(problem, law, coefficient, logs, center)
-    if set(laws) & set(MATCHING):
-        D1 = logs.get("D1", 0.0 * problem.y) + center.get("D1", 0.0) - center.get("D", 0.0)
-        problem.head.dense = np.zeros((len(laws["dense"]), *problem.shift.shape))
-        for coefficient, features in zip(laws["dense"], problem.head.dense):
-            add_term(problem, "dense", coefficient, features, slice(None),
-                     logs | {"D": np.nan_to_num(D1)}, center)
-    return problem
-
-
 def missing(rows, system):
     """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows. N may have
     one level, and so may D where N has three. The laws of a pilot are for one N and one D1 alone."""
@@ -287,7 +288,7 @@ def missing(rows, system):
         return ["needs a dense law of the same rows"]
     for law in dict.fromkeys(system.values()):
         families = [family for family in system if system[family] == law]
-        absent = [family for family in families if not any(row["family"] == family for row in rows)]
+        absent = [family for family in families if not of_family(rows, family)]
         if absent:
             lacks.append(f"has no {' or '.join(absent)} rows")
             continue
@@ -295,7 +296,7 @@ def missing(rows, system):
         names = variables_of(law)
         if law in SHARED_CURVE and ("upcycled" not in families or pilot):  # the MoE's own curve
             names = ["D", "N"] + ["D1", "D2"] * pilot
-        found = {name: count_levels(members, name) for name in names}
+        found = {name: len(levels_of(members, name)) for name in names}
         if law == "dense.local":  # D1 may be much larger than what comes after it
             found["D"] = len({row["D"] for row in members})
         one_D = law in ("dense", "moe") and found["D"] == 1
@@ -309,7 +310,7 @@ def missing(rows, system):
         if label in methods_of(rows, system) and count < (1 if pilot else 4):
             lacks.append(f"needs 4 rows of the method {label}, has {count}")
     if not lacks:
-        problem = build(rows, system)
+        problem = Problem(rows, system)
         needed = len(problem.names) + (1 if pilot else 0 if "dense.local" in system.values() else 3)
         if len(problem.y) < needed:
             lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")

@@ -12,10 +12,10 @@ import numpy as np
 
 import figures
 from configurator import ConfigError, write_result
-from figures import FAMILY_STYLES, of_family, sorted_levels, t_interval
-from laws import RIVALS, SHARED_CURVE, head_start, law_name, predict, short
+from figures import FAMILY_STYLES, t_interval
+from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
-from problem import at_levels
+from problem import at_levels, levels_of, of_family
 from rows import KNOBS, loss_columns, loss_text, method_label, same_but
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
@@ -179,13 +179,11 @@ def claims_table(claims):
 # ---------------------------------------------------------------------------------------------------------
 # Head starts, and words
 
-def overtaking(law, params, n, d1, largest):
-    """D2* (S,) of S draws of a law's parameters: the one crossing after which a MoE from scratch is better,
-    on a grid of 1 %; inf where it is beyond 1000 times the largest D2."""
-    D2 = largest * np.geomspace(1e-4, 1e3, 1620)
+def overtaking_by(law, params, n, d1):
+    """D2* (S,) of S draws of the parameters of a law that knows from scratch."""
     params = {name: np.reshape(value, (-1, 1)) for name, value in params.items()}
-    upcycled, scratch = (predict(law, params, N=n, D1=tokens, D2=D2) for tokens in (d1, 0.0))  # (S, 1620)
-    return np.append(D2, np.inf)[(upcycled < scratch).sum(axis=1)]
+    return overtaking(d1, lambda tokens: predict(law, params, N=n, D=tokens)
+                      - predict(law, params, N=n, D1=d1, D2=tokens))
 
 
 def with_interval(value, draws, form=short):
@@ -196,11 +194,10 @@ def with_interval(value, draws, form=short):
 
 
 def head_starts(laws, ranges):
-    """[{"law", "method", "D1", "H", "kappa", "D2*"}], texts with intervals, at the largest N, by each law
-    with a head start, for each method of upcycling and both ends of the range of D1."""
-    lines = []
+    """Yields {"law", "method", "D1", "H", "kappa", "D2*"}, texts with intervals, at the largest N, by each
+    law with a head start, for each method of upcycling and both ends of the range of D1."""
     for law in SHARED_CURVE if "upcycled" in ranges else ():
-        n, largest = (ranges["upcycled"][name][1] for name in ("N", "D2"))
+        n = ranges["upcycled"]["N"][1]
         fits = laws[law].get("methods", {"every method": laws[law]}) if law in laws else {}
         for (method, fit), d1 in itertools.product(fits.items(), dict.fromkeys(ranges["upcycled"]["D1"])):
             params, draws = fit["params"], {name: np.array(value) for name, value in fit["draws"].items()}
@@ -209,9 +206,8 @@ def head_starts(laws, ranges):
                     "kappa": "-", "D2*": "-"}
             if "kappa" in params:
                 line["kappa"] = with_interval(params["kappa"], draws["kappa"], lambda k: f"{100 * k:.2f} %")
-                line["D2*"] = with_interval(*(overtaking(law, p, n, d1, largest) for p in (params, draws)))
-            lines.append(line)
-    return lines
+                line["D2*"] = with_interval(*(overtaking_by(law, p, n, d1) for p in (params, draws)))
+            yield line
 
 
 def head_start_table(lines):
@@ -221,8 +217,7 @@ def head_start_table(lines):
 
 
 def main_method_rows(rows):
-    """copy or else the commonest method of the upcycled rows, and the rows without other methods, at their
-    levels."""
+    """copy or else the commonest method of upcycled rows, and the rows without others, at their levels."""
     labels = [method_label(row) for row in of_family(rows, "upcycled")]
     method = "copy" if "copy" in labels else max(labels, key=labels.count, default="none")
     return method, at_levels([row for row in rows
@@ -232,33 +227,32 @@ def main_method_rows(rows):
 def local_exponents(rows):
     """{D1: d ln L / d ln D2 by the main method, the mean over sizes}, at the smallest and the largest D1."""
     rows, found = main_method_rows(rows)[1], {}
-    levels = sorted_levels(rows, "D1")
+    levels = levels_of(rows, "D1")
     for d1 in dict.fromkeys(levels[:1] + levels[-1:]):
         here = of_family(rows, "upcycled", D1=d1)
-        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in sorted_levels(here, "N")]
+        curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in levels_of(here, "N")]
         slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
         found |= {d1: np.mean(slopes)} if slopes else {}
     return found
 
 
 def findings(rows, content):
-    """What the rows and the laws say, [text]."""
-    said, laws, ranges = [], content["laws"], content["ranges"]
+    """Yields what the rows and the laws say."""
+    laws, ranges = content["laws"], content["ranges"]
     if "upcycled" in laws:
         low, high = laws["upcycled"]["ci95"]["alpha3"]
-        said.append(f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % "
-                    f"interval {low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
+        yield (f"alpha3 of the interaction law is {laws['upcycled']['params']['alpha3']:.3g} (95 % interval "
+               f"{low:.3g} to {high:.3g}, {alpha3_p(laws['upcycled'])}).")
     for d1, slope in local_exponents(rows).items():
-        said.append(f"At D1 = {short(d1)} the loss falls as D2^{slope:.3f}, on average over sizes.")
+        yield f"At D1 = {short(d1)} the loss falls as D2^{slope:.3f}, on average over sizes."
     for line in head_starts(laws, ranges):
         n, d1, d2 = (short(ranges["upcycled"][name][1]) for name in ("N", "D1", "D2"))
         if line["law"] in ("handicap", "free head start") and line["D1"] == d1:
             lasting = (f" Upcycling costs {line['kappa']} of the loss for ever. A MoE from scratch overtakes "
                        f"at D2*: {line['D2*']}.") if line["law"] == "handicap" else ""
-            said.append(f"By the {line['law']} law, N = {n}, {line['method']}: a dense checkpoint of {d1} "
-                        f"tokens is worth {line['H']} tokens of MoE training, once.{lasting} The largest "
-                        f"measured D2 is {d2}.")
-    return said
+            yield (f"By the {line['law']} law, N = {n}, {line['method']}: a dense checkpoint of {d1} tokens "
+                   f"is worth {line['H']} tokens of MoE training, once.{lasting} The largest measured D2 is "
+                   f"{d2}.")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -276,7 +270,7 @@ def draw_figures(rows, laws):
     found = {"loss_against_tokens": (
         figures.loss_against_tokens(one_method, laws, shown),
         f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
-    if rivals and len(sorted_levels(of_family(rows, "upcycled"), "D1")) > 1:
+    if rivals and len(levels_of(of_family(rows, "upcycled"), "D1")) > 1:
         found["exponent_against_D1"] = (figures.exponent_against_D1(one_method, laws),
                                         "The interaction: how fast the loss falls with D2, against D1.")
     alone = [law for law in laws if law.startswith("moe.") or not rivals]

@@ -164,7 +164,7 @@ def clean(raw):
             row[key] = number(key, row[key])
         except ValueError:  # not every law needs them
             del row[key]
-    return row | {key: plain(key, row[key]) for key in (*KNOBS, *SETTINGS) if key in row}
+    return row | {key: plain(key, row[key]) for key in (*NAMES, *KNOBS, *SETTINGS) if key in row}
 
 
 def raw_rows(path):

@@ -54,9 +54,7 @@ def interval(laws, book, row, random):
         method = method_label(row)
     if law["routes"].get(family) is None or family == "upcycled" and method not in law["routes"]["upcycled"]:
         return None
-    variables = {name: float(row[name]) for name in FAMILIES[family]}
-    if family != "dense":
-        variables |= {name: float(row[name]) for name in EXPERTS}
+    variables = {name: float(row[name]) for name in FAMILIES[family] + EXPERTS * (family != "dense")}
     losses = sample(book, law, family, variables, method)
     noise = math.hypot(*(entry.get("noise", {}).get(family) or {"row": 0.0}).values())
     losses = losses * np.exp(noise * random.standard_normal(losses.shape))
@@ -100,7 +98,7 @@ def judge(options):
     for (family, name), found in scores.items():
         errors, held = np.array(found).T
         numbers = 100 * math.sqrt(np.mean(errors ** 2)), 100 * errors.mean(), held.sum()
-        lines.append([family, law_name(name) or "dense and MoE", str(len(found)),
+        lines.append([family, law_name(name), str(len(found)),
                       *map(str.format, ("{:.2f}", "{:+.2f}", "{:.0f}"), numbers)])
     print(f"{len(losses) - losses.count(None)} of {len(losses)} sealed rows were run. "
           f"The code {content.get('git')} predicted them.\n")

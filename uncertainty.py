@@ -34,7 +34,7 @@ LEAST_SD = 1e-6
 
 def trunk_of(rows):
     """(n,) the trunk number of each row. A row that names no trunk is a trunk of its own."""
-    keys = [(row["family"], str(row["trunk"])) if "trunk" in row else i for i, row in enumerate(rows)]
+    keys = [(row["family"], row["trunk"]) if "trunk" in row else i for i, row in enumerate(rows)]
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return np.array([place[key] for key in keys])
 
@@ -42,17 +42,15 @@ def trunk_of(rows):
 def dense_trunks(rows):
     """[the dense trunk of each row, or None]: its column dense_trunk; a dense row's own trunk; and for an
     upcycled row with no such column the dense trunk of the same N and seed."""
-    by_seed = {(row["N"], str(row["seed"])): str(row["trunk"]) for row in rows
+    by_seed = {(row["N"], str(row["seed"])): row["trunk"] for row in rows
                if row["family"] == "dense" and "trunk" in row and "seed" in row}
     found = []
     for row in rows:
-        key = (row["N"], str(row["seed"])) if "seed" in row else None
-        if row["family"] == "moe":
-            found.append(None)
-        elif row["family"] == "dense":
-            found.append(str(row["trunk"]) if "trunk" in row else None)
+        if row["family"] == "upcycled":
+            key = (row["N"], str(row["seed"])) if "seed" in row else None
+            found.append(row.get("dense_trunk", by_seed.get(key, key)))
         else:
-            found.append(str(row["dense_trunk"]) if "dense_trunk" in row else by_seed.get(key, key))
+            found.append(row.get("trunk") if row["family"] == "dense" else None)
     return found
 
 
@@ -63,7 +61,7 @@ def shared_luck(rows):
     for family in dict.fromkeys(row["family"] for row in rows):
         here = [row if row["family"] == family else {} for row in rows]
         if family != "dense":
-            found["trunk", family] = [str(row["trunk"]) if "trunk" in row else None for row in here]
+            found["trunk", family] = [row.get("trunk") for row in here]
         found["cell", family] = [run_key(row, but=("seed", "trunk", "dense_trunk")) if row else None
                                  for row in here]
     return found
@@ -199,26 +197,21 @@ def whitening(covariance, kept=None):
     return csr_array(whiten) if n > 400 else whiten
 
 
-def fit_with_noise(rows, system, share=("E",), delta="auto", A_of_N=False, priors=None):
-    """The Fit of a system {family: law} with its Noise. With delta "auto" it is generalised least squares:
-    Huber's loss, delta 1.345, of residuals whitened by the estimated noise; else plain Huber on log
-    residuals. priors: {law: (mean, standard deviation) of its alpha}, in generalised least squares."""
-    fitted = fit(rows, system, share, 0.01 if delta == "auto" else delta, A_of_N)
-    problem = fitted.problem
-    fitted.noise = noise_of(problem, fitted.theta)
-    if delta != "auto":
-        return fitted
+def fit_with_noise(rows, system, share=("E",), A_of_N=False, priors=None):
+    """The Fit of a system {family: law} with its Noise, by generalised least squares: Huber's loss, delta
+    1.345, of residuals whitened by that noise. priors: {law: (mean, standard deviation) of its alpha}."""
+    plain = fit(rows, system, share, A_of_N=A_of_N)
+    problem, noise = plain.problem, noise_of(plain.problem, plain.theta)
     prior = (np.array([problem.places(law)["alpha"] for law in priors]),
              *np.array(list(priors.values())).T) if priors else None
-    theta = np.concatenate([fitted.theta[None], starts(problem)[:2]])
+    theta = np.concatenate([plain.theta[None], starts(problem)[:2]])
     for _ in range(2):
-        whiten = whitening(fitted.noise.covariance())
+        whiten = whitening(noise.covariance())
         theta, cost = descend(problem, theta, 1.345, whiten=whiten, prior=prior)
         theta = theta[[np.argmin(cost)]]
-        residual = problem.y - evaluate(problem, theta)[0][0]
         noise = noise_of(problem, theta[0])
-        fitted = Fit(problem, theta[0], 1.345, float(cost.min()), residual, whiten, noise, prior)
-    return fitted
+    residual = problem.y - evaluate(problem, theta)[0][0]
+    return Fit(problem, theta[0], 1.345, float(cost.min()), residual, whiten, noise, prior)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -298,7 +291,7 @@ def leave_trunk_out(fitted, most=40):
     trunks = trunk_of([row | {"family": "", "trunk": (row["N"], key)} if key and several[row["N"]] > 1
                        else row for row, key in zip(problem.rows, luck)]) % most
     sizes, error = levels_of_N(problem.rows, problem.system), np.full(len(trunks), np.nan)
-    noise = np.eye(len(trunks)) if fitted.whiten is None else fitted.noise.covariance()
+    noise = fitted.noise.covariance()
     for number in np.unique(trunks):
         kept = [row for row, t in zip(problem.rows, trunks) if t != number]
         if missing(kept, problem.system) or levels_of_N(kept, problem.system) != sizes:

@@ -229,7 +229,7 @@ def rows_of_two_methods():
 @pytest.mark.parametrize("system", SYSTEMS + [{"moe": "moe.joint"}, {"moe": "moe.optimal_sparsity"}])
 def test_jacobian_is_that_of_finite_differences(system, A_of_N):
     rows = rows_of_two_methods() if "dense" in system else moe_rows(lambda r: 3.0 + r["N"] ** -0.1)
-    built = problem.build(rows, system, A_of_N=A_of_N)
+    built = problem.Problem(rows, system, A_of_N=A_of_N)
     random, first = np.random.default_rng(0), engine.starts(built)[:3]
     theta = np.clip(first + 0.1 * random.standard_normal(first.shape), built.low, built.high)
     _, jacobian = engine.evaluate(built, theta)

@@ -19,7 +19,7 @@ import mixture as M
 import plan as P
 import plan_design
 import plan_page
-from configurator import ConfigError, from_dict
+from configurator import ConfigError, from_dict, parse
 from rows import FAMILIES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -119,7 +119,7 @@ def test_overtaking_of_table2(D1, star):
 
 
 def test_table2_has_no_overtaking_after_a_trillion_tokens():
-    stars, found = P.overtaking(BOOK, question(1e9, 1e12), {"upcycled": {"weight": 1.0}}, "copy")
+    stars, found = P.overtaking_of(BOOK, question(1e9, 1e12), {"upcycled": {"weight": 1.0}}, "copy")
     assert stars == {"upcycled": None} and found["interval"][1] is None and found["never"] > 0.3
 
 
@@ -320,10 +320,10 @@ def test_form_error_grows_with_the_distance_beyond_the_data():
 def test_quantiles_and_crossings():
     values, weights = np.array([3.0, 1.0, 2.0]), np.array([0.2, 0.5, 0.3])
     assert [M.quantile(values, weights, q) for q in (0.05, 0.5, 0.51, 0.81)] == [1.0, 1.0, 2.0, 3.0]
-    x = np.geomspace(1.0, 100.0, 41)
-    assert M.first_crossing(x, math.log(7.0) - np.log(x)) == pytest.approx(7.0)
-    rows = np.stack([np.ones(41), -np.ones(41), math.log(7.0) - np.log(x)])
-    assert M.first_crossing(x, rows) == pytest.approx([math.inf, 0.0, 7.0])
+    stars = [math.inf, 0.0, 7.0]  # never, from the start, at 7 tokens
+    assert laws.overtaking(1.0, lambda x: math.log(7.0) - np.log(x)) == pytest.approx(7.0)
+    assert laws.overtaking(1.0, lambda x: np.stack([0.0 * x + 1, 0.0 * x - 1, math.log(7.0) - np.log(x)])
+                           ) == pytest.approx(stars)
 
 
 def test_each_law_is_compared_with_those_of_its_own_fit():
@@ -604,13 +604,19 @@ def test_one_more_level_tightens_alpha3():
         assert more["s.e. of alpha3"] < base["s.e. of alpha3"] and more["power"] > base["power"]
 
 
-def test_design_holds_the_question_still_while_the_study_grows(monkeypatch):
+def test_design_says_what_a_study_finds_at_its_largest_N_and_D1(monkeypatch, capsys):
     import sweep
     monkeypatch.setattr(sweep, "load_tokens", lambda directory,
                         split: (None, {"vocab_size": 257}))  # no data in tests
-    found = plan_design.plan_design(LAWS, P.Options(design=os.path.join(ROOT, "config", "study_quick.py")))
-    assert len(found) == 4 and len({f"{cells['D2*']:.4g}" for cells in found.values()}) == 1
-    assert "one more level of N" in found
+    design = {"laws": QUICK, "design": os.path.join(ROOT, "config", "study_quick.py")}
+    found = json.loads(run(capsys, json=True, **design))
+    assert (found["N"], found["D1"], found["rows"]) == (55536, 2**22, 88)
+    totals = sweep.study_totals(parse(sweep.Study, [design["design"], "--train_withheld"]))
+    assert found["s.e. of alpha3"] > 0 and found | totals == found
+    other = json.loads(run(capsys, json=True, N=1e5, D1=1e6, **design))
+    assert (other["N"], other["D1"]) == (1e5, 1e6) and other["s.e. of alpha3"] == found["s.e. of alpha3"]
+    heading, names, values = run(capsys, **design).splitlines()
+    assert heading.startswith(f"Were {QUICK} true") and f"{found['s.e. of alpha3']:.3g}" in values
 
 # ---------------------------------------------------------------------------------------------------------
 # The command and the page
@@ -765,10 +771,7 @@ def test_help_into_a_closed_pipe_is_silent():
     (dict(N=1e9, D1=1e11, flops=500), "too small"), (dict(N=1e9, D1=1e11), "give one budget"),
     (dict(N=1e9, D1=1e11, tokens=1e9, flops=1e20), "got tokens, flops"),
     (dict(N=1e9, tokens=1e9), "--D1= is missing"), (dict(D1=1e9, tokens=1e9), "--N= is missing"),
-    (dict(N=1e9, D1=1e11, gpu_hours=5), "--flops_per_gpu"),
-    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=1e15, mfu=40), "mfu: 40.0 is not in"),
     (dict(N=-1e9, D1=1e11, tokens=1e9), "N: -1000000000.0 is not at least 0"),
-    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=989), "did you mean --flops_per_gpu=989e12"),
     (dict(N=5000, D1=1e11, tokens=1e9), "did you mean --N=5e+09"),
     (dict(N=1e9, D1=1e5, tokens=5e10), "did you mean --D1=1e+11"),
     (dict(N=1e9, D1=1e11, flops=1e12), "86.9 tokens at N = 1e+09, too few"),
