@@ -49,6 +49,9 @@ class Options:
     D1: float = setting(0.0, "tokens the dense model has seen, a raw count", least=0)
     tokens: float = setting(0.0, "budget as tokens of MoE training", least=0)
     flops: float = setting(0.0, "budget in training FLOPs", least=0)
+    gpu_hours: float = setting(0.0, "budget in GPU hours; it needs flops_per_gpu and mfu", least=0)
+    flops_per_gpu: float = setting(0.0, "peak FLOP/s of a GPU", least=0)
+    mfu: float = setting(0.4, "share of the peak that training uses", least=0.001, most=1)
     num_local_experts: int | None = setting(None, "experts of the MoE; none: as in the laws file", least=1)
     num_experts_per_tok: int | None = setting(None, "experts a token uses; none: as the laws file", least=1)
     max_seq_len: int = setting(0, "context of a checkpoint's FLOPs; 0: the laws', else 4096", least=0)
@@ -318,9 +321,10 @@ def answer_fresh(book, question):
 def check(options):
     """Refuse counts that cannot be meant, with what may be meant. Raises ConfigError."""
     few = max(1e3, options.N / 1e3)
-    for name, floor in (("N", 1e4), ("D1", few), ("tokens", few), ("flops", 1e6)):
+    for name, floor in (("N", 1e4), ("D1", few), ("tokens", few), ("flops", 1e6), ("flops_per_gpu", 1e9)):
         if 0 < (value := getattr(options, name)) < floor:
-            meant = f"{value:g}e9" if value < 1000 else f"{value * 1e6:g}"
+            unit = "e12" if name == "flops_per_gpu" else "e9"
+            meant = f"{value:g}{unit}" if value < 1000 else f"{value * 1e6:g}"
             raise ConfigError(f"--{name}={value:g} is too small for a raw count; "
                               f"did you mean --{name}={meant}?")
 
@@ -379,13 +383,17 @@ def ask(options, content, book):
 
 def budget(options, book, N):
     """The budget in FLOPs. Raises ConfigError unless exactly one is given and is worth 1,000 tokens."""
-    given = [name for name in ("tokens", "flops") if getattr(options, name)]
+    given = [name for name in ("tokens", "flops", "gpu_hours") if getattr(options, name)]
     if len(given) != 1:
-        raise ConfigError(f"give one budget, --tokens= or --flops= (got {', '.join(given) or 'none'})")
+        got = f"got {', '.join(given) or 'none'}"
+        raise ConfigError(f"give one budget, --tokens=, --flops= or --gpu_hours= ({got})")
+    if options.gpu_hours and not options.flops_per_gpu:
+        raise ConfigError("--gpu_hours needs --flops_per_gpu= (989e12 for an H100 in bf16) and --mfu=")
     if options.tokens and not N:
         raise ConfigError("--tokens as a budget needs --N=; give --flops=")
     per_token = float(flops_per_token(book, "moe", N or 1e6))
-    flops = options.flops or options.tokens * per_token
+    hours = options.gpu_hours * 3600 * options.flops_per_gpu * options.mfu
+    flops = options.flops or options.tokens * per_token or hours
     if flops < 1e3 * per_token:
         few = "too few to plan N with"
         if N:

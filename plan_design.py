@@ -52,13 +52,15 @@ def expected(laws, rows, options, N, D1):
 
 
 def print_design(laws, options):
-    """What plan.py --design prints: what `expected` says of a study, with its tokens and FLOPs, as a table
-    or JSON; what there is none of is a dash or null."""
+    """What plan.py --design prints: what `expected` says of a study, with its tokens, FLOPs and hours, as a
+    table or JSON; what there is none of is a dash or null."""
     study = parse(Study, [options.design, "--train_withheld"])
     rows = planned_rows(study)
     runs = of_family(rows, "upcycled")
     N, D1 = (getattr(options, name) or max((row[name] for row in runs), default=0.0) for name in ("N", "D1"))
     found = {"N": N, "D1": D1} | expected(laws, rows, options, N, D1) | study_totals(study)
+    if options.flops_per_gpu:
+        found["hours"] = found["flops"] / (options.flops_per_gpu * options.mfu * 3600)
     if options.json:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in found.items()}))
         return

@@ -613,8 +613,9 @@ def test_design_says_what_a_study_finds_at_its_largest_N_and_D1(monkeypatch, cap
     assert (found["N"], found["D1"], found["rows"]) == (55536, 2**22, 88)
     totals = sweep.study_totals(parse(sweep.Study, [design["design"], "--train_withheld"]))
     assert found["s.e. of alpha3"] > 0 and found | totals == found
-    other = json.loads(run(capsys, json=True, N=1e5, D1=1e6, **design))
+    other = json.loads(run(capsys, json=True, N=1e5, D1=1e6, flops_per_gpu=1e12, mfu=0.5, **design))
     assert (other["N"], other["D1"]) == (1e5, 1e6) and other["s.e. of alpha3"] == found["s.e. of alpha3"]
+    assert other["hours"] == pytest.approx(found["flops"] / 1.8e15)
     heading, names, values = run(capsys, **design).splitlines()
     assert heading.startswith(f"Were {QUICK} true") and f"{found['s.e. of alpha3']:.3g}" in values
 
@@ -771,7 +772,10 @@ def test_help_into_a_closed_pipe_is_silent():
     (dict(N=1e9, D1=1e11, flops=500), "too small"), (dict(N=1e9, D1=1e11), "give one budget"),
     (dict(N=1e9, D1=1e11, tokens=1e9, flops=1e20), "got tokens, flops"),
     (dict(N=1e9, tokens=1e9), "--D1= is missing"), (dict(D1=1e9, tokens=1e9), "--N= is missing"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5), "--flops_per_gpu"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=1e15, mfu=40), "mfu: 40.0 is not in"),
     (dict(N=-1e9, D1=1e11, tokens=1e9), "N: -1000000000.0 is not at least 0"),
+    (dict(N=1e9, D1=1e11, gpu_hours=5, flops_per_gpu=989), "did you mean --flops_per_gpu=989e12"),
     (dict(N=5000, D1=1e11, tokens=1e9), "did you mean --N=5e+09"),
     (dict(N=1e9, D1=1e5, tokens=5e10), "did you mean --D1=1e+11"),
     (dict(N=1e9, D1=1e11, flops=1e12), "86.9 tokens at N = 1e+09, too few"),
