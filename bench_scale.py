@@ -14,21 +14,22 @@ import time
 from dataclasses import asdict, replace
 from itertools import product
 
-from configurator import ConfigError, code_version, from_dict, read_config, write_config, write_result
+from configurator import (HERE, ConfigError, code_version, from_dict, read_config, write_config,
+                          write_result)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
-from bench_train import DEVICE, SEQUENCE, SHAPES, TOKENS, model_config, products_alone
+from bench_train import DEVICE, SEQUENCE, TOKENS, model_config, products_alone
 from data.prepare import Options as Prepare, prepare
 from model import flops_per_token, parameter_counts
-from start import passes
-from sweep import resolved
+from rows import EXPERTS, SIZES
+from start import passes, resolve_architecture
+from sweep import data_of
 from train import Train
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 WARM_UP = 5  # steps that are not measured
 GLOO = DEVICE.type == "cpu"
@@ -139,14 +140,13 @@ def races(options, folder):
             continue
         said = said_by([*TORCHRUN, f"--nproc_per_node={n}", "bench_scale.py", str(hidden), family])
         reached = next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
-        m, (F, L, heads) = model_config(hidden, family), SHAPES[hidden]
+        m = model_config(hidden, family)
         for parallel in ("ddp", "fsdp"):
             name = f"{family} {hidden} {parallel} {n}"
             c = Train(out_dir=os.path.join(folder, name), rows=None, dataset=os.path.join(folder, "data"),
-                      hidden_size=hidden, intermediate_size=F, num_hidden_layers=L, num_attention_heads=heads,
-                      num_local_experts=m.num_local_experts, max_seq_len=SEQUENCE, tokens_per_step=TOKENS,
-                      max_tokens=TOKENS * (WARM_UP + options.repeats), save_every_seconds=0, compile=False,
-                      dtype=DTYPE, decay_steps=0, parallel=parallel)
+                      **{key: getattr(m, key) for key in (*SIZES, *EXPERTS)}, max_seq_len=SEQUENCE,
+                      tokens_per_step=TOKENS, max_tokens=TOKENS * (WARM_UP + options.repeats), dtype=DTYPE,
+                      save_every_seconds=0, compile=False, decay_steps=0, parallel=parallel)
             seconds, sent = measure(c, n)
             work, communication = parts(m, c, n, gloo=GLOO, **reached)
             counted = traffic(m, parallel, n, not GLOO, 1, GLOO)[0]
@@ -161,7 +161,7 @@ def races(options, folder):
 def estimates(options, a, b):
     """Rows of the estimated step of the settings options.model on GPUs, by parallel and their number."""
     c = from_dict(Train, read_config(options.model), f"{options.model}: ")
-    c, m, _ = resolved(c, dry_run=True)
+    c, m = resolve_architecture(c, None, data_of(c, dry_run=True))
     rows = []
     for parallel, n in product(("ddp", "fsdp"), options.gpus):
         c = replace(c, parallel=parallel)

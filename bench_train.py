@@ -108,22 +108,27 @@ def random_batch(c, tokens=TOKENS, length=SEQUENCE):
     return drawn[:, :-1].contiguous().to(DEVICE), drawn[:, 1:].contiguous().to(DEVICE)
 
 
-def training_step(model, dtype, loss=None, batch=()):
-    """A function that does one step as train.py does: forward and backward with products in `dtype`,
-    clipping, AdamW. Without a loss it does the last two, with the gradients that are there."""
-    model.to(DEVICE).train()
-    optimizer = make_optimizer(model, Train())
+def weight_update(model):
+    """A function that clips the gradients of `model` and takes AdamW's step, as train.py does."""
+    optimizer = make_optimizer(model.to(DEVICE).train(), Train())
 
-    def step():
-        if loss:
-            with AUTOCAST(enabled=dtype == "bfloat16"):
-                value = loss(*batch)
-            value.backward()
+    def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
-        if loss:
-            optimizer.zero_grad()
+    return update
 
+
+def training_step(model, dtype, loss, batch):
+    """A function that does one step as train.py does: forward and backward with products in `dtype`, and
+    weight_update."""
+    update = weight_update(model)
+
+    def step():
+        with AUTOCAST(enabled=dtype == "bfloat16"):
+            value = loss(*batch)
+        value.backward()
+        update()
+        model.zero_grad()
     return step
 
 
@@ -222,7 +227,7 @@ def stages(family, hidden, dtype, options):
         parts["MLP"] = (L, lambda: mlp(x))
     parts["head and loss"] = (1, lambda: HeadLoss.apply(flat, head, targets.flatten()))
     (updated, _), (whole, loss) = ours(c), ours(c)
-    works = {"optimizer": training_step(updated, dtype),
+    works = {"optimizer": weight_update(updated),
              "whole step": training_step(whole, dtype, loss, (whole, ids, targets))}
     for p in updated.parameters():
         p.grad = torch.ones_like(p)

@@ -138,11 +138,12 @@ def stored_tensors(model, c):
     return {name: t for name, t in model.state_dict().items() if not name.endswith(left_out)}
 
 
-def stored_views(model, c, model_type=None):
-    """{parameter or buffer: its hf_views, without memory} of stored_tensors. Raises ConfigError as hf_views
+def stored_shapes(model, c, model_type=None):
+    """{parameter or buffer: [(Hugging Face's name, shape)]} of stored_tensors. Raises ConfigError as hf_views
     does."""
-    return {name: hf_views(name, torch.empty(t.shape, dtype=t.dtype, device="meta"), c, model_type)
-            for name, t in stored_tensors(model, c).items()}
+    wholes = {name: torch.empty(t.shape, device="meta") for name, t in stored_tensors(model, c).items()}
+    return {name: [(hf_name, tuple(view.shape)) for hf_name, view in hf_views(name, whole, c, model_type)]
+            for name, whole in wholes.items()}
 
 
 def load_model(directory, dtype=torch.float32, router_bias=False, place=None):
@@ -155,9 +156,9 @@ def load_model(directory, dtype=torch.float32, router_bias=False, place=None):
     try:
         with torch.device("meta"):  # the weights must fit before the model takes memory
             model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
-        views = itertools.chain(*stored_views(model, c, model_type).values())
+        shapes = dict(itertools.chain(*stored_shapes(model, c, model_type).values()))
         idle = idle_tensors(c, model_type)
-        check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views} | idle)
+        check_tensors(directory, tensors, shapes | idle)
         model = place(model) if place else model.materialise("cpu", "cpu")
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {one_line(error)}") from None
@@ -336,9 +337,8 @@ def read_moment(tensors, name):
 def load_moments(directory, model, optimizer):
     """Fill an AdamW's state from a checkpoint's moments, a parameter at a time. Raises ConfigError naming the
     tensor."""
-    c, views, named = model.config, stored_views(model, model.config), dict(model.named_parameters())
-    step, tensors = open_moments(directory, {hf_name: tuple(view.shape)
-                                             for name in named for hf_name, view in views[name]})
+    c, shapes, named = model.config, stored_shapes(model, model.config), dict(model.named_parameters())
+    step, tensors = open_moments(directory, dict(itertools.chain(*(shapes[name] for name in named))))
 
     def read(name, key, t):
         for hf_name, view in hf_views(name, t, c):

@@ -123,10 +123,10 @@ class Stored(NamedTuple):
     bytes = property(lambda self: self.tensor.nbytes)
 
 
-def write_weights(directory, pieces, shard_size, make_tensor, bar=None, stored=WEIGHTS):
+def write_weights(directory, pieces, shard_size, make_tensor, stored=WEIGHTS):
     """The file `stored`, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
     pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor, or a Span that has
-    the very bytes; it is called in the order of the pieces. bar: a tqdm."""
+    the very bytes; it is called in the order of the pieces."""
     shards, size = [[]], 0
     for p in pieces:
         size += p.bytes
@@ -135,17 +135,17 @@ def write_weights(directory, pieces, shard_size, make_tensor, bar=None, stored=W
             size = p.bytes
         shards[-1].append(p)
     if len(shards) == 1:
-        return write_shard(os.path.join(directory, stored), pieces, make_tensor, bar)
+        return write_shard(os.path.join(directory, stored), pieces, make_tensor)
     weight_map, (stem, suffix) = {}, os.path.splitext(stored)
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}{suffix}"
-        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
+        write_shard(os.path.join(directory, name), shard, make_tensor)
         weight_map |= {p.name: name for p in shard}
     total = {"total_size": sum(p.bytes for p in pieces)}
     write_json(directory, f"{stored}.index.json", {"metadata": total, "weight_map": weight_map})
 
 
-def write_shard(path, pieces, make_tensor, bar=None):
+def write_shard(path, pieces, make_tensor):
     """A safetensors file: the header, then each tensor. Memory holds one tensor at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -165,5 +165,3 @@ def write_shard(path, pieces, make_tensor, bar=None):
                 t = t.read() if isinstance(t, Span) else t
                 f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
             del t  # before the next one is made
-            if bar is not None:
-                bar.update(p.bytes)

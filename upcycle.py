@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import (CARD, KEYS, atomic_directory, companions, load_model, open_moments, read_config,
-                        read_moment, read_state, stored_views, to_hf_config, tokens_seen, write_moments)
+                        read_moment, read_state, stored_shapes, to_hf_config, tokens_seen, write_moments)
 from data.stream import bits_per_byte, load_tokens, locate, sequences
 from files import MEMORY
 from formats import FORMATS, idle_tensors, written_as
@@ -159,8 +159,7 @@ def layout(c, where="", model_type=None):
             model = Transformer(replace(c, rope_scaling=None, max_position_embeddings=1))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{where}: config.json describes no possible model: {error}") from None
-    return {name: [(hf_name, tuple(view.shape)) for hf_name, view in views]
-            for name, views in stored_views(model, c, model_type).items()}
+    return stored_shapes(model, c, model_type)
 
 
 def pieces_of(source, moe):
@@ -214,13 +213,14 @@ def make_piece(o, sources, routers, p):
     return t
 
 
-def made_early(make, pieces, pool):
-    """A function that returns make(piece) of the pieces, called for each in turn. The pool makes
-    THREADS of them ahead, which bounds the memory."""
+def made_early(make, pieces, pool, bar):
+    """A function that returns make(piece) of the pieces, called for each in turn, and moves the tqdm `bar`
+    on. The pool makes THREADS of them ahead, which bounds the memory."""
     waiting, rest = deque(), iter(pieces)
 
     def next_tensor(piece):
         waiting.extend(pool.submit(make, p) for p in itertools.islice(rest, 1 + THREADS - len(waiting)))
+        bar.update(piece.bytes)
         return waiting.popleft().result()
     return next_tensor
 
@@ -444,8 +444,8 @@ def upcycle(o):
     with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
-            make = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool)
-            write_weights(directory, pieces, o.shard_size, make, bar)
+            make = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool, bar)
+            write_weights(directory, pieces, o.shard_size, make)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
