@@ -231,8 +231,8 @@ class Part(NamedTuple):
 
     def pieces(self, c):
         """[Stored] of the whole, without memory."""
-        t = torch.empty(self.shape, dtype=self.local.dtype, device="meta")
-        return [Stored(self.prefix + name, view) for name, view in hf_views(self.name, t, c)]
+        views = hf_views(self.name, torch.empty(self.shape, device="meta"), c)
+        return [Stored(self.prefix + name, view.shape, self.local.dtype) for name, view in views]
 
     def views(self, c, group):
         """[Hugging Face's slice of the whole] on rank 0. All ranks call it in the same order."""
@@ -286,7 +286,7 @@ def write(directory, saved, state, beside=None, shard_size=5_000_000_000, group=
 def write_directory(directory, saved, wholes, state, beside, shard_size):
     """`write` on the rank that has the directory. wholes: an iterator over the views of the parts."""
     c, dtype = saved.config, saved.weights[0].local.dtype
-    idle = [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
+    idle = [Stored(name, shape, dtype) for name, shape in idle_tensors(c).items()]
     weights, moments = ([part.pieces(c) for part in parts] for parts in (saved.weights, saved.moments))
 
     def tensors(pieces_of_parts):
@@ -295,23 +295,23 @@ def write_directory(directory, saved, wholes, state, beside, shard_size):
                 if not is_finite(t):
                     raise ConfigError(f"{directory}: not written: {piece.name} is not finite")
                 yield t.cpu()
-    made = itertools.chain(tensors(weights), (p.tensor for p in idle), tensors(moments))
+    zeros = (torch.zeros(p.shape, dtype=dtype) for p in idle)
+    made = itertools.chain(tensors(weights), zeros, tensors(moments))
     weights, moments = [*itertools.chain(*weights), *idle], [*itertools.chain(*moments)]
     with atomic_directory(directory, sum(p.bytes for p in weights + moments)) as temporary:
         write_json(temporary, "config.json", to_hf_config(c, dtype))
-        write_weights(temporary, weights, shard_size, lambda p: next(made))
+        write_weights(temporary, weights, made, shard_size)
         if moments:
-            write_moments(temporary, saved.step, moments, shard_size, lambda p: next(made))
+            write_moments(temporary, saved.step, moments, made, shard_size)
         write_json(temporary, "trainer_state.json", state)
         for name, content in (beside or {}).items():
             Path(temporary, name).write_bytes(content)
 
 
-def write_moments(directory, step, pieces, shard_size, make_tensor):
+def write_moments(directory, step, pieces, tensors, shard_size):
     """Write AdamW's step and moments as write_weights does. Raises OSError."""
-    step = Stored("step", torch.tensor(step, dtype=torch.float64))
-    write_weights(directory, [step, *pieces], shard_size,
-                  lambda p: step.tensor if p is step else make_tensor(p), stored=MOMENTS)
+    pieces, step = [Stored("step", (), torch.float64), *pieces], torch.tensor(step, dtype=torch.float64)
+    write_weights(directory, pieces, itertools.chain([step], tensors), shard_size, MOMENTS)
 
 
 def open_moments(directory, shapes):

@@ -1,7 +1,9 @@
 """Safetensors files, one or shards with an index: opened without being read, written a tensor at a time."""
 import json
+import math
 import os
 import sys
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -113,20 +115,21 @@ def write_json(directory, name, value):
         json.dump(value, f, indent=2)
 
 
-class Stored(NamedTuple):
-    """A tensor under its name in the file, as write_shard takes it; it may be without memory."""
+@dataclass
+class Stored:
+    """A tensor of a file that is to be written."""
     name: str
-    tensor: torch.Tensor
+    shape: tuple
+    dtype: torch.dtype
 
-    shape = property(lambda self: self.tensor.shape)
-    dtype = property(lambda self: self.tensor.dtype)
-    bytes = property(lambda self: self.tensor.nbytes)
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(directory, pieces, shard_size, make_tensor, stored=WEIGHTS):
+def write_weights(directory, pieces, tensors, shard_size, stored=WEIGHTS):
     """The file `stored`, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
-    pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor, or a Span that has
-    the very bytes; it is called in the order of the pieces."""
+    pieces, [Stored]. tensors: an iterator over their tensors, or over Spans that have the very bytes."""
     shards, size = [[]], 0
     for p in pieces:
         size += p.bytes
@@ -135,17 +138,17 @@ def write_weights(directory, pieces, shard_size, make_tensor, stored=WEIGHTS):
             size = p.bytes
         shards[-1].append(p)
     if len(shards) == 1:
-        return write_shard(os.path.join(directory, stored), pieces, make_tensor)
+        return write_shard(os.path.join(directory, stored), pieces, tensors)
     weight_map, (stem, suffix) = {}, os.path.splitext(stored)
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}{suffix}"
-        write_shard(os.path.join(directory, name), shard, make_tensor)
+        write_shard(os.path.join(directory, name), shard, tensors)
         weight_map |= {p.name: name for p in shard}
     total = {"total_size": sum(p.bytes for p in pieces)}
     write_json(directory, f"{stored}.index.json", {"metadata": total, "weight_map": weight_map})
 
 
-def write_shard(path, pieces, make_tensor):
+def write_shard(path, pieces, tensors):
     """A safetensors file: the header, then each tensor. Memory holds one tensor at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -157,7 +160,7 @@ def write_shard(path, pieces, make_tensor):
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for p in pieces:
-            t = make_tensor(p)
+            t = next(tensors)
             assert t.shape == p.shape and t.dtype == p.dtype, p.name
             if isinstance(t, Span) and sys.platform == "linux":
                 t.copy_to(f)

@@ -177,8 +177,8 @@ def pieces_of(source, moe):
             dense_name, _ = dense_views[part]
             piece = Piece(name, shape, source.tensors[dense_name].dtype, dense_name)
             if parameter not in source.layout:
-                piece = piece._replace(layer=int(parameter.split(".")[1]), expert=expert, std=stds[part],
-                                       part=part if len(dense_views) == 2 else 2)
+                piece.layer, piece.expert, piece.std = int(parameter.split(".")[1]), expert, stds[part]
+                piece.part = part if len(dense_views) == 2 else 2
             pieces.append(piece)
     return pieces + [Piece(name, shape, pieces[0].dtype) for name, shape in idle_tensors(moe).items()]
 
@@ -214,15 +214,13 @@ def make_piece(o, sources, routers, p):
 
 
 def made_early(make, pieces, pool, bar):
-    """A function that returns make(piece) of the pieces, called for each in turn, and moves the tqdm `bar`
-    on. The pool makes THREADS of them ahead, which bounds the memory."""
+    """Yields make(piece) of the pieces, and moves the tqdm `bar` on. The pool makes THREADS of them ahead,
+    which bounds the memory."""
     waiting, rest = deque(), iter(pieces)
-
-    def next_tensor(piece):
+    for piece in pieces:
         waiting.extend(pool.submit(make, p) for p in itertools.islice(rest, 1 + THREADS - len(waiting)))
         bar.update(piece.bytes)
-        return waiting.popleft().result()
-    return next_tensor
+        yield waiting.popleft().result()
 
 
 @torch.no_grad()
@@ -260,10 +258,10 @@ def write_upcycled_moments(o, source, pieces, directory):
         m = read_moment(old, f"{key}.{p.dense_name}")
         return make(o, slice_of(o, m, p).clone(), p, power) if p.expert is not None and make else m
     wanted = [(key, power, p) for power, key in enumerate(KEYS, 1) for p in pieces if p.dense_name or p.drawn]
-    stored = [Stored(f"{key}.{p.name}", torch.empty(p.shape, device="meta", dtype=old[
-        f"{key}.{p.dense_name}"].dtype if p.dense_name else None)) for key, _, p in wanted]
-    made = itertools.starmap(moment, wanted)
-    write_moments(directory, step, stored, o.shard_size, lambda _: next(made))
+    stored = [Stored(f"{key}.{p.name}", p.shape,
+                     old[f"{key}.{p.dense_name}"].dtype if p.dense_name else torch.float32)
+              for key, _, p in wanted]
+    write_moments(directory, step, stored, itertools.starmap(moment, wanted), o.shard_size)
 
 
 # Keys of config.json that stay as the source has them, RoPE in whichever form.
@@ -444,8 +442,8 @@ def upcycle(o):
     with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
-            make = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool, bar)
-            write_weights(directory, pieces, o.shard_size, make)
+            made = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool, bar)
+            write_weights(directory, pieces, made, o.shard_size)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
