@@ -19,6 +19,7 @@ from model import (HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_t
 from parallel import compiled
 from train import Train, make_optimizer
 
+# {hidden size: (intermediate size, layers, heads)}
 SHAPES = {32: (96, 3, 2), 64: (176, 4, 4), 128: (352, 4, 4), 256: (704, 6, 8), 768: (2048, 12, 12)}
 TOKENS, SEQUENCE, VOCABULARY = 2048, 128, 257  # tokens of a step and of a sequence; bytes and an end of text
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # FLOP/s, data sheets
@@ -27,12 +28,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AUTOCAST = partial(torch.autocast, DEVICE.type, torch.bfloat16)
 
 
-def model_config(hidden, family, **changes):
-    intermediate, layers, heads = SHAPES[hidden]
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": intermediate,
-             "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": SEQUENCE,
-             "tie_word_embeddings": True, "num_local_experts": 8 if family == "moe" else 0}
-    return ModelConfig(**sizes | changes)
+def model_config(hidden, family):
+    return ModelConfig(VOCABULARY, hidden, *SHAPES[hidden], max_position_embeddings=SEQUENCE,
+                       tie_word_embeddings=True, num_local_experts=8 if family == "moe" else 0)
 
 
 def ours(c):

@@ -246,11 +246,8 @@ def read_source(options):
     """The texts of the source, in any order. Raises ConfigError for a source that cannot be read."""
     name, field = options.source, options.text_field
     try:
-        if name == "pysource":
-            for name in pysource_files():
-                yield from read_file(name, field, math.inf)
-        elif os.path.isdir(name):
-            for name in local_files(Path(name)):
+        if name == "pysource" or os.path.isdir(name):
+            for name in pysource_files() if name == "pysource" else local_files(Path(name)):
                 yield from read_file(name, field, math.inf)
         elif os.path.exists(name):  # val gets one at least of the pieces of a single text file
             piece_bytes = min(2**16, int(options.val_fraction * os.path.getsize(name)) + 1)
