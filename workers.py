@@ -152,17 +152,12 @@ def run_jobs(todo, count, caught, bar):
                 caught += [signal.SIGTERM] if kind == "stopped" else []
         return failed
     finally:
-        end_workers(workers, busy, terminate=bool(caught))
-
-
-def end_workers(workers, busy, terminate):
-    """Wait for the workers in `busy` to answer, and for all to end; `terminate` them first if so asked."""
-    for process in workers.values() if terminate else ():
-        process.terminate()  # a run under way is saved
-    for connection in busy:
-        with contextlib.suppress(EOFError, OSError):
-            while connection.recv()[0] == "tokens":
-                pass
-    for connection, process in workers.items():
-        connection.close()
-        process.join()
+        for process in workers.values() if caught else ():
+            process.terminate()  # a run under way is saved
+        for connection in busy:
+            with contextlib.suppress(EOFError, OSError):
+                while connection.recv()[0] == "tokens":
+                    pass
+        for connection, process in workers.items():
+            connection.close()
+            process.join()
