@@ -271,7 +271,7 @@ def data_of(c, dry_run=False):
     there."""
     if dry_run and not locate(c.dataset).exists():
         note(f"{c.dataset} is not there; a vocabulary of {cost.VOCABULARY:,} tokens is assumed")
-        return {"vocab_size": cost.VOCABULARY, "data_sha256": None}
+        return {"vocab_size": cost.VOCABULARY}
     return load_tokens(c.dataset, "train")[1]
 
 
@@ -291,7 +291,7 @@ def trunk_and_branches(study, c, base, name, lineage, levels, keep=(), upcycling
     or from c.init_from, after c.D1 tokens. base: a ModelConfig that says what the Train settings c cannot.
     """
     step, seen = c.tokens_per_step, c.D1 or 0
-    m, data_sha256 = pilot.model_config(c, base), data_of(c, study.dry_run)["data_sha256"]
+    m, data_sha256 = pilot.model_config(c, base), data_of(c, study.dry_run).get("data_sha256")
     ranks, per_token = ranks_of(study.launcher), flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
@@ -352,7 +352,7 @@ def check_unchanged(job):
         check_row(job, read_row(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
-        m, data_sha256 = pilot.model_config(begun, job.model), data_of(begun)["data_sha256"]
+        m, data_sha256 = pilot.model_config(begun, job.model), data_of(begun).get("data_sha256")
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
         before = job.row["tokens_before_schedule"]
         check_row(job, planned_row(begun, m, job.row, tokens, data_sha256, before, job.ranks), config)
