@@ -326,14 +326,6 @@ def open_moments(directory, shapes):
     return int(step), tensors
 
 
-def read_moment(tensors, name):
-    """One of the tensors of open_moments. Raises ConfigError where it is not finite."""
-    t = tensors[name].read()
-    if not is_finite(t):
-        raise ConfigError(f"{tensors[name].path}: {name} is not finite")
-    return t
-
-
 def load_moments(directory, model, optimizer):
     """Fill an AdamW's state from a checkpoint's moments, a parameter at a time. Raises ConfigError naming the
     tensor."""
@@ -342,7 +334,7 @@ def load_moments(directory, model, optimizer):
 
     def read(name, key, t):
         for hf_name, view in hf_views(name, t, c):
-            view.copy_(read_moment(tensors, f"{key}.{hf_name}"))
+            view.copy_(tensors[f"{key}.{hf_name}"].read_finite())
     for name, p in named.items():  # fused AdamW wants its count as an fp32 tensor beside the parameter
         state = {key: torch.zeros_like(p, requires_grad=False) for key in KEYS}
         for key, t in state.items():

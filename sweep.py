@@ -29,7 +29,7 @@ import pilot
 from data.stream import load_tokens, locate
 from model import ModelConfig, flops_per_token, parameter_counts
 from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, loss_text, read_row, unusual_knobs
-from start import Stopped, caught_signals, planned_row, resolve_architecture
+from start import Stopped, caught_signals, passes, planned_row, resolve_architecture
 from train import Train, pays_to_compile
 from upcycle import Options as UpcycleOptions, knobs
 from workers import check_row, run_jobs
@@ -154,9 +154,7 @@ def study_jobs(study):
         for seed in seeds["seeds"] + seeds["scratch_seeds"]:
             settings = study.train | size | {"seed": seed, "rows": None}
             dense = from_dict(Train, settings, f"{study.config}: ")
-            if dense.tokens_per_step % dense.max_seq_len:
-                raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
-                                  f"multiple of max_seq_len = {dense.max_seq_len}")
+            passes(dense, ranks_of(study.launcher))  # refuses steps that the ranks cannot share
             dense, m = resolve_architecture(dense, None, data_of(dense, study.dry_run))
             jobs += jobs_of_size(study, dense, m, study.D1 if seed in seeds["seeds"] else [])
     for folder, runs in Counter(job.settings.out_dir for job in jobs).most_common(1):

@@ -37,6 +37,12 @@ class Span(NamedTuple):
         t = self.file.get_tensor(self.name)
         return t if self.first_row is None else t[self.first_row:self.first_row + self.shape[0]]
 
+    def read_finite(self):
+        """The tensor. Raises ConfigError where it is not finite."""
+        if not is_finite(t := self.read()):
+            raise ConfigError(f"{self.path}: {self.name} is not finite")
+        return t
+
     def copy_to(self, f):
         """Append the bytes to f inside the kernel: a third of the CPU time of writing out a memory map."""
         f.flush()

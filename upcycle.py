@@ -39,10 +39,10 @@ from configurator import REQUIRED, ConfigError, checked, progress, read_json, ru
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (CARD, KEYS, atomic_directory, companions, load_model, open_moments, read_config,
-                        read_moment, read_state, stored_shapes, to_hf_config, tokens_seen, write_moments)
+from checkpoint import (CARD, KEYS, companions, load_model, open_moments, read_config, read_state,
+                        stored_shapes, to_hf_config, tokens_seen, write_moments)
 from data.stream import bits_per_byte, load_tokens, locate, sequences
-from files import MEMORY
+from files import MEMORY, atomic_directory
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
@@ -201,8 +201,8 @@ def make_piece(o, sources, routers, p):
         if p.expert is not None and make:
             t = make(o, slice_of(o, span.read(), p).clone(), p)
         elif span.dtype == p.dtype:
-            if (p.expert or 0) < len(sources) and not is_finite(span.read()):  # once, for all equal experts
-                raise ConfigError(f"{span.path}: {span.name} is not finite")
+            if (p.expert or 0) < len(sources):  # once, for all equal experts
+                span.read_finite()
             return span
         else:  # a merged checkpoint may be of another type than the first
             t = span.read()
@@ -255,7 +255,7 @@ def write_upcycled_moments(o, source, pieces, directory):
     def moment(key, power, p):
         if p.dense_name is None:
             return torch.zeros(p.shape)
-        m = read_moment(old, f"{key}.{p.dense_name}")
+        m = old[f"{key}.{p.dense_name}"].read_finite()
         return make(o, slice_of(o, m, p).clone(), p, power) if p.expert is not None and make else m
     wanted = [(key, power, p) for power, key in enumerate(KEYS, 1) for p in pieces if p.dense_name or p.drawn]
     stored = [Stored(f"{key}.{p.name}", p.shape,
