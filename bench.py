@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import (REQUIRED, ConfigError, code_version, read_json, run, setting,
+from configurator import (HERE, REQUIRED, ConfigError, code_version, read_json, run, setting,
                           write_text_atomically)
 
 import numpy as np
@@ -38,7 +38,6 @@ from model import ModelConfig, Transformer
 from rows import read_rows
 from uncertainty import bootstrap, fit_with_noise
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.join(HERE, "tests"))
 
 import simulated
@@ -169,7 +168,6 @@ class Options:
     latency: float = setting(1e-5, "scale: seconds of a message between GPUs; assumed", least=0)
     out: str = setting("", "train, scale: file of the numbers; empty: out/bench_train.json or "
                        "out/bench_scale.json; the figure of train is the .png beside it")
-    against: str | None = setting(None, "train: an older file of numbers to compare with")
 
 
 def main(options):

@@ -14,21 +14,22 @@ import time
 from dataclasses import asdict, replace
 from itertools import product
 
-from configurator import ConfigError, code_version, from_dict, read_config, write_config, write_result
+from configurator import (HERE, ConfigError, code_version, from_dict, read_config, write_config,
+                          write_result)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
-from bench_train import DEVICE, SEQUENCE, SHAPES, TOKENS, model_config, products_alone
+from bench_train import DEVICE, SEQUENCE, TOKENS, model_config, products_alone
 from data.prepare import Options as Prepare, prepare
 from model import flops_per_token, parameter_counts
-from start import passes
-from sweep import resolved
+from rows import EXPERTS, SIZES
+from start import passes, resolve_architecture
+from sweep import data_of
 from train import Train
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 WARM_UP = 5  # steps that are not measured
 GLOO = DEVICE.type == "cpu"
@@ -54,10 +55,11 @@ def traffic(m, parallel, n, in_bf16, accumulate, gloo=False):
 
 
 def parts(m, c, n, flops_per_s, bandwidth, latency, gloo=False):
-    """(seconds of products, seconds of communication) of a step of the Train settings c on n ranks."""
+    """(seconds of products, seconds of communication, bytes that a rank sends) of a step of Train settings c
+    on n ranks."""
     size, hops = traffic(m, c.parallel, n, c.dtype == "bfloat16", passes(c, n)[1], gloo)
     work = c.tokens_per_step * flops_per_token(m, c.max_seq_len) / (n * flops_per_s)
-    return work, size / bandwidth + hops * latency
+    return work, size / bandwidth + hops * latency, size
 
 
 def said_by(command, look=lambda pid: None):
@@ -99,20 +101,15 @@ def probe(hidden, family):
     dist.destroy_process_group()
 
 
-def sent_bytes():
-    """Bytes that the loopback device has sent, by which gloo's processes talk. Raises OSError."""
-    with open("/proc/net/dev", encoding="utf-8") as f:
-        return next(int(line.split()[9]) for line in f if line.lstrip().startswith("lo:"))
-
-
 def measure(c, n):
     """(seconds of a step, bytes that a rank sends in it or None) of train.py on n processes."""
     config, log, seen = f"{c.out_dir}.py", os.path.join(c.out_dir, "log.jsonl"), []
     write_config(c, config)
 
     def look(pid):
-        with contextlib.suppress(OSError), open(log, encoding="utf-8") as f:
-            seen.append((f.read().count("\n"), sent_bytes()))
+        with contextlib.suppress(OSError), open(log, encoding="utf-8") as f, open("/proc/net/dev") as devices:
+            steps = f.read().count("\n")  # gloo's processes talk by the loopback device
+            seen.append((steps, next(int(line.split()[9]) for line in devices if line.lstrip()[:3] == "lo:")))
     said_by([*TORCHRUN, f"--nproc_per_node={n}", "train.py", config], look)
     with open(log, encoding="utf-8") as f:
         speeds = [json.loads(line)["tokens_per_s"] for line in f][WARM_UP:]
@@ -139,17 +136,15 @@ def races(options, folder):
             continue
         said = said_by([*TORCHRUN, f"--nproc_per_node={n}", "bench_scale.py", str(hidden), family])
         reached = next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
-        m, (F, L, heads) = model_config(hidden, family), SHAPES[hidden]
+        m = model_config(hidden, family)
         for parallel in ("ddp", "fsdp"):
             name = f"{family} {hidden} {parallel} {n}"
             c = Train(out_dir=os.path.join(folder, name), rows=None, dataset=os.path.join(folder, "data"),
-                      hidden_size=hidden, intermediate_size=F, num_hidden_layers=L, num_attention_heads=heads,
-                      num_local_experts=m.num_local_experts, max_seq_len=SEQUENCE, tokens_per_step=TOKENS,
-                      max_tokens=TOKENS * (WARM_UP + options.repeats), save_every_seconds=0, compile=False,
-                      dtype=DTYPE, decay_steps=0, parallel=parallel)
+                      **{key: getattr(m, key) for key in (*SIZES, *EXPERTS)}, max_seq_len=SEQUENCE,
+                      tokens_per_step=TOKENS, max_tokens=TOKENS * (WARM_UP + options.repeats), dtype=DTYPE,
+                      save_every_seconds=0, compile=False, decay_steps=0, parallel=parallel)
             seconds, sent = measure(c, n)
-            work, communication = parts(m, c, n, gloo=GLOO, **reached)
-            counted = traffic(m, parallel, n, not GLOO, 1, GLOO)[0]
+            work, communication, counted = parts(m, c, n, gloo=GLOO, **reached)
             rows.append({"family": family, "hidden": hidden, "parallel": parallel, "processes": n,
                          "seconds": seconds, "tokens_per_s": TOKENS / seconds, "bytes_counted": counted,
                          "bytes_sent": sent, "work": work, "communication": communication, **reached})
@@ -161,12 +156,12 @@ def races(options, folder):
 def estimates(options, a, b):
     """Rows of the estimated step of the settings options.model on GPUs, by parallel and their number."""
     c = from_dict(Train, read_config(options.model), f"{options.model}: ")
-    c, m, _ = resolved(c, dry_run=True)
+    c, m = resolve_architecture(c, None, data_of(c, dry_run=True))
     rows = []
     for parallel, n in product(("ddp", "fsdp"), options.gpus):
         c = replace(c, parallel=parallel)
         with contextlib.suppress(ConfigError):  # the sequences of a step do not divide among n
-            work, communication = parts(m, c, n, options.flops_per_gpu, options.bandwidth, options.latency)
+            work, communication, _ = parts(m, c, n, options.flops_per_gpu, options.bandwidth, options.latency)
             seconds = a * work + b * communication
             rows.append({"parallel": parallel, "gpus": n, "seconds": seconds,
                          "communication": b * communication / seconds,

@@ -138,11 +138,12 @@ def stored_tensors(model, c):
     return {name: t for name, t in model.state_dict().items() if not name.endswith(left_out)}
 
 
-def stored_views(model, c, model_type=None):
-    """{parameter or buffer: its hf_views, without memory} of stored_tensors. Raises ConfigError as hf_views
+def stored_shapes(model, c, model_type=None):
+    """{parameter or buffer: [(Hugging Face's name, shape)]} of stored_tensors. Raises ConfigError as hf_views
     does."""
-    return {name: hf_views(name, torch.empty(t.shape, dtype=t.dtype, device="meta"), c, model_type)
-            for name, t in stored_tensors(model, c).items()}
+    wholes = {name: torch.empty(t.shape, device="meta") for name, t in stored_tensors(model, c).items()}
+    return {name: [(hf_name, tuple(view.shape)) for hf_name, view in hf_views(name, whole, c, model_type)]
+            for name, whole in wholes.items()}
 
 
 def load_model(directory, dtype=torch.float32, router_bias=False, place=None):
@@ -155,9 +156,9 @@ def load_model(directory, dtype=torch.float32, router_bias=False, place=None):
     try:
         with torch.device("meta"):  # the weights must fit before the model takes memory
             model = Transformer(dataclasses.replace(c, router_bias=c.router_bias or router_bias)).to(dtype)
-        views = itertools.chain(*stored_views(model, c, model_type).values())
+        shapes = dict(itertools.chain(*stored_shapes(model, c, model_type).values()))
         idle = idle_tensors(c, model_type)
-        check_tensors(directory, tensors, {name: tuple(view.shape) for name, view in views} | idle)
+        check_tensors(directory, tensors, shapes | idle)
         model = place(model) if place else model.materialise("cpu", "cpu")
     except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {one_line(error)}") from None
@@ -230,8 +231,8 @@ class Part(NamedTuple):
 
     def pieces(self, c):
         """[Stored] of the whole, without memory."""
-        t = torch.empty(self.shape, dtype=self.local.dtype, device="meta")
-        return [Stored(self.prefix + name, view) for name, view in hf_views(self.name, t, c)]
+        views = hf_views(self.name, torch.empty(self.shape, device="meta"), c)
+        return [Stored(self.prefix + name, view.shape, self.local.dtype) for name, view in views]
 
     def views(self, c, group):
         """[Hugging Face's slice of the whole] on rank 0. All ranks call it in the same order."""
@@ -285,7 +286,7 @@ def write(directory, saved, state, beside=None, shard_size=5_000_000_000, group=
 def write_directory(directory, saved, wholes, state, beside, shard_size):
     """`write` on the rank that has the directory. wholes: an iterator over the views of the parts."""
     c, dtype = saved.config, saved.weights[0].local.dtype
-    idle = [Stored(name, torch.zeros(shape, dtype=dtype)) for name, shape in idle_tensors(c).items()]
+    idle = [Stored(name, shape, dtype) for name, shape in idle_tensors(c).items()]
     weights, moments = ([part.pieces(c) for part in parts] for parts in (saved.weights, saved.moments))
 
     def tensors(pieces_of_parts):
@@ -294,23 +295,23 @@ def write_directory(directory, saved, wholes, state, beside, shard_size):
                 if not is_finite(t):
                     raise ConfigError(f"{directory}: not written: {piece.name} is not finite")
                 yield t.cpu()
-    made = itertools.chain(tensors(weights), (p.tensor for p in idle), tensors(moments))
+    zeros = (torch.zeros(p.shape, dtype=dtype) for p in idle)
+    made = itertools.chain(tensors(weights), zeros, tensors(moments))
     weights, moments = [*itertools.chain(*weights), *idle], [*itertools.chain(*moments)]
     with atomic_directory(directory, sum(p.bytes for p in weights + moments)) as temporary:
         write_json(temporary, "config.json", to_hf_config(c, dtype))
-        write_weights(temporary, weights, shard_size, lambda p: next(made))
+        write_weights(temporary, weights, made, shard_size)
         if moments:
-            write_moments(temporary, saved.step, moments, shard_size, lambda p: next(made))
+            write_moments(temporary, saved.step, moments, made, shard_size)
         write_json(temporary, "trainer_state.json", state)
         for name, content in (beside or {}).items():
             Path(temporary, name).write_bytes(content)
 
 
-def write_moments(directory, step, pieces, shard_size, make_tensor):
+def write_moments(directory, step, pieces, tensors, shard_size):
     """Write AdamW's step and moments as write_weights does. Raises OSError."""
-    step = Stored("step", torch.tensor(step, dtype=torch.float64))
-    write_weights(directory, [step, *pieces], shard_size,
-                  lambda p: step.tensor if p is step else make_tensor(p), stored=MOMENTS)
+    pieces, step = [Stored("step", (), torch.float64), *pieces], torch.tensor(step, dtype=torch.float64)
+    write_weights(directory, pieces, itertools.chain([step], tensors), shard_size, MOMENTS)
 
 
 def open_moments(directory, shapes):
@@ -325,24 +326,15 @@ def open_moments(directory, shapes):
     return int(step), tensors
 
 
-def read_moment(tensors, name):
-    """One of the tensors of open_moments. Raises ConfigError where it is not finite."""
-    t = tensors[name].read()
-    if not is_finite(t):
-        raise ConfigError(f"{tensors[name].path}: {name} is not finite")
-    return t
-
-
 def load_moments(directory, model, optimizer):
     """Fill an AdamW's state from a checkpoint's moments, a parameter at a time. Raises ConfigError naming the
     tensor."""
-    c, views, named = model.config, stored_views(model, model.config), dict(model.named_parameters())
-    step, tensors = open_moments(directory, {hf_name: tuple(view.shape)
-                                             for name in named for hf_name, view in views[name]})
+    c, shapes, named = model.config, stored_shapes(model, model.config), dict(model.named_parameters())
+    step, tensors = open_moments(directory, dict(itertools.chain(*(shapes[name] for name in named))))
 
     def read(name, key, t):
         for hf_name, view in hf_views(name, t, c):
-            view.copy_(read_moment(tensors, f"{key}.{hf_name}"))
+            view.copy_(tensors[f"{key}.{hf_name}"].read_finite())
     for name, p in named.items():  # fused AdamW wants its count as an fp32 tensor beside the parameter
         state = {key: torch.zeros_like(p, requires_grad=False) for key in KEYS}
         for key, t in state.items():

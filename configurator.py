@@ -32,6 +32,7 @@ import typing
 from tqdm import tqdm
 
 REQUIRED = object()
+HERE = os.path.dirname(os.path.abspath(__file__))  # the folder of all scripts
 
 
 class ConfigError(Exception):
@@ -284,9 +285,14 @@ def convert(name, value, kind, least=None, most=None):
 
 def type_name(kind):
     """A type in the words of --help."""
-    if typing.get_origin(kind) in (typing.Literal, *UNIONS):
-        return "|".join(part if isinstance(part, str) else type_name(part) for part in typing.get_args(kind))
-    return "none" if kind is types.NoneType else kind.__name__ if isinstance(kind, type) else str(kind)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, parts))
+    if origin in UNIONS:
+        return "|".join(map(type_name, parts))
+    if origin is list:
+        return f"list of {type_name(*parts)}"
+    return "none" if kind is types.NoneType else kind.__name__
 
 
 def from_text(name, text, kind):
@@ -438,9 +444,8 @@ def lasting_streams():
 def code_version():
     """The commit of the code, with + if the code was modified since; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    folder = os.path.dirname(os.path.abspath(__file__))
     try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

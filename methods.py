@@ -3,7 +3,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,23 +11,18 @@ import torch.nn.functional as F
 
 from configurator import ConfigError
 from model import wide
+from tensors import Stored
 
 
-class Piece(NamedTuple):
+@dataclass
+class Piece(Stored):
     """A tensor of the result and what it is made of."""
-    name: str
-    shape: tuple
-    dtype: torch.dtype
     dense_name: str | None = None  # the dense tensor; None: it has none
     layer: int = 0
     expert: int | None = None  # None: attention, norms, embeddings, router
     part: int = 0  # gate 0, up 1, down 2
     std: list | None = None  # of the dense tensor, from when one of its experts has wanted it
     drawn: bool = False  # the router; what is neither drawn nor of a dense tensor is zero
-
-    @property
-    def bytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def channels(self):

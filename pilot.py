@@ -7,6 +7,7 @@ import checkpoint
 from configurator import ConfigError, from_dict, note, read_json
 from cost import flops_of
 from data.stream import load_tokens, locate
+from files import check_model
 from model import Transformer, flops_per_token, rope_frequencies
 from rows import EXPERTS
 from start import MODEL_KEYS, resolve_architecture
@@ -58,7 +59,7 @@ def model_config(c, base):
     """`base`, a ModelConfig, with all that Train settings `c` say of it. Raises ConfigError."""
     try:
         rope_frequencies(base)
-        return replace(base, **{key: getattr(c, key) for key in MODEL_KEYS})
+        return check_model(replace(base, **{key: getattr(c, key) for key in MODEL_KEYS}))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

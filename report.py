@@ -16,7 +16,7 @@ from figures import FAMILY_STYLES, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
 from problem import at_levels, levels_of, of_family
-from rows import KNOBS, loss_columns, loss_text, method_label, same_but
+from rows import KNOBS, loss_columns, loss_text, method_label, run_key
 
 TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
@@ -52,7 +52,7 @@ def method_differences(rows):
         label = FAMILY_STYLES["moe"][0] if scratch else method_label(row)
         but = columns + ("family", "D", "D1", "D2", "dense_trunk") * scratch
         for copy in (copy for copy in copies if row.get("D2", row.get("D")) == copy["D2"]):
-            if before_split(row) == before_split(copy) and same_but(row, copy, but):
+            if before_split(row) == before_split(copy) and run_key(row, but) == run_key(copy, but):
                 cells = differences.setdefault((label, copy["N"], copy["D1"]), {})
                 cells.setdefault(copy["D2"], []).append(row["loss"] / copy["loss"] - 1)
     return {key: dict(sorted(cells.items())) for key, cells in sorted(differences.items())}

@@ -67,15 +67,9 @@ def run_key(row, but=()):
     return tuple(plain(key, row.get(key)) for key in RUN if key not in but)
 
 
-def same_but(a, b, but):
-    """Two rows are equal in all columns that tell runs apart, the columns in `but` aside."""
-    return run_key(a, but) == run_key(b, but)
-
-
-def differences(a, b, but=()):
+def differences(a, b):
     """[(column, its value in a, its value in b)] of the columns that make two rows different runs."""
-    return [(key, a.get(key), b.get(key)) for key in RUN
-            if key not in but and plain(key, a.get(key)) != plain(key, b.get(key))]
+    return [(key, a.get(key), b.get(key)) for key in RUN if plain(key, a.get(key)) != plain(key, b.get(key))]
 
 
 def mixed_conditions(rows):

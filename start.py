@@ -54,7 +54,9 @@ def resolve(c, meta, world):
 def resolve_architecture(c, source, meta):
     """(settings with architecture and dtype resolved, ModelConfig): a checkpoint decides its architecture.
     Raises ConfigError for another one."""
-    has_bias, given = c.router_bias_update_rate > 0, given_settings(c)
+    has_bias = c.router_bias_update_rate > 0
+    # Of settings made in code, those are given that are not the default.
+    given = getattr(c, "given", {f.name for f in dataclasses.fields(c) if getattr(c, f.name) != f.default})
     if c.dtype == "auto":
         c = dataclasses.replace(c, dtype="bfloat16" if on_cuda(c.device) else "float32")
     if not source:
@@ -82,11 +84,6 @@ def resolve_architecture(c, source, meta):
     c = dataclasses.replace(c, **there)
     return c, dataclasses.replace(m, router_bias=m.router_bias or has_bias,
                                   router_aux_loss_coef=c.router_aux_loss_coef)
-
-
-def given_settings(c):
-    """Names of the settings that were given; of settings made in code, of those that are not the default."""
-    return getattr(c, "given", {f.name for f in dataclasses.fields(c) if getattr(c, f.name) != f.default})
 
 
 def starting_state(c, m, meta, source, before, resumed_from):

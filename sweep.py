@@ -28,8 +28,8 @@ import cost
 import pilot
 from data.stream import load_tokens, locate
 from model import ModelConfig, flops_per_token, parameter_counts
-from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, loss_text, read_row, run_key, unusual_knobs
-from start import Stopped, caught_signals, planned_row, resolve_architecture
+from rows import EXPERTS, FAMILIES, RUN, SIZES, append_row, loss_text, read_row, unusual_knobs
+from start import Stopped, caught_signals, passes, planned_row, resolve_architecture
 from train import Train, pays_to_compile
 from upcycle import Options as UpcycleOptions, knobs
 from workers import check_row, run_jobs
@@ -142,7 +142,11 @@ def study_jobs(study):
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of train and sizes")
     for key in {"source", "destination", "merge_with"} & {key for method in study.methods for key in method}:
         raise ConfigError(f"{study.config}: {key} is set by the study, leave it out of methods")
-    jobs, seen = jobs_of_pilot(study) if study.dense else [], set()
+    jobs = []
+    if study.dense:
+        levels = pilot.with_levels(study)
+        for seed in study.seeds:
+            jobs += jobs_of_size(levels, *pilot.open_dense(levels, seed), [])
     for size in study.sizes:
         seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
                  for key, usual in (("seeds", study.seeds), ("scratch_seeds", []))}
@@ -150,18 +154,13 @@ def study_jobs(study):
         for seed in seeds["seeds"] + seeds["scratch_seeds"]:
             settings = study.train | size | {"seed": seed, "rows": None}
             dense = from_dict(Train, settings, f"{study.config}: ")
-            if dense.tokens_per_step % dense.max_seq_len:
-                raise ConfigError(f"{study.config}: tokens_per_step = {dense.tokens_per_step} is not a "
-                                  f"multiple of max_seq_len = {dense.max_seq_len}")
-            dense, m, _ = resolved(dense, dry_run=study.dry_run)
-            n = parameter_counts(m)["N"]
-            if (n, seed) in seen:
-                raise ConfigError(f"{study.config}: two of sizes have N = {n:,}, or two seeds are equal")
-            seen.add((n, seed))
-            jobs += jobs_of_size(study, dense, n, study.D1 if seed in seeds["seeds"] else [])
-    keys = [run_key(job.row, ("trunk",)) for job in jobs if not job.is_trunk]
-    if len(set(keys)) < len(keys):
-        raise ConfigError(f"{study.config}: two of methods are equal")
+            passes(dense, ranks_of(study.launcher))  # refuses steps that the ranks cannot share
+            dense, m = resolve_architecture(dense, None, data_of(dense, study.dry_run))
+            jobs += jobs_of_size(study, dense, m, study.D1 if seed in seeds["seeds"] else [])
+    for folder, runs in Counter(job.settings.out_dir for job in jobs).most_common(1):
+        if runs > 1:
+            raise ConfigError(f"{study.config}: {runs} runs would be {folder}: two of sizes have one N, or "
+                              "two seeds or two methods are equal")
     compile_where_it_pays(jobs)
     return due_jobs(study, jobs)
 
@@ -221,34 +220,26 @@ def due_jobs(study, jobs):
     return due[::-1]
 
 
-def jobs_of_pilot(study):
-    """[Job]: what jobs_of_size has, of one checkpoint and for each seed. Raises ConfigError."""
-    study, jobs = pilot.with_levels(study), []
-    for seed in study.seeds:
-        dense, m = pilot.open_dense(study, seed)
-        jobs += jobs_of_size(study, dense, parameter_counts(m)["N"], [], m)
-    return jobs
-
-
-def jobs_of_size(study, dense, n, upcycled_at, base=None):
+def jobs_of_size(study, dense, base, upcycled_at):
     """[Job] of one size and seed: the dense, the MoE and the upcycled trunks, each with its branches.
 
-    upcycled_at: the levels of D1 from which this seed is upcycled. base: of a pilot, its ModelConfig. There
-    `dense` goes on from the checkpoint study.dense, which is upcycled, and a MoE from scratch has its
-    architecture.
+    dense: Train settings of the dense trunk. base: its ModelConfig. upcycled_at: the levels of D1 from which
+    this seed is upcycled. In a pilot `dense` goes on from the checkpoint study.dense, which is upcycled, and
+    a MoE from scratch has its architecture.
     """
-    experts = {key: getattr(study, key) for key in EXPERTS}
+    experts, n = {key: getattr(study, key) for key in EXPERTS}, parameter_counts(base)["N"]
     dense_trunk, name = f"dense-N{n}-s{dense.seed}", f"moe-N{n}-s{dense.seed}"
-    jobs = trunk_and_branches(study, dense, dense_trunk, {"family": "dense", "N": n},
-                              study.D_dense or study.D1, keep=upcycled_at, base=base)
-    levels = rounded_levels(study, dense, upcycled_at) if upcycled_at else []
-    if base:
+    levels, fresh = rounded_levels(study, dense, upcycled_at), None
+    jobs = trunk_and_branches(study, dense, base, dense_trunk, {"family": "dense", "N": n},
+                              study.D_dense or study.D1, keep=levels)
+    if study.dense:
         levels, dense_trunk = [dense.D1], dense.trunk
         dense = dataclasses.replace(dense, init_from=None, D1=None)
-    fresh = base and UpcycleOptions(study.dense, os.path.join(study.out_dir, name, "start"), seed=dense.seed,
-                                    **experts)
-    jobs += trunk_and_branches(study, dataclasses.replace(dense, **experts), name, {"family": "moe", "N": n},
-                               study.D_moe or sorted({*study.D1, *study.D2}), upcycling=fresh, base=base)
+        fresh = UpcycleOptions(study.dense, os.path.join(study.out_dir, name, "start"), seed=dense.seed,
+                               **experts)
+    jobs += trunk_and_branches(study, dataclasses.replace(dense, **experts), base, name,
+                               {"family": "moe", "N": n}, study.D_moe or sorted({*study.D1, *study.D2}),
+                               upcycling=fresh)
     for d1 in levels:
         for method in study.methods:
             source = study.dense or checkpoint_path(os.path.join(study.out_dir, dense_trunk), d1, dense)
@@ -256,12 +247,11 @@ def jobs_of_size(study, dense, n, upcycled_at, base=None):
             options = from_dict(UpcycleOptions, given | experts | method, f"{study.config}: methods: ")
             name = f"upcycled-N{n}-s{dense.seed}-D1_{d1}-{method_name(study, options)}"
             options.destination = os.path.join(study.out_dir, name, "start")
-            upcycled = dataclasses.replace(dense, num_local_experts=options.num_local_experts,
-                                           num_experts_per_tok=options.num_experts_per_tok,
+            upcycled = dataclasses.replace(dense, **{key: getattr(options, key) for key in EXPERTS},
                                            intermediate_size=dense.intermediate_size // options.granularity)
             lineage = {"family": "upcycled", "N": n, "D1": d1, "method": options.method,
                        "dense_trunk": dense_trunk, **knobs(options)}
-            jobs += trunk_and_branches(study, upcycled, name, lineage, study.D2, upcycling=options, base=base)
+            jobs += trunk_and_branches(study, upcycled, base, name, lineage, study.D2, upcycling=options)
     return jobs
 
 
@@ -274,41 +264,37 @@ def method_name(study, options):
     return "-".join([options.method, *(f"{key}_{value}" for key, value in told.items())])
 
 
-def resolved(c, base=None, dry_run=False):
-    """(settings with the architecture resolved, its ModelConfig, the data's sha256). base: a ModelConfig that
-    says what the settings cannot say. Raises ConfigError, but on a dry run not for data that is not there."""
+def data_of(c, dry_run=False):
+    """meta.json of the data of Train settings. Raises ConfigError, but on a dry run not for data that is not
+    there."""
     if dry_run and not locate(c.dataset).exists():
         note(f"{c.dataset} is not there; a vocabulary of {cost.VOCABULARY:,} tokens is assumed")
-        meta = {"vocab_size": cost.VOCABULARY}
-    else:
-        meta = load_tokens(c.dataset, "train")[1]
-    if base:
-        return c, pilot.model_config(c, base), meta.get("data_sha256")
-    return *resolve_architecture(c, None, meta), meta.get("data_sha256")
+        return {"vocab_size": cost.VOCABULARY}
+    return load_tokens(c.dataset, "train")[1]
 
 
 def rounded_levels(study, c, tokens):
     """Token counts rounded to whole steps. Raises ConfigError when two become one or none is left."""
     rounded = [round(t / c.tokens_per_step) * c.tokens_per_step for t in tokens]
-    if len(set(rounded)) < len(rounded) or min(rounded) <= c.warmup_steps * c.tokens_per_step:
+    if len(set(rounded)) < len(rounded) or any(t <= c.warmup_steps * c.tokens_per_step for t in rounded):
         raise ConfigError(f"{study.config}: levels {sorted(tokens)} must differ by a step of "
                           f"{c.tokens_per_step} tokens and exceed {c.warmup_steps} warm-up steps")
     return rounded
 
 
-def trunk_and_branches(study, c, name, lineage, levels, keep=(), upcycling=None, base=None):
+def trunk_and_branches(study, c, base, name, lineage, levels, keep=(), upcycling=None):
     """[Job] of the trunk `name` and of its branches, one for each of the token counts `levels`.
 
     The trunk keeps checkpoints at the token counts `keep` too. It starts from weights that `upcycling` makes,
-    or from c.init_from, after c.D1 tokens. base: see jobs_of_size.
+    or from c.init_from, after c.D1 tokens. base: a ModelConfig that says what the Train settings c cannot.
     """
     step, seen = c.tokens_per_step, c.D1 or 0
-    c, m, data_sha256 = resolved(c, base, study.dry_run)
+    m, data_sha256 = pilot.model_config(c, base), data_of(c, study.dry_run).get("data_sha256")
     ranks, per_token = ranks_of(study.launcher), flops_per_token(m, c.max_seq_len)
     points = []  # (end, start of the decay) in tokens
     for end in sorted(rounded_levels(study, c, levels)):
         points.append((end, end - max(1, round(end * study.decay_fraction / step)) * step))
-    stops = sorted({start for _, start in points} | set(rounded_levels(study, c, keep) if keep else ()))
+    stops = sorted({start for _, start in points} | set(keep))
     trunk = dataclasses.replace(c, out_dir=os.path.join(study.out_dir, name), trunk=name, resume=True,
                                 max_tokens=stops[-1], decay_steps=0, decay_start=0, save_at_tokens=stops)
     if upcycling:
@@ -364,7 +350,7 @@ def check_unchanged(job):
         check_row(job, read_row(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
-        begun, m, data_sha256 = resolved(begun, job.model)
+        m, data_sha256 = pilot.model_config(begun, job.model), data_of(begun).get("data_sha256")
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
         before = job.row["tokens_before_schedule"]
         check_row(job, planned_row(begun, m, job.row, tokens, data_sha256, before, job.ranks), config)

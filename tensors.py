@@ -1,7 +1,9 @@
 """Safetensors files, one or shards with an index: opened without being read, written a tensor at a time."""
 import json
+import math
 import os
 import sys
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,12 @@ class Span(NamedTuple):
     def read(self):  # a memory map
         t = self.file.get_tensor(self.name)
         return t if self.first_row is None else t[self.first_row:self.first_row + self.shape[0]]
+
+    def read_finite(self):
+        """The tensor. Raises ConfigError where it is not finite."""
+        if not is_finite(t := self.read()):
+            raise ConfigError(f"{self.path}: {self.name} is not finite")
+        return t
 
     def copy_to(self, f):
         """Append the bytes to f inside the kernel: a third of the CPU time of writing out a memory map."""
@@ -113,20 +121,21 @@ def write_json(directory, name, value):
         json.dump(value, f, indent=2)
 
 
-class Stored(NamedTuple):
-    """A tensor under its name in the file, as write_shard takes it; it may be without memory."""
+@dataclass
+class Stored:
+    """A tensor of a file that is to be written."""
     name: str
-    tensor: torch.Tensor
+    shape: tuple
+    dtype: torch.dtype
 
-    shape = property(lambda self: self.tensor.shape)
-    dtype = property(lambda self: self.tensor.dtype)
-    bytes = property(lambda self: self.tensor.nbytes)
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(directory, pieces, shard_size, make_tensor, bar=None, stored=WEIGHTS):
+def write_weights(directory, pieces, tensors, shard_size, stored=WEIGHTS):
     """The file `stored`, or shards of at most shard_size bytes (a larger tensor alone) and their index, of
-    pieces, which have a name, shape, dtype and bytes. make_tensor(piece) gives the tensor, or a Span that has
-    the very bytes; it is called in the order of the pieces. bar: a tqdm."""
+    pieces, [Stored]. tensors: an iterator over their tensors, or over Spans that have the very bytes."""
     shards, size = [[]], 0
     for p in pieces:
         size += p.bytes
@@ -135,17 +144,17 @@ def write_weights(directory, pieces, shard_size, make_tensor, bar=None, stored=W
             size = p.bytes
         shards[-1].append(p)
     if len(shards) == 1:
-        return write_shard(os.path.join(directory, stored), pieces, make_tensor, bar)
+        return write_shard(os.path.join(directory, stored), pieces, tensors)
     weight_map, (stem, suffix) = {}, os.path.splitext(stored)
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}{suffix}"
-        write_shard(os.path.join(directory, name), shard, make_tensor, bar)
+        write_shard(os.path.join(directory, name), shard, tensors)
         weight_map |= {p.name: name for p in shard}
     total = {"total_size": sum(p.bytes for p in pieces)}
     write_json(directory, f"{stored}.index.json", {"metadata": total, "weight_map": weight_map})
 
 
-def write_shard(path, pieces, make_tensor, bar=None):
+def write_shard(path, pieces, tensors):
     """A safetensors file: the header, then each tensor. Memory holds one tensor at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -157,7 +166,7 @@ def write_shard(path, pieces, make_tensor, bar=None):
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for p in pieces:
-            t = make_tensor(p)
+            t = next(tensors)
             assert t.shape == p.shape and t.dtype == p.dtype, p.name
             if isinstance(t, Span) and sys.platform == "linux":
                 t.copy_to(f)
@@ -165,5 +174,3 @@ def write_shard(path, pieces, make_tensor, bar=None):
                 t = t.read() if isinstance(t, Span) else t
                 f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
             del t  # before the next one is made
-            if bar is not None:
-                bar.update(p.bytes)

@@ -222,7 +222,7 @@ def build(run):
             broadcast_buffers=False, gradient_as_bucket_view=True)  # all ranks compute the same buffers
         run.no_sync = run.forward.no_sync
     if c.eval_every_steps:  # what is compiled for validation is compiled now: signals interrupt it
-        validate_run(run, tokens=min(c.eval_tokens, run.micro * ranks()[1] * c.max_seq_len))
+        validate(run, tokens=min(c.eval_tokens, run.micro * ranks()[1] * c.max_seq_len))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -288,31 +288,25 @@ def skip(run, measured):
 
 
 @torch.no_grad()
-def validate(model, tokens, eval_tokens, seq_len, batch_size, device, autocast=contextlib.nullcontext(),
-             stop=()):
-    """(mean cross-entropy in nats a token, its standard error over sequences) of eval_tokens of `tokens`;
-    (-inf, nan) where a rank found something in the list `stop` and all left off. All ranks make the same
-    passes, since fsdp has them gather weights in each."""
-    rank, world = ranks()
-    n = min(eval_tokens, len(tokens) - 1) // seq_len
-    losses, share = torch.zeros(n, dtype=torch.float64, device=device), range(rank, n, world)
-    for start in range(0, -(-n // world), batch_size):
-        if any_rank(stop, device):
+def validate(run, stop=(), tokens=None):
+    """(mean cross-entropy in nats a token, its standard error over sequences) of so many validation tokens,
+    eval_tokens if None; (-inf, nan) where a rank found something in the list `stop` and all left off. All
+    ranks make the same passes, since fsdp has them gather weights in each."""
+    (rank, world), seq_len = ranks(), run.c.max_seq_len
+    n = min(tokens or run.c.eval_tokens, len(run.val_tokens) - 1) // seq_len
+    losses, share = torch.zeros(n, dtype=torch.float64, device=run.device), range(rank, n, world)
+    for start in range(0, -(-n // world), run.micro):
+        if any_rank(stop, run.device):
             losses.fill_(-math.inf)
             break
-        places = share[start:start + batch_size]
-        ids, targets = sequences(tokens, places or [0], seq_len, device)
-        with autocast:
-            ce = model(ids, targets, reduction="none")[0]  # (B, T)
+        places = share[start:start + run.micro]
+        ids, targets = sequences(run.val_tokens, places or [0], seq_len, run.device)
+        with run.autocast:
+            ce = run.model(ids, targets, reduction="none")[0]  # (B, T)
         losses[places.start:places.stop:world] = ce.double().mean(1)[:len(places)]
     if world > 1:
         dist.all_reduce(losses)
     return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else float("nan")
-
-
-def validate_run(run, stop=(), tokens=None):
-    return validate(run.model, run.val_tokens, tokens or run.c.eval_tokens, run.c.max_seq_len, run.micro,
-                    run.device, run.autocast, stop)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -437,7 +431,7 @@ def loop(run, signals, report):
             line = log_line(run, measured, lr, time.perf_counter() - clock)
             clock = time.perf_counter()
             if c.eval_every_steps and state["step"] % c.eval_every_steps == 0:
-                line["val_loss"] = validate_run(run, signals.caught)[0]
+                line["val_loss"] = validate(run, signals.caught)[0]
                 clock = time.perf_counter()  # tokens_per_s is that of training
                 if line["val_loss"] == -math.inf:  # a signal came
                     measured["stop"] = line.pop("val_loss")
@@ -469,7 +463,7 @@ def loop(run, signals, report):
 
 def finish(run, report):
     """Validate the finished run; append its row to c.rows, write it to row.json and return it."""
-    loss, se = validate_run(run)
+    loss, se = validate(run)
     if not math.isfinite(loss):
         raise ConfigError(f"{run.c.out_dir}: the validation loss is {loss:g}, so the run has no row")
     row = run.row | {"loss": loss, "loss_se": se, "bits_per_byte": bits_per_byte(loss, run.meta),

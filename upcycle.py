@@ -39,10 +39,10 @@ from configurator import REQUIRED, ConfigError, checked, progress, read_json, ru
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (CARD, KEYS, atomic_directory, companions, load_model, open_moments, read_config,
-                        read_moment, read_state, stored_views, to_hf_config, tokens_seen, write_moments)
+from checkpoint import (CARD, KEYS, companions, load_model, open_moments, read_config, read_state,
+                        stored_shapes, to_hf_config, tokens_seen, write_moments)
 from data.stream import bits_per_byte, load_tokens, locate, sequences
-from files import MEMORY
+from files import MEMORY, atomic_directory
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
@@ -159,8 +159,7 @@ def layout(c, where="", model_type=None):
             model = Transformer(replace(c, rope_scaling=None, max_position_embeddings=1))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{where}: config.json describes no possible model: {error}") from None
-    return {name: [(hf_name, tuple(view.shape)) for hf_name, view in views]
-            for name, views in stored_views(model, c, model_type).items()}
+    return stored_shapes(model, c, model_type)
 
 
 def pieces_of(source, moe):
@@ -178,8 +177,8 @@ def pieces_of(source, moe):
             dense_name, _ = dense_views[part]
             piece = Piece(name, shape, source.tensors[dense_name].dtype, dense_name)
             if parameter not in source.layout:
-                piece = piece._replace(layer=int(parameter.split(".")[1]), expert=expert, std=stds[part],
-                                       part=part if len(dense_views) == 2 else 2)
+                piece.layer, piece.expert, piece.std = int(parameter.split(".")[1]), expert, stds[part]
+                piece.part = part if len(dense_views) == 2 else 2
             pieces.append(piece)
     return pieces + [Piece(name, shape, pieces[0].dtype) for name, shape in idle_tensors(moe).items()]
 
@@ -202,8 +201,8 @@ def make_piece(o, sources, routers, p):
         if p.expert is not None and make:
             t = make(o, slice_of(o, span.read(), p).clone(), p)
         elif span.dtype == p.dtype:
-            if (p.expert or 0) < len(sources) and not is_finite(span.read()):  # once, for all equal experts
-                raise ConfigError(f"{span.path}: {span.name} is not finite")
+            if (p.expert or 0) < len(sources):  # once, for all equal experts
+                span.read_finite()
             return span
         else:  # a merged checkpoint may be of another type than the first
             t = span.read()
@@ -214,15 +213,14 @@ def make_piece(o, sources, routers, p):
     return t
 
 
-def made_early(make, pieces, pool):
-    """A function that returns make(piece) of the pieces, called for each in turn. The pool makes
-    THREADS of them ahead, which bounds the memory."""
+def made_early(make, pieces, pool, bar):
+    """Yields make(piece) of the pieces, and moves the tqdm `bar` on. The pool makes THREADS of them ahead,
+    which bounds the memory."""
     waiting, rest = deque(), iter(pieces)
-
-    def next_tensor(piece):
+    for piece in pieces:
         waiting.extend(pool.submit(make, p) for p in itertools.islice(rest, 1 + THREADS - len(waiting)))
-        return waiting.popleft().result()
-    return next_tensor
+        bar.update(piece.bytes)
+        yield waiting.popleft().result()
 
 
 @torch.no_grad()
@@ -257,13 +255,13 @@ def write_upcycled_moments(o, source, pieces, directory):
     def moment(key, power, p):
         if p.dense_name is None:
             return torch.zeros(p.shape)
-        m = read_moment(old, f"{key}.{p.dense_name}")
+        m = old[f"{key}.{p.dense_name}"].read_finite()
         return make(o, slice_of(o, m, p).clone(), p, power) if p.expert is not None and make else m
     wanted = [(key, power, p) for power, key in enumerate(KEYS, 1) for p in pieces if p.dense_name or p.drawn]
-    stored = [Stored(f"{key}.{p.name}", torch.empty(p.shape, device="meta", dtype=old[
-        f"{key}.{p.dense_name}"].dtype if p.dense_name else None)) for key, _, p in wanted]
-    made = itertools.starmap(moment, wanted)
-    write_moments(directory, step, stored, o.shard_size, lambda _: next(made))
+    stored = [Stored(f"{key}.{p.name}", p.shape,
+                     old[f"{key}.{p.dense_name}"].dtype if p.dense_name else torch.float32)
+              for key, _, p in wanted]
+    write_moments(directory, step, stored, itertools.starmap(moment, wanted), o.shard_size)
 
 
 # Keys of config.json that stay as the source has them, RoPE in whichever form.
@@ -444,8 +442,8 @@ def upcycle(o):
     with atomic_directory(o.destination, size) as directory, ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(Source.sha256, sources)  # beside the writing
         with progress(size, "upcycle", "B", delay=2) as bar:
-            make = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool)
-            write_weights(directory, pieces, o.shard_size, make, bar)
+            made = made_early(lambda p: make_piece(o, sources, routers, p), pieces, pool, bar)
+            write_weights(directory, pieces, made, o.shard_size)
         kept = {key: first.json[key] for key in KEPT_KEYS if key in first.json}
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":

@@ -4,6 +4,7 @@ A run is made in the worker itself, or by a command such as torchrun where it is
 """
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import traceback
 from multiprocessing.connection import wait
 
-from configurator import ConfigError, lasting_streams, open_to_write, write_config, writing
+from configurator import HERE, ConfigError, lasting_streams, open_to_write, write_config, writing
 
 import torch
 
@@ -22,8 +23,6 @@ from rows import differences, read_row
 from start import STOP, Stopped, caught_signals
 from train import train
 from upcycle import upcycle
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def end_with_parent():
@@ -43,10 +42,7 @@ def worker(connection, number):
     def tell(kind, value=None):
         with contextlib.suppress(OSError):  # where the parent is gone, the run under way is still to be saved
             connection.send((kind, value))
-
-    def report(tokens):
-        tell("tokens", tokens)
-
+    report = functools.partial(tell, "tokens")
     while True:
         try:
             job = connection.recv()
@@ -156,17 +152,12 @@ def run_jobs(todo, count, caught, bar):
                 caught += [signal.SIGTERM] if kind == "stopped" else []
         return failed
     finally:
-        end_workers(workers, busy, terminate=bool(caught))
-
-
-def end_workers(workers, busy, terminate):
-    """Wait for the workers in `busy` to answer, and for all to end; `terminate` them first if so asked."""
-    for process in workers.values() if terminate else ():
-        process.terminate()  # a run under way is saved
-    for connection in busy:
-        with contextlib.suppress(EOFError, OSError):
-            while connection.recv()[0] == "tokens":
-                pass
-    for connection, process in workers.items():
-        connection.close()
-        process.join()
+        for process in workers.values() if caught else ():
+            process.terminate()  # a run under way is saved
+        for connection in busy:
+            with contextlib.suppress(EOFError, OSError):
+                while connection.recv()[0] == "tokens":
+                    pass
+        for connection, process in workers.items():
+            connection.close()
+            process.join()

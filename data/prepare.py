@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
@@ -64,14 +65,13 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizers
 
-@dataclass
-class Tokenizer:
+class Tokenizer(NamedTuple):
     """Text <-> token ids. No text encodes to end-of-text, and end-of-text decodes to nothing."""
     encode: Callable  # texts -> the token ids of each
     decode: Callable  # token ids -> text
     vocab_size: int
     eos_token_id: int
-    save: Callable | None = None  # writes tokenizer.json to a folder, and beside it what ends a text
+    files: dict = {}  # {name: text} of tokenizer.json and what says its end of text
 
 
 BYTES = Tokenizer(  # UTF-8; 256 ends a text
@@ -110,7 +110,6 @@ def of_file(path):
         raise ConfigError(f"{path}: cannot be read as a tokenizer.json: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
     eos_token_id = end_of_text(tokenizer, path.parent)
     if eos_token_id is None:
         raise ConfigError(f"{path}: no end-of-text; name it as eos_token in tokenizer_config.json beside it")
@@ -118,13 +117,17 @@ def of_file(path):
     if not eos_token_id < vocab_size <= MOST_IDS:
         raise ConfigError(f"{path}: its vocabulary ends at {vocab_size:,}; it has to hold end-of-text, "
                           f"{eos_token_id}, and to end at {MOST_IDS:,}")
-    def save(folder):
-        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-        stated = json.dumps({"eos_token": tokenizer.id_to_token(eos_token_id)})
-        (folder / "tokenizer_config.json").write_text(stated)
+    return of_tokenizers(tokenizer, vocab_size, eos_token_id)
+
+
+def of_tokenizers(tokenizer, vocab_size, eos_token_id):
+    """The Tokenizer of one of the package tokenizers."""
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True),
+             "tokenizer_config.json": json.dumps({"eos_token": tokenizer.id_to_token(eos_token_id)})}
     return Tokenizer(lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)],
                      lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-                     vocab_size, eos_token_id, save)
+                     vocab_size, eos_token_id, files)
 
 
 def load_tokenizer(name_or_path):
@@ -243,11 +246,8 @@ def read_source(options):
     """The texts of the source, in any order. Raises ConfigError for a source that cannot be read."""
     name, field = options.source, options.text_field
     try:
-        if name == "pysource":
-            for name in pysource_files():
-                yield from read_file(name, field, math.inf)
-        elif os.path.isdir(name):
-            for name in local_files(Path(name)):
+        if name == "pysource" or os.path.isdir(name):
+            for name in pysource_files() if name == "pysource" else local_files(Path(name)):
                 yield from read_file(name, field, math.inf)
         elif os.path.exists(name):  # val gets one at least of the pieces of a single text file
             piece_bytes = min(2**16, int(options.val_fraction * os.path.getsize(name)) + 1)
@@ -329,15 +329,14 @@ def build(options, folder):
 
         if tokenizer is None:
             print(f"training a tokenizer on {sizes[splits['train']].sum():,} bytes", file=sys.stderr)
-            trained = train_bpe(texts("train"), options.bpe_vocab_size).to_str(pretty=True)
-            (folder / "tokenizer.json").write_text(trained, "utf-8")
-            tokenizer = load_tokenizer(folder)
-        if tokenizer.save:
-            tokenizer.save(folder)
+            trained = train_bpe(texts("train"), options.bpe_vocab_size)
+            tokenizer = of_tokenizers(trained, trained.get_vocab_size(), trained.token_to_id(END_OF_TEXT))
+        for name, text in tokenizer.files.items():
+            (folder / name).write_text(text, "utf-8")
         dtype, n_tokens, sha256 = np.min_scalar_type(tokenizer.vocab_size - 1), {}, {}
         for part, n in n_documents.items():
             n_tokens[part], sha256[part] = write_npy(folder / f"{part}.npy", texts(part), n, tokenizer, dtype)
-    name = "tokenizer.json" if tokenizer.save else options.tokenizer
+    name = "tokenizer.json" if tokenizer.files else options.tokenizer
     content = "\n".join([name, sha256["train"], sha256["val"]])
     return {"source": options.source, "tokenizer": name, "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_token_id, "dtype": dtype.name, "tokens": n_tokens,

@@ -24,6 +24,7 @@ class Settings:
     decay_start: int | None = setting(None, "step")
     sizes: list[int] = setting([1, 2], "widths")
     names: list[str] = setting([], "labels")
+    modes: list[Literal["eager", "compiled"]] = setting(["eager"], "how models run")
     widths: dict = setting({}, "anything by name")
     out_dir: str = setting("out", "where to write")
 
@@ -218,7 +219,7 @@ def test_missing_words():
     ("max_tokens = _unset\n", ["line 1", "'_unset'"]),
     ("_a = [1]\nsizes = [_a]\n", ["line 2", "'_a'"]),
     ("max_tokens = " + " + ".join("1" * 1500), ["line 1", "nested too deep"]),
-    ("sizes = 3\n", ["sizes", "3", "list[int]"]),
+    ("sizes = 3\n", ["sizes", "3", "list of int"]),
     ("compile = 1\n", ["compile", "1", "bool"]),
     ("out_dir = 3\n", ["out_dir", "3", "str"]),
     ("out_dir = b'x'\n", ["out_dir", "str"]),
@@ -280,6 +281,7 @@ def test_help_lists_every_key_with_default_and_meaning(capsys, monkeypatch):
     text = capsys.readouterr().out
     lines = [line.strip() for line in text.splitlines()]
     assert "Does a thing." in text and "float32|bfloat16" in text
+    assert "--modes  list of eager|compiled, default" in text and "--decay_start  int|none," in text
     for f in dataclasses.fields(Settings):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         name = "CONFIG" if f.name == "config" else f"--{f.name}"

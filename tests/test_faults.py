@@ -535,8 +535,8 @@ def test_a_signal_interrupts_validation_and_compilation(tiny, monkeypatch, where
     if where == "the first step":
         monkeypatch.setattr(train_module, "train_step", endless)
     else:
-        monkeypatch.setattr(train_module, "validate", lambda *args: (
-            true_validate if where == "a validation" and args[7] == () else endless)(*args[:7], stop=args[7]))
+        monkeypatch.setattr(train_module, "validate", lambda run, stop=(), **kwargs: (
+            true_validate if where == "a validation" and stop == () else endless)(run, stop=stop, **kwargs))
         c = dataclasses.replace(tiny, eval_every_steps=0 if "last" in where else 7)
     with pytest.raises(Stopped) as stopped:
         train(c, report=quiet)

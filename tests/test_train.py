@@ -1,4 +1,5 @@
 """The loop: exact resume, branches, ranks, schedule, stops and bad input, on real runs of a tiny model."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,8 +304,10 @@ def test_validation_is_shared_fixed_and_carries_its_error(tiny):
     train(dataclasses.replace(tiny, rows=None), report=quiet)
     model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-20"))
     tokens = np.load(os.path.join(tiny.dataset, "val.npy"))
-    a = validate(model, tokens, 1024, 16, 64, torch.device("cpu"))
-    assert validate(model, tokens, 1024, 16, 5, torch.device("cpu")) == pytest.approx(a, rel=1e-6)
+    run = SimpleNamespace(c=tiny, model=model, val_tokens=tokens, device=torch.device("cpu"),
+                          autocast=contextlib.nullcontext(), micro=64)
+    a, run.micro = validate(run), 5
+    assert validate(run) == pytest.approx(a, rel=1e-6)
 
 
 def test_a_row_has_every_setting_that_moves_the_loss(tiny):
@@ -402,9 +406,9 @@ def test_time_spent_on_validation_does_not_count_as_training(tiny, monkeypatch):
         now[0] += 1e-3
         return now[0]
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         now[0] += 3600
-        return true(*arguments)
+        return true(*arguments, **options)
     monkeypatch.setattr(train_module.time, "perf_counter", clock)
     monkeypatch.setattr(train_module, "validate", slow)
     train(dataclasses.replace(tiny, eval_every_steps=1), report=quiet)
