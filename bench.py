@@ -168,6 +168,7 @@ class Options:
     latency: float = setting(1e-5, "scale: seconds of a message between GPUs; assumed", least=0)
     out: str = setting("", "train, scale: file of the numbers; empty: out/bench_train.json or "
                        "out/bench_scale.json; the figure of train is the .png beside it")
+    against: str | None = setting(None, "train: an older file of numbers to compare with")
 
 
 def main(options):

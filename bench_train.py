@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 
-from configurator import ConfigError, code_version, one_line, write_result
+from configurator import ConfigError, code_version, one_line, read_json, write_result
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import to_hf_config
-from model import (HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_token, narrow, run_experts)
+from model import (HeadLoss, ModelConfig, Transformer, balance_loss, flops_per_token, narrow,
+                   parameter_counts, run_experts)
 from parallel import compiled
 from train import Train, make_optimizer
 
@@ -99,9 +100,9 @@ def contestants(family, backends=BACKENDS):
     return {"ours": ours} | mixtral
 
 
-def random_batch(c, tokens=TOKENS):
+def random_batch(c, tokens=TOKENS, length=SEQUENCE):
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, c.vocab_size, (tokens // SEQUENCE, SEQUENCE + 1), generator=generator)
+    drawn = torch.randint(0, c.vocab_size, (tokens // length, length + 1), generator=generator)
     return drawn[:, :-1].contiguous().to(DEVICE), drawn[:, 1:].contiguous().to(DEVICE)
 
 
@@ -241,6 +242,24 @@ def stages(family, hidden, dtype, options):
     return result
 
 
+def growth(options, hidden=64):
+    """Rows of how a step of our MoE grows: tokens/s over N and, at one `hidden` size, over experts at a fixed
+    top-k, context and sequences of a pass."""
+    moe, works, rows = partial(model_config, hidden, "moe"), {}, []
+    variations = [  # (what, value, ModelConfig, tokens of a step, tokens of a sequence)
+        *(("hidden size", n, model_config(n, "moe"), TOKENS, SEQUENCE) for n in options.sizes),
+        *(("experts", n, moe(num_local_experts=n), TOKENS, SEQUENCE) for n in (2, 4, 8, 16, 32)),
+        *(("context", n, moe(max_position_embeddings=n), TOKENS, n) for n in (64, 128, 256, 512, 1024)),
+        *(("sequences", n, moe(), n * SEQUENCE, SEQUENCE) for n in (1, 2, 4, 8, 16, 32))]
+    for what, value, c, tokens, length in variations:
+        model, loss = ours(c)
+        batch = model, *random_batch(c, tokens, length)
+        works[what, value] = training_step(model, "float32", loss, batch)
+        rows.append({"what": what, "value": value, "N": parameter_counts(c)["N"], "tokens": tokens})
+    took = alternate(works, options.repeats, options.clock)
+    return [row | {"tokens_per_s": row["tokens"] / t} for row, t in zip(rows, took.values())]
+
+
 def draw_stages(breakdown, path):
     """The figure of where a step's time goes: a bar a model, in shares of its step, backward hatched."""
     import matplotlib
@@ -264,12 +283,13 @@ def draw_stages(breakdown, path):
     pyplot.close(figure)
 
 
-def ratios(rows, peak=None):
-    """{race: {name: ratio}} of rows: ours over the fastest peer, the products, the dense model, and `peak`, a
-    card's bf16 FLOP/s."""
+def ratios(rows, old_rows=(), peak=None):
+    """{race: {name: ratio}} of rows: ours over the fastest peer, the products, the dense model, what it was
+    in old_rows, and `peak`, a card's bf16 FLOP/s."""
     def race_of(row):
         return tuple(row[name] for name in ("threads", "family", "dtype", "mode", "hidden"))
-    races, result = {race_of(row): row for row in rows if row["name"] == "ours"}, {}
+    races, old = ({race_of(row): row for row in some if row["name"] == "ours"} for some in (rows, old_rows))
+    result = {}
     for key, row in races.items():
         found = result[key] = {"share of products": row["share_of_products"]}
         if peers := [other["tokens_per_s"] for other in rows
@@ -277,6 +297,8 @@ def ratios(rows, peak=None):
             found["over the fastest peer"] = row["tokens_per_s"] / max(peers)
         if row["family"] == "moe" and (dense := races.get(race_of(row | {"family": "dense"}))):
             found["FLOP/s over dense"] = row["flops_per_s"] / dense["flops_per_s"]
+        if key in old:
+            found["over the older file"] = row["tokens_per_s"] / old[key]["tokens_per_s"]
         if peak and row["dtype"] == "bfloat16":
             found["MFU"] = row["flops_per_s"] / peak
     return result
@@ -291,7 +313,7 @@ def train(options):
     transformers.logging.set_verbosity_error()
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {"git": code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-              "card": card, "options": asdict(options), "races": [], "stages": {}}
+              "card": card, "options": asdict(options), "races": [], "stages": {}, "growth": []}
     for threads in options.threads if card is None else [1]:
         torch.set_num_threads(threads)
         for race_of in product(options.families, options.sizes, options.dtypes, options.modes):
@@ -304,13 +326,17 @@ def train(options):
         if threads == options.threads[0]:
             for model in product(options.families, options.sizes, options.dtypes):
                 result["stages"][" ".join(map(str, model))] = stages(*model, options)
+            result["growth"] = growth(options)
+            for row in result["growth"]:
+                print(row["what"], row["value"], f"{row['tokens_per_s']:,.0f} tokens/s", sep=", ", flush=True)
     report_races(result, options, card)
 
 
 def report_races(result, options, card):
-    """Print the ratios, and write the numbers and the figure."""
+    """Print the ratios, compare with an older file, and write the numbers and the figure."""
+    old_rows = read_json(options.against)["races"] if options.against else []
     peak = next((flops for name, flops in PEAK_BF16.items() if card and name in card), None)
-    for race_key, found in ratios(result["races"], peak).items():
+    for race_key, found in ratios(result["races"], old_rows, peak).items():
         print(*race_key, *(f"{name} {value:.2f}" for name, value in found.items()), sep=", ")
     write_result(options.out, json.dumps(result, indent=1))
     draw_stages(result["stages"], os.path.splitext(options.out)[0] + ".png")

@@ -11,8 +11,8 @@ import bench
 import bench_scale
 import bench_train
 from bench import laws, watched
-from bench_train import (alternate, contestants, model_config, products_alone, race, random_batch, ratios,
-                         report_races, stages)
+from bench_train import (alternate, contestants, growth, model_config, products_alone, race, random_batch,
+                         ratios, report_races, stages)
 from configurator import ConfigError, parse
 from data.prepare import Options as Prepare
 from model import ModelConfig, flops_per_token, parameter_counts
@@ -76,6 +76,21 @@ def test_a_peer_that_does_not_run_is_named_and_left_out(monkeypatch, capsys):
         assert left_out.startswith(f"Mixtral no such, {mode}, bfloat16, left out: ") and len(left_out) > 60
 
 
+def test_growth_varies_one_size_at_a_time(monkeypatch):
+    """N by hand for D = 16, F = 32: a layer has 4 D² + 3 D F + 2 D, and there is a norm of D more."""
+    monkeypatch.setitem(bench_train.SHAPES, 16, (32, 1, 1))
+    rows = growth(SimpleNamespace(repeats=1, clock="cpu", sizes=[16, 32]), hidden=16)
+    values = {what: [row["value"] for row in rows if row["what"] == what] for what in
+              dict.fromkeys(row["what"] for row in rows)}
+    assert values == {"hidden size": [16, 32], "experts": [2, 4, 8, 16, 32],
+                      "context": [64, 128, 256, 512, 1024], "sequences": [1, 2, 4, 8, 16, 32]}
+    small, large = 4 * 16 ** 2 + 3 * 16 * 32 + 3 * 16, 3 * (4 * 32 ** 2 + 3 * 32 * 96 + 2 * 32) + 32
+    assert [row["N"] for row in rows] == [small, large] + [small] * 16
+    assert [row["tokens"] for row in rows] == [2048] * 12 + [128 * n for n in (1, 2, 4, 8, 16, 32)]
+    speeds = [row["tokens_per_s"] for row in rows]
+    assert min(speeds) > 0 and speeds[0] > 1.5 * speeds[1]  # three layers of twice the width
+
+
 @pytest.mark.parametrize("flag, allowed", [
     ("--backends=eager,fast", "eager', 'batched_mm', 'grouped_mm"), ("--sizes=100", "32, 64, 128, 256, 768"),
     ("--modes=lazy", "'eager', 'compiled'"), ("--dtypes=float16", "'float32', 'bfloat16'"),
@@ -102,11 +117,13 @@ def test_ratios_are_those_of_the_rows(tmp_path, capsys):
     found = ratios(rows + rows_bf16, peak=8000)
     assert found[1, "dense", "bfloat16", "eager", 64] == {"share of products": 0.5, "MFU": 0.25}
     assert sum("MFU" in ratio for ratio in found.values()) == 1
-    options = SimpleNamespace(out=str(tmp_path / "new.json"))
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"races": [row("ours", 100)]}))
+    options = SimpleNamespace(against=str(old), out=str(tmp_path / "new.json"))
     report_races({"races": rows, "stages": {
         "dense 64": {"norms, forward": 1.0, "norms, backward": 3.0, "optimizer": 1.0, "whole step": 6.0}}},
         options, None)
-    assert "over the fastest peer 1.10" in capsys.readouterr().out
+    assert "over the older file 1.10" in capsys.readouterr().out
     assert json.loads((tmp_path / "new.json").read_text())["races"] == rows
     assert (tmp_path / "new.png").read_bytes()[:4] == b"\x89PNG"
 
