@@ -7,6 +7,7 @@ import pytest
 import fit_laws
 from configurator import ConfigError, parse
 from laws import predict
+from rows import read_rows
 from seal import Options, main
 from sweep import planned_rows
 from test_sweep import ROOT, mini, study  # noqa: F401  (mini is a fixture)
@@ -101,3 +102,15 @@ def test_the_page_of_the_study_has_what_seal_prints(path, capsys):
     seal(ROOT / "results" / f"{study}.jsonl", f"--out={path}")
     page = (ROOT / "results" / "README.md").read_text()
     assert f"`{path.name}`\n```\n{capsys.readouterr().out.strip()}\n```" in page
+
+
+def test_the_page_of_the_study_has_the_losses_of_the_splits_at_equal_flops():
+    page = (ROOT / "results" / "README.md").read_text()
+    rows = read_rows([str(ROOT / "results" / name) for name in ("study.jsonl", "study_split.jsonl")])[0]
+    for D1, D2 in ((0, 2**23), (2**19, 8015872), (2**22, 5408768)):
+        found = {row["seed"]: row for row in rows
+                 if row["N"] == 55536 and row["family"] != "dense" and row.get("D1", 0) == D1
+                 and row.get("D2", row.get("D")) == D2 and row.get("method", "drop") == "drop"}
+        assert f" | {found[0]['loss']:.4f} | {found[1]['loss']:.4f} |" in page
+        dense = 553248 * D1  # FLOPs a token of the dense model, by README's count
+        assert found[0]["flops"] + dense == pytest.approx(2**23 * 779040, rel=1e-3)
