@@ -2,7 +2,7 @@
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 
@@ -245,12 +245,13 @@ def stages(family, hidden, dtype, options):
 def growth(options, hidden=64):
     """Rows of how a step of our MoE grows: tokens/s over N and, at one `hidden` size, over experts at a fixed
     top-k, context and sequences of a pass."""
-    moe, works, rows = partial(model_config, hidden, "moe"), {}, []
+    moe, works, rows = model_config(hidden, "moe"), {}, []
     variations = [  # (what, value, ModelConfig, tokens of a step, tokens of a sequence)
         *(("hidden size", n, model_config(n, "moe"), TOKENS, SEQUENCE) for n in options.sizes),
-        *(("experts", n, moe(num_local_experts=n), TOKENS, SEQUENCE) for n in (2, 4, 8, 16, 32)),
-        *(("context", n, moe(max_position_embeddings=n), TOKENS, n) for n in (64, 128, 256, 512, 1024)),
-        *(("sequences", n, moe(), n * SEQUENCE, SEQUENCE) for n in (1, 2, 4, 8, 16, 32))]
+        *(("experts", n, replace(moe, num_local_experts=n), TOKENS, SEQUENCE) for n in (2, 4, 8, 16, 32)),
+        *(("context", n, replace(moe, max_position_embeddings=n), TOKENS, n)
+          for n in (64, 128, 256, 512, 1024)),
+        *(("sequences", n, moe, n * SEQUENCE, SEQUENCE) for n in (1, 2, 4, 8, 16, 32))]
     for what, value, c, tokens, length in variations:
         model, loss = ours(c)
         batch = model, *random_batch(c, tokens, length)

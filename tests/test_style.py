@@ -44,7 +44,7 @@ def test_functions_have_60_lines_at_most():
 def test_files_have_500_lines_at_most_and_the_product_grows_no_more():
     found([f"{name_of(path)}: {n_lines(path)} lines" for path in PRODUCT if n_lines(path) > 500])
     total = sum(map(n_lines, PRODUCT))
-    assert total < 8845, ", ".join(f"{name_of(path)} {n_lines(path)}" for path in PRODUCT) + f": {total}"
+    assert total < 8850, ", ".join(f"{name_of(path)} {n_lines(path)}" for path in PRODUCT) + f": {total}"
 
 
 def imported(path):
