@@ -40,7 +40,8 @@ gpu: .venv/test
 	@$(PY) bench.py gpu
 
 figures: .venv/runtime
-	for study in study_quick study_methods study_router study study_headers; do \
+	for study in study_quick study_methods study_router study study_more \
+		study_headers; do \
 		$(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; \
 	done
 	cp results/study_quick/laws.json laws/pysource_quick.json

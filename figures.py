@@ -220,9 +220,10 @@ def against_copy(differences):
         tokens = sorted({d2 for cells in here.values() for d2 in cells})
         for label, cells in here.items():
             place = labels.index(label)
+            color = "black" if label == FAMILY_STYLES["moe"][0] else plt.cm.tab10(place % 10)
             x = np.array(list(cells)) * aside(tokens, place, len(labels))
             mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
-            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=plt.cm.tab10(place % 10), label=label)
+            axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=color, label=label)
         axis.axhline(0, color="black", lw=0.8, ls=":")
         log_axis(axis, tokens)
         axis.set_yscale("symlog", linthresh=2, linscale=1.5)

@@ -7,6 +7,7 @@ import pytest
 import fit_laws
 from configurator import ConfigError, parse
 from laws import predict
+from report import method_differences, methods_table
 from rows import read_rows
 from seal import Options, main
 from sweep import planned_rows
@@ -114,3 +115,10 @@ def test_the_page_of_the_study_has_the_losses_of_the_splits_at_equal_flops():
         assert f" | {found[0]['loss']:.4f} | {found[1]['loss']:.4f} |" in page
         dense = 553248 * D1  # FLOPs a token of the dense model, by README's count
         assert found[0]["flops"] + dense == pytest.approx(2**23 * 779040, rel=1e-3)
+
+
+def test_the_page_of_the_study_has_the_table_of_methods():
+    rows = read_rows([str(ROOT / "results" / "study_more.jsonl")])[0]
+    few = {key: {d2: pairs for d2, pairs in cells.items() if d2 < 1e7}
+           for key, cells in method_differences(rows).items() if key[2] < 1e7}
+    assert "\n".join(methods_table(few)) in (ROOT / "results" / "README.md").read_text()
