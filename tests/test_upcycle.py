@@ -999,11 +999,14 @@ u.upcycle(o)
     assert os.listdir(tmp_path) == ["moe"]
 
 
-def test_memory_is_a_few_times_the_largest_tensor(tmp_path):
-    """Anonymous memory, sampled while 430 MB are written out of 85 MB, tensors of at most 4 MB."""
+@pytest.mark.parametrize("layers, returned, slack", [
+    (1, {"MALLOC_MMAP_THRESHOLD_": "131072"}, 1),  # freed tensors go back to the system at once
+    (4, {}, 2)])  # the allocator keeps some, but no more with each layer
+def test_memory_is_a_few_times_the_largest_tensor(tmp_path, layers, returned, slack):
+    """Anonymous memory, sampled while 100 or 430 MB are written, tensors of at most 4 MB."""
     source = tmp_path / "dense"
     model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048,
-                               num_attention_heads=8, num_hidden_layers=4))
+                               num_attention_heads=8, num_hidden_layers=layers))
     save(source, model.bfloat16(), {})
     done = python("""
 import sys, threading, time, upcycle as u
@@ -1025,16 +1028,17 @@ for method in ("copy", "drop", "noise", "virtual_groups"):
     u.upcycle(u.Options(source, out + "/" + method, method=method, check=False, **more))
     stop.set(); thread.join()
     print(method, peak[0] - start)
-""", str(source), str(tmp_path))
+""", str(source), str(tmp_path), env=os.environ | returned)
     assert not done.returncode, done.stderr
     grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     largest = 2048 * 1024 * 2
     assert sum(f.stat().st_size for f in (tmp_path / "copy").glob("*.safetensors")) > 8 * 3 * largest
     assert grown["copy"] < 2 * largest and len(grown) == 4
-    # drop and noise compute in fp32, on some tensors at a time, and what is freed is not returned at once;
-    # virtual groups scale halves of a matrix
-    assert max(grown["drop"], grown["noise"]) < 4 * (3 + u.THREADS) * largest, grown
-    assert grown["virtual_groups"] < 2 * (2 + u.THREADS) * largest, grown
+    # drop computes in fp32, on some tensors at a time; noise takes one std at a time in fp32, and virtual
+    # groups scale halves of a matrix
+    bounds = {"drop": 4 * (2 + u.THREADS), "noise": 2 * (3 + u.THREADS), "virtual_groups": 2 + u.THREADS}
+    for method, bound in bounds.items():
+        assert grown[method] < slack * bound * largest, grown
 
 
 def test_command_line(tmp_path, random_dense, capsys, monkeypatch):
