@@ -329,7 +329,7 @@ class MoE(nn.Module):
         # Sort the S·k assignments by expert, run each expert on its run of rows, add them to their tokens.
         chosen, weights, rows = chosen.view(-1), weights.view(-1), narrow(x)
         experts = torch.arange(len(probs), device=x.device)
-        counts = (chosen == experts.unsqueeze(1)).sum(1)
+        counts = torch.zeros_like(experts).scatter_add(0, chosen, torch.ones_like(chosen))
         if rows.dtype == torch.bfloat16 and not x.is_cuda:
             # A CPU makes a kernel for each number of rows, which takes longer than its use, so that rows of
             # weight 0 fill up an expert's to a multiple of 32. The last expert takes what is over.
