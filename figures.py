@@ -220,7 +220,7 @@ def against_copy(differences):
         tokens = sorted({d2 for cells in here.values() for d2 in cells})
         for label, cells in here.items():
             place = labels.index(label)
-            color = "black" if label == FAMILY_STYLES["moe"][0] else plt.cm.tab10(place % 10)
+            color = FAMILY_STYLES["moe"][2] if label == FAMILY_STYLES["moe"][0] else plt.cm.tab10(place % 10)
             x = np.array(list(cells)) * aside(tokens, place, len(labels))
             mean, half = 100 * np.array([t_interval(pairs) for pairs in cells.values()]).T
             axis.errorbar(x, mean, half, fmt="o-", ms=4, lw=1, color=color, label=label)

@@ -11,14 +11,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from configurator import ConfigError, write_result
+from configurator import HERE, ConfigError, write_result
 from figures import FAMILY_STYLES, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
 from problem import at_levels, levels_of, of_family
 from rows import KNOBS, loss_columns, loss_text, method_label, run_key
 
-TERMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "laws", "terms.md")
+TERMS = os.path.join(HERE, "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
             "N_active": "largest N_active", "N_total": "largest N_total", "sparsity": "largest sparsity",
             "experts": "most experts"}

@@ -154,7 +154,10 @@ def study_jobs(study):
         for seed in seeds["seeds"] + seeds["scratch_seeds"]:
             settings = study.train | size | {"seed": seed, "rows": None}
             dense = from_dict(Train, settings, f"{study.config}: ")
-            passes(dense, ranks_of(study.launcher))  # refuses steps that the ranks cannot share
+            try:
+                passes(dense, ranks_of(study.launcher))
+            except ConfigError as error:  # of steps that the ranks cannot share
+                raise ConfigError(f"{study.config}: {error}") from None
             dense, m = resolve_architecture(dense, None, data_of(dense, study.dry_run))
             jobs += jobs_of_size(study, dense, m, study.D1 if seed in seeds["seeds"] else [])
     for folder, runs in Counter(job.settings.out_dir for job in jobs).most_common(1):
