@@ -40,10 +40,12 @@ gpu: .venv/test
 	@$(PY) bench.py gpu
 
 figures: .venv/runtime
-	for study in study_quick study_methods study_router study study_more \
-		study_headers; do \
+	for study in study_quick study_methods study_router study study_headers; do \
 		$(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; \
 	done
+	mkdir -p out
+	grep -h '"N": 23712,' results/study.jsonl results/study_more.jsonl > out/study_more.jsonl
+	$(PY) fit_laws.py out/study_more.jsonl --out=results/study_more
 	cp results/study_quick/laws.json laws/pysource_quick.json
 
 .venv/runtime: requirements.txt
