@@ -999,11 +999,11 @@ u.upcycle(o)
     assert os.listdir(tmp_path) == ["moe"]
 
 
-@pytest.mark.parametrize("layers, returned, slack", [
-    (1, {"MALLOC_MMAP_THRESHOLD_": "131072"}, 1),  # freed tensors go back to the system at once
-    (4, {}, 2)])  # the allocator keeps some, but no more with each layer
-def test_memory_is_a_few_times_the_largest_tensor(tmp_path, layers, returned, slack):
-    """Anonymous memory, sampled while 100 or 430 MB are written, tensors of at most 4 MB."""
+@pytest.mark.parametrize("layers, methods, returned, slack", [
+    (1, "copy drop noise virtual_groups", {"MALLOC_MMAP_THRESHOLD_": "131072"}, 1),  # freed memory goes back
+    (8, "copy noise", {}, 2)])  # the allocator keeps some, but no more with each layer
+def test_memory_is_a_few_times_the_largest_tensor(tmp_path, layers, methods, returned, slack):
+    """Anonymous memory, sampled while 100 or 850 MB are written, tensors of at most 4 MB."""
     source = tmp_path / "dense"
     model = Transformer(config(vocab_size=512, hidden_size=1024, intermediate_size=2048,
                                num_attention_heads=8, num_hidden_layers=layers))
@@ -1013,10 +1013,10 @@ import sys, threading, time, upcycle as u
 def anonymous():
     return int(next(line for line in open("/proc/self/status")
                     if line.startswith("RssAnon")).split()[1]) * 1024
-source, out = sys.argv[1:]
+source, out, methods = sys.argv[1:]
 u.upcycle(u.Options(source, out + "/first", num_local_experts=2, check=False))
 groups = {"granularity": 2, "num_local_experts": 16, "num_experts_per_tok": 4}
-for method in ("copy", "drop", "noise", "virtual_groups"):
+for method in methods.split():
     start, peak, stop = anonymous(), [0], threading.Event()
     def watch():
         while not stop.is_set():
@@ -1028,17 +1028,17 @@ for method in ("copy", "drop", "noise", "virtual_groups"):
     u.upcycle(u.Options(source, out + "/" + method, method=method, check=False, **more))
     stop.set(); thread.join()
     print(method, peak[0] - start)
-""", str(source), str(tmp_path), env=os.environ | returned)
+""", str(source), str(tmp_path), methods, env=os.environ | returned)
     assert not done.returncode, done.stderr
     grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     largest = 2048 * 1024 * 2
     assert sum(f.stat().st_size for f in (tmp_path / "copy").glob("*.safetensors")) > 8 * 3 * largest
-    assert grown["copy"] < 2 * largest and len(grown) == 4
+    assert grown["copy"] < 2 * largest and list(grown) == methods.split()
     # drop computes in fp32, on some tensors at a time; noise takes one std at a time in fp32, and virtual
     # groups scale halves of a matrix
     bounds = {"drop": 4 * (2 + u.THREADS), "noise": 2 * (3 + u.THREADS), "virtual_groups": 2 + u.THREADS}
-    for method, bound in bounds.items():
-        assert grown[method] < slack * bound * largest, grown
+    for method in methods.split()[1:]:
+        assert grown[method] < slack * bounds[method] * largest, grown
 
 
 def test_command_line(tmp_path, random_dense, capsys, monkeypatch):
