@@ -481,17 +481,16 @@ class Transformer(nn.Module):
         return loss, {"counts": counts, "probs": probs, "z_loss": z_loss.mean()}
 
 
-def balance_loss(counts, probs):
-    """Mean over layers of E·Σ f_i·P_i (Switch, arXiv 2101.03961, eq. 4, with Σ f = 1); 1 is balanced.
-
-    counts (L, E): this rank's assignments, summed over ranks here; probs (L, E): this rank's mean router
-    softmax, whose gradient the ranks average.
-    """
+def balance_loss(counts, probs, pooled=False):
+    """Mean over layers of E·Σ f_i·P_i (Switch, arXiv 2101.03961, eq. 4, with Σ f = 1); 1 is balanced. Pooled,
+    f_i and P_i are means over layers, as in transformers. counts (L, E): this rank's assignments, summed over
+    ranks here; probs (L, E): this rank's mean router softmax, whose gradient the ranks average."""
+    if pooled:
+        counts, probs = counts.sum(0), probs.mean(0)
     if dist.is_initialized():
         counts = counts.clone()
         dist.all_reduce(counts)
-    share = counts / counts.sum(-1, keepdim=True)
-    return (counts.shape[-1] * (share * probs).sum(-1)).mean()
+    return counts.shape[-1] * (counts / counts.sum(-1, keepdim=True) * probs).sum(-1).mean()
 
 
 def effective_experts(counts):

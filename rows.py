@@ -27,7 +27,7 @@ DECAY = ("decay_start", "decay_steps")
 TRAINING = (*DECAY, "tokens_per_step", "max_seq_len", "learning_rate", "schedule", "warmup_steps",
             "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "dtype", "repeat_data",
             "eval_tokens")
-ROUTING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
+ROUTING = ("router_aux_loss_coef", "router_aux_loss_pooled", "router_z_loss_coef", "router_bias_update_rate")
 # sequences_per_pass: sequences of all ranks over which one balance loss is taken; a dense row has none.
 # tokens_before_schedule: tokens that the weights had seen when this learning-rate schedule began.
 SETTINGS = (*ARCHITECTURE, *TRAINING, *ROUTING, "sequences_per_pass", "tokens_before_schedule")

@@ -80,6 +80,7 @@ class Train:
     beta2: float = setting(0.95, "AdamW's", least=0, most=0.99999)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
     router_aux_loss_coef: float = setting(0.01, "coefficient of the balance loss (1 = balanced)", least=0)
+    router_aux_loss_pooled: bool = setting(False, "one balance loss of all layers, as in transformers")
     router_z_loss_coef: float = setting(0.001, "coefficient of the router's z-loss", least=0)
     router_bias_update_rate: float = setting(0.0, "step of the bias of loss-free balancing (arXiv "
                                              "2408.15664); 0: no bias", least=0)
@@ -243,7 +244,7 @@ def train_step(run, stream, lr, stop, save_now):
                 loss, router = run.forward(*next(stream))
             sums[0] += loss.detach()
             if router:
-                balance = balance_loss(router["counts"], router["probs"])
+                balance = balance_loss(router["counts"], router["probs"], c.router_aux_loss_pooled)
                 sums[1:3] += torch.stack((balance, router["z_loss"])).detach()
                 counts = counts + router["counts"]
                 loss = loss + c.router_aux_loss_coef * balance + c.router_z_loss_coef * router["z_loss"]

@@ -26,10 +26,9 @@ FULL = {  # a row of an upcycled run, as train.py writes it
     "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 10000.0, "initializer_range": 0.02,
     "decay_start": 100, "decay_steps": 28, "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 3e-3,
     "schedule": "wsd", "warmup_steps": 20, "min_lr_ratio": 0.0, "weight_decay": 0.1, "beta1": 0.9,
-    "beta2": 0.95,
-    "grad_clip": 1.0, "dtype": "float32", "repeat_data": False, "eval_tokens": 131072,
-    "router_aux_loss_coef": 0.01,
-    "router_z_loss_coef": 0.001, "router_bias_update_rate": 0.0, "sequences_per_pass": 16,
+    "beta2": 0.95, "grad_clip": 1.0, "dtype": "float32", "repeat_data": False, "eval_tokens": 131072,
+    "router_aux_loss_coef": 0.01, "router_aux_loss_pooled": False, "router_z_loss_coef": 0.001,
+    "router_bias_update_rate": 0.0, "sequences_per_pass": 16,
     "tokens_before_schedule": 0, "config": "out/a/config.py", "data_sha256": "17a3" * 16, "git": "1234567",
     "torch": "2.13.0"}
 
