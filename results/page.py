@@ -1,0 +1,219 @@
+"""Those tables and figures of results/README.md that fit_laws.py does not make, from the rows and logs here.
+
+    PYTHONPATH=. python results/page.py [DIRECTORY OF RUNS]
+
+It prints the tables, which the page repeats, and draws head_starts.png and step_by_step.png. From a directory
+of runs it takes the lines of their logs first: of step_by_step, and the last ones of ablations.
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import ticker
+
+from figures import FAMILY_STYLES, RIVAL_STYLES, finished, log_axis, panels
+from fit_laws import rms
+from laws import head_start, law_name, short
+from problem import levels_of, of_family
+from report import aligned, mean_text
+from rows import EXPERTS, method_label, read_rows
+from seal import identity
+
+HERE = Path(__file__).parent
+M = 2**20
+VARIANTS = {
+    "half": "learning rate warmed up to a half", "tenth": "learning rate warmed up to a tenth",
+    "cosine": "cosine schedule", "repeated": "data of D1 once more", "none": "no balance loss",
+    "pooled": "balance loss pooled over layers", "loss_free": "loss-free balancing",
+    "decayed": "dense model after its decay", "merged": "experts of two dense models",
+    "half_moe": "from scratch, half the learning rate"}
+HEAD_STARTS = ("effective_data_shared", "saturating", "handicap", "loss_matching", "loss_matching_handicap")
+
+
+def rows_of(*names):
+    return read_rows([str(HERE / f"{name}.jsonl") for name in names])[0]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def take_logs(out):
+    """Write step_by_step_logs.jsonl and ablations_logs.jsonl from the runs in the directory `out`."""
+    found = {"step_by_step_logs": [], "ablations_logs": []}
+    for run in ("upcycled", "equal"):
+        for seed in range(3):
+            for line in read_lines(out / "step_by_step" / f"{run}-s{seed}" / "log.jsonl"):
+                if "val_loss" in line:
+                    told = {key: line[key] for key in ("tokens", "val_loss", "effective_experts")}
+                    found["step_by_step_logs"].append({"run": run, "seed": seed} | told)
+    copy = out / "study" / "upcycled-N23712-s{}-D1_4194304-copy-D8388608"
+    runs = {"copy": str(copy)} | {name: str(out / "ablations" / (name + "-s{}-8388608")) for name in VARIANTS}
+    for run, path in runs.items():
+        for seed in range(3):
+            last = read_lines(Path(path.format(seed)) / "log.jsonl")[-32:]
+            means = np.mean([line["effective_experts"] for line in last], axis=0).round(3).tolist()
+            found["ablations_logs"].append({"run": run, "seed": seed, "effective_experts": means})
+    for name, lines in found.items():
+        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def experts_of(row):
+    return tuple(int(row[key]) for key in EXPERTS)
+
+
+def scratch_losses(rows):
+    """{(N, experts, D, seed): loss} of MoEs from scratch."""
+    return {(row["N"], experts_of(row), row["D"], row["seed"]): row["loss"] for row in of_family(rows, "moe")}
+
+
+def upcycled_against_scratch(rows):
+    """{(method, N, experts, D1): {D2: [loss / loss of a MoE from scratch of D = D2 and that seed - 1]}}"""
+    scratch, found = scratch_losses(rows), {}
+    for row in of_family(rows, "upcycled"):
+        key = row["N"], experts_of(row)
+        if (*key, row["D2"], row["seed"]) in scratch:
+            cells = found.setdefault((method_label(row), *key, row["D1"]), {})
+            cells.setdefault(row["D2"], []).append(row["loss"] / scratch[*key, row["D2"], row["seed"]] - 1)
+    return dict(sorted(found.items()))
+
+
+def crossing(cells):
+    """D2* in words: where the mean of the cells of upcycled_against_scratch crosses zero, straight between
+    them in the logarithm of D2; "-" where it does not."""
+    ends = [(np.mean(cells[d2]), math.log(d2)) for d2 in sorted(cells)]
+    crossings = [np.interp(0, *zip(a, b)) for a, b in zip(ends, ends[1:]) if a[0] < 0 <= b[0]]
+    return short(math.exp(crossings[0])) if crossings else "-"
+
+
+def at_D2(tokens):
+    return [f"D2 = {short(d2)} (pairs)" for d2 in tokens]
+
+
+def sealed_errors():
+    """The table of sealed errors of each law by what the upcycled rows test; only rows that were run."""
+    measured = {frozenset(identity(row).items()): row["loss"] for row in rows_of("study")}
+    tests = {"56k, D1 = 32M": ("sealed", {"N": 55536}), "201k": ("sealed", {"N": 201280}),
+             "201k, D2 = 64M": ("sealed_far", {}), "554k": ("sealed_largest", {})}
+    errors = {}
+    for words, (name, columns) in tests.items():
+        for row in json.loads((HERE / f"{name}.json").read_text())["rows"]:
+            loss = measured.get(frozenset(identity(row).items()))
+            if loss and row["family"] == "upcycled" and columns.items() <= row.items():
+                for law, (_, middle, _) in row["predicted"].items():
+                    errors.setdefault(law, {}).setdefault(words, []).append(math.log(middle / loss))
+    shown = [words for words in tests if any(words in found for found in errors.values())]
+    lines = [[law_name(law), *(f"{100 * rms(found[words]):.2f}" for words in shown)]
+             for law, found in errors.items()]
+    counts = next(iter(errors.values()))
+    header = [f"{words} ({len(counts[words])} rows)" for words in shown]
+    return aligned(["law, rms error in %", *header], sorted(lines, key=lambda line: float(line[1])))
+
+
+def against_scratch():
+    """The table of upcycled losses against from scratch, by method, size and D1, and of D2*."""
+    found = upcycled_against_scratch(rows_of("study", "study_more"))
+    tokens = sorted({d2 for cells in found.values() for d2 in cells})
+    lines = [[method, short(n), short(d1), *(mean_text(cells[d2]) if d2 in cells else "-" for d2 in tokens),
+              crossing(cells)]
+             for (method, n, _, d1), cells in found.items() if method in ("copy", "drop 0.5")]
+    return aligned(["method", "N", "D1", *at_D2(tokens), "D2*"], lines)
+
+
+def numbers_of_experts():
+    """The table of numbers of experts: losses from scratch, means over seeds, and upcycled against them."""
+    rows = [row for row in rows_of("study", "study_more", "sparsity") if row["N"] == 23712]
+    scratch, tokens, lines = scratch_losses(rows), (M / 2, 2 * M, 8 * M), []
+    for (method, _, experts, d1), cells in upcycled_against_scratch(rows).items():
+        if method == "copy" and d1 == 4 * M:
+            losses = [[loss for key, loss in scratch.items() if key[1:3] == (experts, D)] for D in tokens]
+            lines.append(["{}, top-{}".format(*experts), *(f"{np.mean(y):.4f}" if y else "-" for y in losses),
+                          *(mean_text(cells[d2]) if d2 in cells else "-" for d2 in tokens), crossing(cells)])
+    header = [f"from scratch, D = {short(D)}" for D in tokens]
+    return aligned(["experts", *header, *at_D2(tokens), "D2*"], lines)
+
+
+def ablations():
+    """The table of variants: loss against copying, or against from scratch, paired by seed, and effective
+    experts a layer."""
+    study = [row for row in rows_of("study", "study_more") if row["N"] == 23712]
+    base = {(row["family"], row.get("D2", row.get("D")), row["seed"]): row["loss"] for row in study
+            if row["family"] == "moe" or method_label(row) == "copy" and row["D1"] == 4 * M}
+    rows, logs, lines = rows_of("ablations"), read_lines(HERE / "ablations_logs.jsonl"), []
+    tokens = levels_of(of_family(rows, "upcycled"), "D2")
+    for name, words in {"copy": "copying, as in the study"} | VARIANTS.items():
+        pairs = {d2: [] for d2 in tokens}
+        for row in (row for row in rows if row["trunk"].rpartition("-s")[0] == name):
+            d2 = row.get("D2", row.get("D"))
+            pairs[d2].append(row["loss"] / base[row["family"], d2, row["seed"]] - 1)
+        used = np.mean([log["effective_experts"] for log in logs if log["run"] == name], axis=0)
+        cells = [mean_text(found) if found else "0" for found in pairs.values()]
+        lines.append([words, *cells, ", ".join(f"{value:.1f}" for value in used)])
+    return aligned(["variant", *at_D2(tokens), "effective experts by layer"], lines)
+
+
+def head_starts():
+    """Head start against D1 by the laws, and as measured: where the curve from scratch of the same seed has
+    the loss of the upcycled model."""
+    rows, laws = rows_of("study"), json.loads((HERE / "study" / "laws.json").read_text())["laws"]
+    scratch, sizes = scratch_losses(rows), levels_of(of_family(rows, "upcycled"), "N")
+    figure, axes = panels(len(sizes), sharey=True)
+    for axis, n in zip(axes, sizes):
+        for row in of_family(rows, "upcycled", N=n):
+            d1, d2, loss = row["D1"], row["D2"], row["loss"]
+            curve = sorted((y, key[2]) for key, y in scratch.items() if (key[0], key[3]) == (n, row["seed"]))
+            if method_label(row) == "copy" and d2 in (M / 2, 2 * M) and curve[0][0] < loss < curve[-1][0]:
+                worth = math.exp(np.interp(math.log(loss), *np.log(curve).T)) - d2
+                early = d2 < M
+                axis.plot(d1 * (1 if early else 1.1), worth, "D" if early else "s", ms=4, mfc="white",
+                          color="#222222", label=f"measured at D2 = {short(d2)}")
+        x = np.geomspace(4e5, 4e7, 50)
+        for law in (f"upcycled.{name}" for name in HEAD_STARTS):
+            params = laws[law].get("methods", {}).get("copy", laws[law])["params"]
+            color, dash = RIVAL_STYLES[law]
+            axis.plot(x, head_start(law, params, n, x), dash, lw=1, color=color, label=law_name(law))
+        log_axis(axis, levels_of(of_family(rows, "upcycled"), "D1"))
+        axis.set(yscale="log", xlabel="D1 (tokens of the dense model)", title=f"N = {short(n)}")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+    return finished(figure, axes, "head start H (tokens of MoE training)")
+
+
+def step_by_step():
+    """Loss and effective experts of an upcycled model and of a MoE of the same loss, step by step: each seed,
+    and the mean over seeds."""
+    logs = read_lines(HERE / "step_by_step_logs.jsonl")
+    figure, (losses, experts) = plt.subplots(1, 2, figsize=(8, 3.4))
+    for run, family in (("upcycled", "upcycled"), ("equal", "moe")):
+        words, _, color = FAMILY_STYLES[family]
+        by_seed = [[log for log in logs if (log["run"], log["seed"]) == (run, seed)] for seed in range(3)]
+        tokens = np.array([log["tokens"] for log in by_seed[0]]) / M
+        loss = np.array([[log["val_loss"] for log in lines] for lines in by_seed])
+        used = np.mean([[log["effective_experts"] for log in lines] for lines in by_seed], axis=0)
+        losses.plot(tokens, loss.T, lw=0.5, alpha=0.5, color=color)
+        losses.plot(tokens, loss.mean(0), lw=1.5, color=color, label=words)
+        for layer, dash in enumerate(("-", "--")):
+            experts.plot(tokens, used[:, layer], dash, color=color, label=f"{words}, layer {layer + 1}")
+    for axis, label in ((losses, "validation loss (nats per token)"), (experts, "effective experts of 8")):
+        axis.set(xlabel="tokens from equal loss on (M = 2^20)", ylabel=label)
+        axis.legend()
+    return figure
+
+
+def main():
+    if len(sys.argv) > 1:
+        take_logs(Path(sys.argv[1]))
+    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), ablations()):
+        print(*table, sep="\n", end="\n\n")
+    for draw in (head_starts, step_by_step):
+        figure = draw()
+        figure.savefig(HERE / f"{draw.__name__}.png")
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The page of the reference study repeats the tables that results/page.py makes from the rows."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What a copy of results/page.py prints beside copies of its rows, and the directory it ran in."""
+    here = tmp_path_factory.mktemp("results")
+    for path in (*RESULTS.glob("*.jsonl"), RESULTS / "page.py", RESULTS / "study" / "laws.json"):
+        copy = here / path.relative_to(RESULTS)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    result = subprocess.run([sys.executable, here / "page.py"], capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    return result.stdout, here
+
+
+def test_the_page_has_its_tables_and_figures(printed):
+    page = (RESULTS / "README.md").read_text()
+    tables = printed[0].strip().split("\n\n")
+    assert len(tables) == 4
+    for table in tables:
+        assert table in page, table
+    for name in ("head_starts.png", "step_by_step.png"):
+        assert f"]({name})" in page and (printed[1] / name).stat().st_size > 10_000
+
+
+def lines_of(*names):
+    return [json.loads(line) for name in names for line in (RESULTS / name).read_text().splitlines()]
+
+
+def cell(printed, first, column):
+    line = next(line for line in printed[0].splitlines() if line.replace(" ", "").startswith(first))
+    return line.split("|")[column].strip()
+
+
+def test_a_cell_of_each_table_is_what_its_rows_say(printed):
+    rows = lines_of("study.jsonl", "study_more.jsonl", "sparsity.jsonl")
+
+    def losses(**columns):
+        return {row["seed"]: row["loss"] for row in rows if all(row.get(k) == v for k, v in columns.items())}
+    small = {"N": 23712, "num_local_experts": 8, "num_experts_per_tok": 2}
+    copied = losses(method="copy", D1=2**22, D2=2**21, router_init="normal", router_std=0.02,
+                    optimizer="reset", **small)
+    scratch = losses(family="moe", D=2**21, **small)
+    ratios = [100 * (copied[seed] / scratch[seed] - 1) for seed in (0, 1, 2)]
+    told = f"{np.mean(ratios):+.2f} ± "
+    assert cell(printed, "|copy|23.7k|4.19M|", 5).startswith(told)
+    assert cell(printed, "|8,top-2|", 6).startswith(told)
+    sixteen = losses(family="moe", D=2**21, num_local_experts=16, num_experts_per_tok=2)
+    assert cell(printed, "|16,top-2|", 3) == f"{np.mean(list(sixteen.values())):.4f}"
+    tenth = {row["seed"]: row["loss"] for row in lines_of("ablations.jsonl")
+             if row["learning_rate"] == 8e-4 and row["D2"] == 2**21}
+    ratios = [100 * (tenth[seed] / copied[seed] - 1) for seed in (0, 1, 2)]
+    assert cell(printed, "|learningratewarmeduptoatenth|", 3).startswith(f"{np.mean(ratios):+.2f} ± ")
