@@ -19,8 +19,7 @@ import report
 from engine import fit
 from laws import LAWS, MATCHING, RIVALS, SHARED_CURVE, predict, short
 from mixture import ORIGIN, WARM_UPS, read_laws
-from problem import (at_levels, levels, levels_of_N, missing, of_family, point_of, variable,
-                     variables_of)
+from problem import at_levels, levels, levels_of_N, missing, of_family, point_of, variable, variables_of
 from rows import EXPERTS, FAMILIES, bits_per_nat, method_label, mixed_conditions, read_rows, run_key
 from uncertainty import (INTERVALS, aicc, bootstrap, fit_with_noise, leave_trunk_out, profile_E,
                          standard_errors, unidentified)
@@ -221,10 +220,9 @@ def held_out_from(rows, family, name):
     found = levels(values)
     if len(found) < 2:
         return None
-    threshold = found[-1]
-    if (values >= threshold).mean() < 0.15:
-        threshold = min(threshold, math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
-    return threshold
+    if (values >= found[-1]).mean() >= 0.15:
+        return found[-1]
+    return min(found[-1], math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
 
 
 def extrapolate(rows, system, law, name, **options):
@@ -232,8 +230,7 @@ def extrapolate(rows, system, law, name, **options):
     it saw them in no family. Returns what `counted` says, with the largest held-out value over the largest
     fitted one, or None where too few rows are left to fit. options go to fit_with_noise."""
     family = law.partition(".")[0]
-    threshold = held_out_from(rows, family, name)
-    if threshold is None:
+    if (threshold := held_out_from(rows, family, name)) is None:
         return None
     families = {family, *system} if name == "N" else {family}
     held = [row for row in of_family(rows, family) if variable(row, name) >= threshold]
@@ -250,8 +247,7 @@ def extrapolate(rows, system, law, name, **options):
 
 def families_of(rows):
     """{family: its rows} of the families that have rows."""
-    found = {family: of_family(rows, family) for family in FAMILIES}
-    return {family: members for family, members in found.items() if members}
+    return {family: members for family in FAMILIES if (members := of_family(rows, family))}
 
 
 def values_of(members, names):
@@ -373,7 +369,7 @@ def claims(rows, options):
     long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * warm_up(row)]
     smallest = min((row["D2"] for row in of_family(long, "upcycled")), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
-    usual, found = fit_settings(options, {}), {}
+    usual, found, scores = fit_settings(options, {}), {}, {}
     for variation, chosen, settings in (
             ("as fitted", long, usual), ("without the smallest D2", without, usual),
             ("B and beta shared", long, usual | {"share": ("E", "B", "beta")}),
@@ -384,11 +380,14 @@ def claims(rows, options):
             held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
             entries[law] = {"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
                             "aicc": aicc(fitted), "held_out": held_out}
+        scores[variation] = [entry["aicc"] for entry in entries.values()]
         without_law = measured(chosen) if settings is usual else ()
         for claim, holds, text in (*compared(entries, chosen), *without_law):
             found.setdefault(claim, {})[variation] = {"holds": bool(holds), "value": text}
     left = len(rows) - len(long)
-    return found, [f"{left} rows are shorter than {WARM_UPS} warm-ups; claims leave them out"] * bool(left)
+    said = [f"{left} rows are shorter than {WARM_UPS} warm-ups; claims leave them out"] * bool(left)
+    gain = min((a - b for a, b in zip(scores["as fitted"], scores["A depends on N"])), default=0.0)
+    return found, said + [f"AICc is lower by {gain:.0f} or more with --A_of_N"] * (gain > 6)
 
 
 def main(options):

@@ -314,6 +314,16 @@ def study_rows():
     return rows
 
 
+@pytest.mark.parametrize("nu, told", [(0.0, False), (0.3, True)])
+def test_a_note_tells_where_A_depends_on_N(nu, told):
+    rows, system = [], shared_system("upcycled.handicap")
+    for n in (4e4, 1e5, 3e5):
+        truth = {law: params | {"A": params["A"] * (n / 1e5) ** -nu} for law, params in HEAD_START.items()}
+        rows += simulate(truth, system, N=[n], noise=0.003, trunk_noise=0.002, seed=int(n))
+    notes = F.claims(rows, F.Options(rows=[]))[1]
+    assert any("--A_of_N" in note for note in notes) == told
+
+
 def test_command_writes_laws_report_and_figures(tmp_path, capsys):
     rows, out = [row | {"bits_per_byte": 0.36 * row["loss"]} for row in study_rows()], tmp_path / "a"
     F.main(F.Options(rows=[write(tmp_path / "rows.jsonl", rows)], out=str(out), draws=20))
