@@ -23,8 +23,10 @@ variants() {  # name, checkpoint to start from, settings
     echo "loss_free copy     --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
     echo "decayed   decayed"  # the dense model had its decay before it was upcycled
     echo "merged    merged"  # half of the experts are of the dense model of another seed
-    echo "half_moe  scratch  --learning_rate=4e-3 --num_local_experts=8 $MODEL"  # the same from scratch
-    echo "cosine_moe scratch --schedule=cosine --num_local_experts=8 $MODEL"
+    local scratch="scratch --num_local_experts=8 $MODEL"  # do they help from scratch as well?
+    echo "half_moe $scratch --learning_rate=4e-3"
+    echo "cosine_moe $scratch --schedule=cosine"
+    echo "loss_free_moe $scratch --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
 }
 
 starts() {  # seed: the checkpoints from which its variants start

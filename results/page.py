@@ -29,7 +29,8 @@ VARIANTS = {
     "cosine": "cosine schedule", "repeated": "data of D1 once more", "none": "no balance loss",
     "pooled": "balance loss pooled over layers", "loss_free": "loss-free balancing",
     "decayed": "dense model after its decay", "merged": "experts of two dense models",
-    "half_moe": "from scratch, half the learning rate", "cosine_moe": "from scratch, cosine schedule"}
+    "half_moe": "from scratch, half the learning rate", "cosine_moe": "from scratch, cosine schedule",
+    "loss_free_moe": "from scratch, loss-free balancing"}
 HEAD_STARTS = ("effective_data_shared", "saturating", "handicap", "loss_matching", "loss_matching_handicap")
 
 
