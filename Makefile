@@ -40,13 +40,18 @@ gpu: .venv/test
 	@$(PY) bench.py gpu
 
 figures: .venv/runtime
-	for study in study_quick study_methods study_router study study_headers; do \
+	for study in study_quick study_methods study_router study_headers; do \
 		$(PY) fit_laws.py results/$$study.jsonl --out=results/$$study || exit 1; \
 	done
+	$(PY) fit_laws.py results/study.jsonl --A_of_N --out=results/study
 	mkdir -p out
 	grep -h '"N": 23712,' results/study.jsonl results/study_more.jsonl > out/study_more.jsonl
 	$(PY) fit_laws.py out/study_more.jsonl --out=results/study_more
-	cp results/study_quick/laws.json laws/pysource_quick.json
+	grep -h '"D": 2097152\|"D1": 4194304, "D2": 2097152' results/study.jsonl results/sparsity.jsonl | \
+		grep '"N": 23712' | grep -v '"method": "drop"' > out/sparsity.jsonl
+	$(PY) fit_laws.py out/sparsity.jsonl --out=results/sparsity
+	PYTHONPATH=. $(PY) results/page.py
+	cp results/study/laws.json laws/pysource.json
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

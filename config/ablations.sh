@@ -27,6 +27,9 @@ variants() {  # name, checkpoint to start from, settings
     echo "half_moe $scratch --learning_rate=4e-3"
     echo "cosine_moe $scratch --schedule=cosine"
     echo "loss_free_moe $scratch --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
+    local best="--learning_rate=4e-3 --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
+    echo "best clusters $best"  # the router's rows towards clusters too
+    echo "best_moe $scratch $best"
 }
 
 starts() {  # seed: the checkpoints from which its variants start
@@ -36,6 +39,8 @@ starts() {  # seed: the checkpoints from which its variants start
     $PY train.py $MODEL $TRAIN --seed=$1 --max_tokens=4194304 --rows=none --resume --out_dir=$OUT/dense-s$1
     [ -e $OUT/copy-s$1 ] || $PY upcycle.py $dense $OUT/copy-s$1 --seed=$1
     [ -e $OUT/decayed-s$1 ] || $PY upcycle.py $OUT/dense-s$1/checkpoint-2048 $OUT/decayed-s$1 --seed=$1
+    [ -e $OUT/clusters-s$1 ] || \
+        $PY upcycle.py $dense $OUT/clusters-s$1 --seed=$1 --router_init=clusters --router_std=0.12
     [ -e $OUT/merged-s$1 ] || \
         $PY upcycle.py $dense $OUT/merged-s$1 $second --seed=$1 --method=merge --merge_shared=first
 }

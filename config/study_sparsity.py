@@ -1,9 +1,9 @@
 """What do more experts, or more of them a token, do to a MoE from scratch and to an upcycled one? N = 24k,
-three seeds, D1 = 4M: 2 to 16 experts, top-1 to top-4, each in a study of its own, top-2 for longer.
+three seeds, D1 = 4M: 2 to 16 experts, top-1 to top-4, each in a study of its own, 4 and 16, top-2, longer.
 
     for experts in "2 1" "2 2" "4 1" "4 2" "4 4" "8 1" "8 4" "16 1" "16 2" "16 4"; do
         set -- $experts
-        levels="[524288,2097152]"; [ $2 = 2 ] && levels="[524288,2097152,8388608]"
+        levels="[524288,2097152]"; [ $1 -gt 2 -a $2 = 2 ] && levels="[524288,2097152,8388608]"
         python sweep.py config/study_sparsity.py --num_local_experts=$1 --num_experts_per_tok=$2 \\
             --families="['moe','upcycled']" --D2=$levels --D_moe=$levels --out_dir=out/sparsity/$1-$2
     done

@@ -30,7 +30,9 @@ VARIANTS = {
     "pooled": "balance loss pooled over layers", "loss_free": "loss-free balancing",
     "decayed": "dense model after its decay", "merged": "experts of two dense models",
     "half_moe": "from scratch, half the learning rate", "cosine_moe": "from scratch, cosine schedule",
-    "loss_free_moe": "from scratch, loss-free balancing"}
+    "loss_free_moe": "from scratch, loss-free balancing",
+    "best": "half the rate, loss-free, router from clusters",
+    "best_moe": "from scratch, half the rate, loss-free"}
 HEAD_STARTS = ("effective_data_shared", "saturating", "handicap", "loss_matching", "loss_matching_handicap")
 
 
