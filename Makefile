@@ -50,8 +50,9 @@ figures: .venv/runtime
 	grep -h '"D": 2097152\|"D1": 4194304, "D2": 2097152' results/study.jsonl results/sparsity.jsonl | \
 		grep '"N": 23712' | grep -v '"method": "drop"' > out/sparsity.jsonl
 	$(PY) fit_laws.py out/sparsity.jsonl --out=results/sparsity
-	PYTHONPATH=. $(PY) results/page.py
+	cp results/study_quick/laws.json laws/pysource_quick.json
 	cp results/study/laws.json laws/pysource.json
+	PYTHONPATH=. $(PY) results/page.py
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

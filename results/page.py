@@ -161,7 +161,7 @@ def ablations():
 def head_starts():
     """Head start against D1 by the laws, and as measured: where the curve from scratch of the same seed has
     the loss of the upcycled model."""
-    rows, laws = rows_of("study"), json.loads((HERE / "study" / "laws.json").read_text())["laws"]
+    rows, laws = rows_of("study"), json.loads((HERE.parent / "laws" / "pysource.json").read_text())["laws"]
     scratch, sizes = scratch_losses(rows), levels_of(of_family(rows, "upcycled"), "N")
     figure, axes = panels(len(sizes), sharey=True)
     for axis, n in zip(axes, sizes):

@@ -15,15 +15,15 @@ RESULTS = ROOT / "results"
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """What a copy of results/page.py prints beside copies of its rows, and the directory it ran in."""
-    here = tmp_path_factory.mktemp("results")
-    for path in (*RESULTS.glob("*.jsonl"), RESULTS / "page.py", RESULTS / "study" / "laws.json"):
-        copy = here / path.relative_to(RESULTS)
+    here = tmp_path_factory.mktemp("copy")
+    for path in (*RESULTS.glob("*.json*"), RESULTS / "page.py", ROOT / "laws" / "pysource.json"):
+        copy = here / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    result = subprocess.run([sys.executable, here / "page.py"], capture_output=True, text=True,
+    result = subprocess.run([sys.executable, here / "results" / "page.py"], capture_output=True, text=True,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
-    return result.stdout, here
+    return result.stdout, here / "results"
 
 
 def test_the_page_has_its_tables_and_figures(printed):

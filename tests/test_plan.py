@@ -23,7 +23,7 @@ from configurator import ConfigError, from_dict, parse
 from rows import FAMILIES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TABLE2, QUICK = (os.path.join(ROOT, name) for name in ("laws/liew2025.json", "results/study_quick/laws.json"))
+TABLE2, QUICK = (os.path.join(ROOT, "laws", name) for name in ("liew2025.json", "pysource_quick.json"))
 CONTENT = M.read_laws(TABLE2)[0]
 LAWS = CONTENT["laws"]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -14,7 +14,7 @@ from sweep import planned_rows
 from test_sweep import ROOT, mini, study  # noqa: F401  (mini is a fixture)
 from test_train import data  # noqa: F401  (data is a fixture)
 
-LAWS = ROOT / "results" / "study_quick" / "laws.json"
+LAWS = ROOT / "laws" / "pysource_quick.json"
 
 
 def seal(*arguments):
