@@ -147,7 +147,7 @@ def ablations():
             if row["family"] == "moe" or method_label(row) == "copy" and row["D1"] == 4 * M}
     rows, logs, lines = rows_of("ablations"), read_lines(HERE / "ablations_logs.jsonl"), []
     tokens = levels_of(of_family(rows, "upcycled"), "D2")
-    for name, words in {"copy": "copying, as in the study"} | VARIANTS.items():
+    for name, words in ({"copy": "copying, as in the study"} | VARIANTS).items():
         pairs = {d2: [] for d2 in tokens}
         for row in (row for row in rows if row["trunk"].rpartition("-s")[0] == name):
             d2 = row.get("D2", row.get("D"))
