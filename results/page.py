@@ -45,23 +45,23 @@ def read_lines(path):
 
 
 def take_logs(out):
-    """Write step_by_step_logs.jsonl and ablations_logs.jsonl from the runs in the directory `out`."""
-    found = {"step_by_step_logs": [], "ablations_logs": []}
+    """Write logs/step_by_step.jsonl and logs/ablations.jsonl from the runs in the directory `out`."""
+    found = {"step_by_step": [], "ablations": []}
     for run in ("upcycled", "equal"):
         for seed in range(3):
             for line in read_lines(out / "step_by_step" / f"{run}-s{seed}" / "log.jsonl"):
                 if "val_loss" in line:
                     told = {key: line[key] for key in ("tokens", "val_loss", "effective_experts")}
-                    found["step_by_step_logs"].append({"run": run, "seed": seed} | told)
+                    found["step_by_step"].append({"run": run, "seed": seed} | told)
     copy = out / "study" / "upcycled-N23712-s{}-D1_4194304-copy-D8388608"
     runs = {"copy": str(copy)} | {name: str(out / "ablations" / (name + "-s{}-8388608")) for name in VARIANTS}
     for run, path in runs.items():
         for seed in range(3):
             last = read_lines(Path(path.format(seed)) / "log.jsonl")[-32:]
             means = np.mean([line["effective_experts"] for line in last], axis=0).round(3).tolist()
-            found["ablations_logs"].append({"run": run, "seed": seed, "effective_experts": means})
+            found["ablations"].append({"run": run, "seed": seed, "effective_experts": means})
     for name, lines in found.items():
-        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (HERE / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def experts_of(row):
@@ -145,7 +145,7 @@ def ablations():
     study = [row for row in rows_of("study", "study_more") if row["N"] == 23712]
     base = {(row["family"], row.get("D2", row.get("D")), row["seed"]): row["loss"] for row in study
             if row["family"] == "moe" or method_label(row) == "copy" and row["D1"] == 4 * M}
-    rows, logs, lines = rows_of("ablations"), read_lines(HERE / "ablations_logs.jsonl"), []
+    rows, logs, lines = rows_of("ablations"), read_lines(HERE / "logs" / "ablations.jsonl"), []
     tokens = levels_of(of_family(rows, "upcycled"), "D2")
     for name, words in ({"copy": "copying, as in the study"} | VARIANTS).items():
         pairs = {d2: [] for d2 in tokens}
@@ -189,7 +189,7 @@ def head_starts():
 def step_by_step():
     """Loss and effective experts of an upcycled model and of a MoE of the same loss, step by step: each seed,
     and the mean over seeds."""
-    logs = read_lines(HERE / "step_by_step_logs.jsonl")
+    logs = read_lines(HERE / "logs" / "step_by_step.jsonl")
     figure, (losses, experts) = plt.subplots(1, 2, figsize=(8, 3.4))
     for run, family in (("upcycled", "upcycled"), ("equal", "moe")):
         words, _, color = FAMILY_STYLES[family]

@@ -16,9 +16,9 @@ RESULTS = ROOT / "results"
 def printed(tmp_path_factory):
     """What a copy of results/page.py prints beside copies of its rows, and the directory it ran in."""
     here = tmp_path_factory.mktemp("copy")
-    for path in (*RESULTS.glob("*.json*"), RESULTS / "page.py", ROOT / "laws" / "pysource.json"):
+    for path in (*RESULTS.rglob("*.json*"), RESULTS / "page.py", ROOT / "laws" / "pysource.json"):
         copy = here / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     result = subprocess.run([sys.executable, here / "results" / "page.py"], capture_output=True, text=True,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})

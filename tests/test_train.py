@@ -300,6 +300,18 @@ def test_two_processes_equal_one(tiny, tmp_path, kind):
     assert log(two)[0].get("router_load") == log(c)[0].get("router_load")
 
 
+def test_a_pooled_balance_loss_is_that_of_the_mean_load(tiny, tmp_path):
+    """The first step of two runs that differ in it alone has the same routing and other gradients."""
+    each = moe(tiny, max_tokens=STEP, rows=None, warmup_steps=1, router_aux_loss_coef=1.0)
+    pooled = dataclasses.replace(each, router_aux_loss_pooled=True, out_dir=str(tmp_path / "pooled"))
+    for c in (each, pooled):
+        train(c, report=quiet)
+    (a,), (b,) = log(each), log(pooled)
+    assert (a["loss"], a["router_load"]) == (b["loss"], b["router_load"])
+    assert abs(b["balance_loss"] - 1) < abs(a["balance_loss"] - 1)  # layers make up for each other
+    assert a["grad_norm"] != b["grad_norm"]
+
+
 def test_validation_is_shared_fixed_and_carries_its_error(tiny):
     train(dataclasses.replace(tiny, rows=None), report=quiet)
     model = checkpoint.load_model(os.path.join(tiny.out_dir, "checkpoint-20"))
