@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -64,3 +65,19 @@ def test_a_cell_of_each_table_is_what_its_rows_say(printed):
              if row["learning_rate"] == 8e-4 and row["D2"] == 2**21}
     ratios = [100 * (tenth[seed] / copied[seed] - 1) for seed in (0, 1, 2)]
     assert cell(printed, "|learningratewarmeduptoatenth|", 3).startswith(f"{np.mean(ratios):+.2f} ± ")
+
+
+def test_the_gains_by_more_experts_that_the_page_names_are_paired_by_seed():
+    rows, page = lines_of("study.jsonl", "sparsity.jsonl"), (RESULTS / "README.md").read_text()
+
+    def gain(few, D, family):
+        losses = {(row["num_local_experts"], row["seed"]): row["loss"] for row in rows
+                  if (row["family"], row["N"], row["num_experts_per_tok"]) == (family, 23712, 2)
+                  and row.get("D2", row.get("D")) == D and row.get("D1", 2**22) == 2**22
+                  and row["method"] in ("copy", None)}
+        pairs = [100 * (1 - losses[16, seed] / losses[few, seed]) for seed in (0, 1, 2)]
+        half = stats.t.ppf(0.975, 2) * stats.sem(pairs)
+        return f"{np.mean(pairs):.1f} % (± {half:.1f})"
+    for few, D in ((4, 2**23), (2, 2**21)):
+        for family in ("moe", "upcycled"):
+            assert gain(few, D, family) in " ".join(page.split())
