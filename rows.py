@@ -37,6 +37,7 @@ CONDITIONS = tuple(key for key in SETTINGS if key not in SIZES + DECAY)
 
 NAMES = ("family", "method", "trunk", "dense_trunk", "data_sha256")  # words, even if they look like numbers
 RUN = ("N", "D", "D1", "D2", "seed", *EXPERTS, *NAMES, *KNOBS, *SETTINGS)
+LATER = {"router_aux_loss_pooled": False}  # what rows did from before there was a column
 ORIGIN = ("config", "git", "torch", "bits_per_byte")  # they are no part of which run a row is
 
 
@@ -64,12 +65,12 @@ def run_key(row, but=()):
 
     A missing column is None: a row that does not say its learning rate is not the same run as one that does.
     """
-    return tuple(plain(key, row.get(key)) for key in RUN if key not in but)
+    return tuple(plain(key, row.get(key, LATER.get(key))) for key in RUN if key not in but)
 
 
 def differences(a, b):
     """[(column, its value in a, its value in b)] of the columns that make two rows different runs."""
-    return [(key, a.get(key), b.get(key)) for key in RUN if plain(key, a.get(key)) != plain(key, b.get(key))]
+    return [(key, a.get(key), b.get(key)) for key, x, y in zip(RUN, run_key(a), run_key(b)) if x != y]
 
 
 def mixed_conditions(rows):
