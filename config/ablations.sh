@@ -2,7 +2,7 @@
 # Ablations of upcycling at N = 24k, beside the copies of config/study.py: D1 = 4M, D2 = 0.5M, 2M and 8M,
 # three seeds. Each variant changes one thing, and its name is that of its rows' trunk.
 #
-#     bash config/ablations.sh      # after config/study.py, about 1.5 core-hours; called again, it goes on
+#     bash config/ablations.sh      # after config/study.py, about 2 core-hours; called again, it goes on
 #
 # The rows go to out/ablations/rows.jsonl.
 set -e
