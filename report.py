@@ -267,18 +267,18 @@ def draw_figures(rows, laws):
     pair = [law for law in dict.fromkeys(["upcycled", best]) if law in rivals]  # each draws all families
     shown = {family: pair or [law for law in alone if law in laws][:1] for family, alone in
              (("upcycled", ()), ("moe", ("moe.joint", "moe", best)), ("dense", ("dense", best)))}
-    found = {"loss_against_tokens": (
-        figures.loss_against_tokens(one_method, laws, shown),
-        f"Loss against tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")}
+    found, curves = {}, max(len(levels_of(rows, name)) for name in ("D", "D2")) > 1
+    if curves:
+        found["loss_against_tokens"] = (figures.loss_against_tokens(one_method, laws, shown), "Loss against "
+            f"tokens, measured and fitted. Method: {method}. Bars are the range over repeats.")
     if rivals and len(levels_of(of_family(rows, "upcycled"), "D1")) > 1:
         found["exponent_against_D1"] = (figures.exponent_against_D1(one_method, laws),
                                         "The interaction: how fast the loss falls with D2, against D1.")
     alone = [law for law in laws if law.startswith("moe.") or not rivals]
     for law in dict.fromkeys([best, *alone]):
-        name = "residuals" if law == best else f"residuals_{law.replace('.', '_')}"
-        found[name] = (figures.residuals(rows, law, laws[law]),
-                       f"What the law '{law_name(law)}' leaves unexplained.")
-    if differences := method_differences(rows):
+        found["residuals" if law == best else f"residuals_{law.replace('.', '_')}"] = (
+            figures.residuals(rows, law, laws[law]), f"What the law '{law_name(law)}' leaves unexplained.")
+    if curves and (differences := method_differences(rows)):
         found["methods_against_copy"] = (
             figures.against_copy(differences), "Methods of upcycling, and a MoE from scratch on D = D2 "
             "tokens, against copying. Paired runs differ in the method alone.")

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python results/page.py [DIRECTORY OF RUNS]
 
-It prints the tables, which the page repeats, and draws head_starts.png and step_by_step.png. From a directory
-of runs it takes the lines of their logs first: of step_by_step, and the last ones of ablations.
+It prints the tables, which the page repeats, and draws head_starts.png, step_by_step.png and experts.png.
+From a directory of runs it takes lines of their logs first: of step_by_step, and the last ones of ablations.
 """
 import json
 import math
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 
-from figures import FAMILY_STYLES, RIVAL_STYLES, finished, log_axis, panels
+from figures import FAMILY_STYLES, RIVAL_STYLES, finished, log_axis, panels, shades, t_interval
 from fit_laws import rms
 from laws import head_start, law_name, short
 from problem import levels_of, of_family
@@ -139,6 +139,31 @@ def numbers_of_experts():
     return aligned(["experts", *header, *at_D2(tokens), "D2*"], lines)
 
 
+def experts():
+    """Loss from scratch and upcycled at 2M tokens against the number of experts, and the one over the other
+    at 8M: means over seeds, the latter with its 95 % interval."""
+    rows = [row for row in rows_of("study", "study_more", "sparsity") if row["N"] == 23712]
+    found = {key: cells for key, cells in upcycled_against_scratch(rows).items()
+             if key[0] == "copy" and key[-1] == 4 * M}
+    scratch, (figure, (loss, behind)) = scratch_losses(rows), panels(2)
+    for k, color in shades((1, 2, 4)).items():
+        numbers = [key[2][0] for key in found if key[2][1] == k]
+        means = [np.mean([y for key, y in scratch.items() if key[1:3] == ((E, k), 2 * M)]) for E in numbers]
+        ratios = [1 + np.mean(cells[2 * M]) for key, cells in found.items() if key[2][1] == k]
+        loss.plot(numbers, means, "s-", ms=4, lw=1, color=color, label=f"top-{k}, from scratch")
+        upcycled = np.multiply(means, ratios)
+        loss.plot(numbers, upcycled, "D--", ms=4, lw=1, color=color, label=f"top-{k}, upcycled")
+    late = {key[2][0]: t_interval(cells[8 * M]) for key, cells in found.items() if 8 * M in cells}
+    mean, half = 100 * np.array(list(late.values())).T
+    behind.errorbar(list(late), mean, half, fmt="D-", ms=4, lw=1, color=FAMILY_STYLES["upcycled"][2])
+    behind.axhline(0, color="black", lw=0.8, ls=":")
+    behind.set_ylabel("upcycled over from scratch (%)\nat 8.4M tokens, top-2")
+    for axis in (loss, behind):
+        log_axis(axis, [2, 4, 8, 16])
+        axis.set_xlabel("experts")
+    return finished(figure, (loss, behind), "loss at 2.1M tokens (nats per token)")
+
+
 def ablations():
     """The table of variants: loss against copying, or against from scratch, paired by seed, and effective
     experts a layer."""
@@ -212,7 +237,7 @@ def main():
         take_logs(Path(sys.argv[1]))
     for table in (sealed_errors(), against_scratch(), numbers_of_experts(), ablations()):
         print(*table, sep="\n", end="\n\n")
-    for draw in (head_starts, step_by_step):
+    for draw in (head_starts, step_by_step, experts):
         figure = draw()
         figure.savefig(HERE / f"{draw.__name__}.png")
         plt.close(figure)

@@ -33,7 +33,7 @@ def test_the_page_has_its_tables_and_figures(printed):
     assert len(tables) == 4
     for table in tables:
         assert table in page, table
-    for name in ("head_starts.png", "step_by_step.png"):
+    for name in ("head_starts.png", "step_by_step.png", "experts.png"):
         assert f"]({name})" in page and (printed[1] / name).stat().st_size > 10_000
 
 
