@@ -112,8 +112,8 @@ def sealed_errors():
     lines = [[law_name(law), *(f"{100 * rms(found[words]):.2f}" for words in shown)]
              for law, found in errors.items()]
     counts = next(iter(errors.values()))
-    header = [f"{words} ({len(counts[words])} rows)" for words in shown]
-    return aligned(["law, rms error in %", *header], sorted(lines, key=lambda line: float(line[1])))
+    header = [f"{words} ({len(counts[words])})" for words in shown]
+    return aligned(["law, rms error in % (rows)", *header], sorted(lines, key=lambda line: float(line[1])))
 
 
 def against_scratch():
