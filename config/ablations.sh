@@ -20,16 +20,16 @@ variants() {  # name, checkpoint to start from, settings
     echo "repeated  copy     --repeat_data=true"
     echo "none      copy     --router_aux_loss_coef=0"
     echo "pooled    copy     --router_aux_loss_pooled=true"
-    echo "loss_free copy     --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
+    local loss_free="--router_aux_loss_coef=0 --router_bias_update_rate=0.01"
+    echo "loss_free copy     $loss_free"
     echo "decayed   decayed"  # the dense model had its decay before it was upcycled
     echo "merged    merged"  # half of the experts are of the dense model of another seed
     local scratch="scratch --num_local_experts=8 $MODEL"  # do they help from scratch as well?
     echo "half_moe $scratch --learning_rate=4e-3"
     echo "cosine_moe $scratch --schedule=cosine"
-    echo "loss_free_moe $scratch --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
-    local best="--learning_rate=4e-3 --router_aux_loss_coef=0 --router_bias_update_rate=0.01"
-    echo "best clusters $best"  # the router's rows towards clusters too
-    echo "best_moe $scratch $best"
+    echo "loss_free_moe $scratch $loss_free"
+    echo "best clusters --learning_rate=4e-3 $loss_free"  # the router's rows towards clusters too
+    echo "best_moe $scratch --learning_rate=4e-3 $loss_free"
 }
 
 starts() {  # seed: the checkpoints from which its variants start

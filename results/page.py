@@ -5,6 +5,7 @@
 It prints the tables, which the page repeats, and draws head_starts.png, step_by_step.png and experts.png.
 From a directory of runs it takes lines of their logs first: of step_by_step, and the last ones of ablations.
 """
+import functools
 import json
 import math
 import sys
@@ -36,6 +37,7 @@ VARIANTS = {
 HEAD_STARTS = ("effective_data_shared", "saturating", "handicap", "loss_matching", "loss_matching_handicap")
 
 
+@functools.cache
 def rows_of(*names):
     return read_rows([str(HERE / f"{name}.jsonl") for name in names])[0]
 
@@ -92,8 +94,23 @@ def crossing(cells):
     return short(math.exp(crossings[0])) if crossings else "-"
 
 
+def copies_by_experts():
+    """({(experts, D): [loss from scratch]}, {experts: cells of upcycled_against_scratch}) of copying at
+    N = 24k and D1 = 4M."""
+    rows, scratch = [row for row in rows_of("study", "study_more", "sparsity") if row["N"] == 23712], {}
+    for (_, experts, D, _), loss in scratch_losses(rows).items():
+        scratch.setdefault((experts, D), []).append(loss)
+    found = upcycled_against_scratch(rows)
+    return scratch, {key[2]: cells for key, cells in found.items() if (key[0], key[3]) == ("copy", 4 * M)}
+
+
 def at_D2(tokens):
     return [f"D2 = {short(d2)} (pairs)" for d2 in tokens]
+
+
+def texts(cells, tokens):
+    """The cells in words, one for each D2."""
+    return [mean_text(cells[d2]) if d2 in cells else "-" for d2 in tokens]
 
 
 def sealed_errors():
@@ -120,21 +137,18 @@ def against_scratch():
     """The table of upcycled losses against from scratch, by method, size and D1, and of D2*."""
     found = upcycled_against_scratch(rows_of("study", "study_more"))
     tokens = sorted({d2 for cells in found.values() for d2 in cells})
-    lines = [[method, short(n), short(d1), *(mean_text(cells[d2]) if d2 in cells else "-" for d2 in tokens),
-              crossing(cells)]
+    lines = [[method, short(n), short(d1), *texts(cells, tokens), crossing(cells)]
              for (method, n, _, d1), cells in found.items() if method in ("copy", "drop 0.5")]
     return aligned(["method", "N", "D1", *at_D2(tokens), "D2*"], lines)
 
 
 def numbers_of_experts():
     """The table of numbers of experts: losses from scratch, means over seeds, and upcycled against them."""
-    rows = [row for row in rows_of("study", "study_more", "sparsity") if row["N"] == 23712]
-    scratch, tokens, lines = scratch_losses(rows), (M / 2, 2 * M, 8 * M), []
-    for (method, _, experts, d1), cells in upcycled_against_scratch(rows).items():
-        if method == "copy" and d1 == 4 * M:
-            losses = [[loss for key, loss in scratch.items() if key[1:3] == (experts, D)] for D in tokens]
-            lines.append(["{}, top-{}".format(*experts), *(f"{np.mean(y):.4f}" if y else "-" for y in losses),
-                          *(mean_text(cells[d2]) if d2 in cells else "-" for d2 in tokens), crossing(cells)])
+    (scratch, found), tokens, lines = copies_by_experts(), (M / 2, 2 * M, 8 * M), []
+    for number, cells in found.items():
+        losses = [scratch.get((number, D)) for D in tokens]
+        lines.append(["{}, top-{}".format(*number), *(f"{np.mean(y):.4f}" if y else "-" for y in losses),
+                      *texts(cells, tokens), crossing(cells)])
     header = [f"from scratch, D = {short(D)}" for D in tokens]
     return aligned(["experts", *header, *at_D2(tokens), "D2*"], lines)
 
@@ -142,18 +156,15 @@ def numbers_of_experts():
 def experts():
     """Loss from scratch and upcycled at 2M tokens against the number of experts, and the one over the other
     at 8M: means over seeds, the latter with its 95 % interval."""
-    rows = [row for row in rows_of("study", "study_more", "sparsity") if row["N"] == 23712]
-    found = {key: cells for key, cells in upcycled_against_scratch(rows).items()
-             if key[0] == "copy" and key[-1] == 4 * M}
-    scratch, (figure, (loss, behind)) = scratch_losses(rows), panels(2)
+    (scratch, found), (figure, (loss, behind)) = copies_by_experts(), panels(2)
     for k, color in shades((1, 2, 4)).items():
-        numbers = [key[2][0] for key in found if key[2][1] == k]
-        means = [np.mean([y for key, y in scratch.items() if key[1:3] == ((E, k), 2 * M)]) for E in numbers]
-        ratios = [1 + np.mean(cells[2 * M]) for key, cells in found.items() if key[2][1] == k]
+        numbers = [E for E, top in found if top == k]
+        means = [np.mean(scratch[(E, k), 2 * M]) for E in numbers]
+        ratios = [1 + np.mean(found[E, k][2 * M]) for E in numbers]
         loss.plot(numbers, means, "s-", ms=4, lw=1, color=color, label=f"top-{k}, from scratch")
         upcycled = np.multiply(means, ratios)
         loss.plot(numbers, upcycled, "D--", ms=4, lw=1, color=color, label=f"top-{k}, upcycled")
-    late = {key[2][0]: t_interval(cells[8 * M]) for key, cells in found.items() if 8 * M in cells}
+    late = {E: t_interval(cells[8 * M]) for (E, _), cells in found.items() if 8 * M in cells}
     mean, half = 100 * np.array(list(late.values())).T
     behind.errorbar(list(late), mean, half, fmt="D-", ms=4, lw=1, color=FAMILY_STYLES["upcycled"][2])
     behind.axhline(0, color="black", lw=0.8, ls=":")
@@ -190,10 +201,10 @@ def head_starts():
     scratch, sizes = scratch_losses(rows), levels_of(of_family(rows, "upcycled"), "N")
     figure, axes = panels(len(sizes), sharey=True)
     for axis, n in zip(axes, sizes):
-        for row in of_family(rows, "upcycled", N=n):
+        for row in (row for row in of_family(rows, "upcycled", N=n) if method_label(row) == "copy"):
             d1, d2, loss = row["D1"], row["D2"], row["loss"]
             curve = sorted((y, key[2]) for key, y in scratch.items() if (key[0], key[3]) == (n, row["seed"]))
-            if method_label(row) == "copy" and d2 in (M / 2, 2 * M) and curve[0][0] < loss < curve[-1][0]:
+            if d2 in (M / 2, 2 * M) and curve[0][0] < loss < curve[-1][0]:
                 worth = math.exp(np.interp(math.log(loss), *np.log(curve).T)) - d2
                 early = d2 < M
                 axis.plot(d1 * (1 if early else 1.1), worth, "D" if early else "s", ms=4, mfc="white",
