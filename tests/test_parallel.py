@@ -316,6 +316,7 @@ def test_no_rank_ends_before_rank_0_has_written(tiny, parallel, steps):  # noqa:
 
 def anonymous():
     """Bytes of this process's memory that is no file's."""
+    ctypes.CDLL(None).malloc_trim(0)  # free pages go back to the system, whatever was freed before
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
@@ -354,8 +355,7 @@ def test_memory_of_a_rank_is_what_the_readme_and_the_dry_run_say(tiny, parallel,
     path, slack, w = f"{c.out_dir}/checkpoint-1", *((9e6, 4) if dtype == "float32" else (16e6, 2))
 
     def job(rank):
-        ctypes.CDLL(None).mallopt(-3, 65536)  # what is freed goes back to the system,
-        ctypes.CDLL(None).malloc_trim(0)      # and so does what was freed before the fork
+        ctypes.CDLL(None).mallopt(-3, 65536)  # what is larger goes back to the system once it is free
         start, cpu = anonymous(), torch.device("cpu")
         with contextlib.ExitStack() as stack:
             run = train_module.plan_run(c, cpu, stack)
