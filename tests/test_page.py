@@ -13,16 +13,35 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 
 
+def runs_of(logs, out):
+    """Make a directory of runs whose logs have the lines that page.py takes among others that it leaves."""
+    for path in logs.iterdir():
+        for line in map(json.loads, path.read_text().splitlines()):
+            run, seed, used = line["run"], line["seed"], line["effective_experts"]
+            if path.stem == "step_by_step":
+                log, lines = out / path.stem / f"{run}-s{seed}", [{"loss": 1.0}, line]
+            else:
+                name = f"study/upcycled-N23712-s{seed}-D1_4194304-copy-D8388608"
+                log = out / (name if run == "copy" else f"ablations/{run}-s{seed}-8388608")
+                lines = [{"effective_experts": [1.0 for _ in used]}] + 32 * [{"effective_experts": used}]
+            log.mkdir(parents=True, exist_ok=True)
+            with open(log / "log.jsonl", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        path.unlink()
+
+
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """What a copy of results/page.py prints beside copies of its rows, and the directory it ran in."""
+    """What a copy of results/page.py prints beside copies of its rows and a directory of runs that it takes
+    its logs from, and the directory it ran in."""
     here = tmp_path_factory.mktemp("copy")
     for path in (*RESULTS.rglob("*.json*"), RESULTS / "page.py", ROOT / "laws" / "pysource.json"):
         copy = here / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    result = subprocess.run([sys.executable, here / "results" / "page.py"], capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    runs_of(here / "results" / "logs", here / "out")
+    result = subprocess.run([sys.executable, here / "results" / "page.py", here / "out"],
+                            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     return result.stdout, here / "results"
 
@@ -35,6 +54,13 @@ def test_the_page_has_its_tables_and_figures(printed):
         assert table in page, table
     for name in ("head_starts.png", "step_by_step.png", "experts.png"):
         assert f"]({name})" in page and (printed[1] / name).stat().st_size > 10_000
+
+
+def test_logs_are_the_lines_that_were_taken_from_runs(printed):
+    logs = sorted((RESULTS / "logs").iterdir())
+    assert [path.stem for path in logs] == ["ablations", "step_by_step"]
+    for path in logs:
+        assert (printed[1] / "logs" / path.name).read_text() == path.read_text()
 
 
 def lines_of(*names):
