@@ -11,7 +11,8 @@ STUDY = config/study_quick.py
 OUT = out/study_quick
 PILOT = out/pilot
 BUDGET = 8388608
-DENSE = $(firstword $(wildcard $(OUT)/dense-N55536-s0/checkpoint-2048) $(PILOT)/dense/checkpoint-512)
+MADE = $(PILOT)/dense/checkpoint-512
+DENSE = $(firstword $(wildcard $(MADE) $(OUT)/dense-N55536-s0/checkpoint-2048) $(MADE))
 TORCH_INDEX =
 
 study: .venv/runtime
@@ -30,8 +31,8 @@ pilot: .venv/runtime
 	$(PY) fit_laws.py $(PILOT)/rows.jsonl --laws=upcycled.head_start --out=$(PILOT)/laws
 	$(PY) plan.py --laws=$(PILOT)/laws/laws.json --checkpoint=$(DENSE) --tokens=$(BUDGET)
 
-$(PILOT)/dense/checkpoint-512:
-	$(PY) train.py config/pilot_dense.py --dataset=data/$(DATA) --out_dir=$(PILOT)/dense
+$(MADE):
+	$(PY) train.py config/pilot_dense.py --dataset=data/$(DATA) --out_dir=$(PILOT)/dense --resume
 
 test: .venv/test
 	$(PY) -m pytest -q tests

@@ -93,10 +93,7 @@ class Job:
     upcycling: UpcycleOptions | None = None  # what makes the checkpoint that the run starts from
     model: ModelConfig | None = None
     launcher: str | None = None  # the command that starts the run; None: a worker trains it
-
-    @property
-    def ranks(self):
-        return ranks_of(self.launcher)
+    ranks: int = 1  # processes that the launcher starts
 
     @property
     def is_trunk(self):
@@ -147,7 +144,7 @@ def study_jobs(study):
         levels = pilot.with_levels(study)
         for seed in study.seeds:
             jobs += jobs_of_size(levels, *pilot.open_dense(levels, seed), [])
-    for size in study.sizes:
+    for size in () if study.dense else study.sizes:
         seeds = {key: convert(f"{study.config}: sizes: {key}", size.get(key, usual), list[int])
                  for key, usual in (("seeds", study.seeds), ("scratch_seeds", []))}
         size = {key: value for key, value in size.items() if key not in seeds}
@@ -294,10 +291,12 @@ def trunk_and_branches(study, c, base, name, lineage, levels, keep=(), upcycling
     step, seen = c.tokens_per_step, c.D1 or 0
     m, data_sha256 = pilot.model_config(c, base), data_of(c, study.dry_run).get("data_sha256")
     ranks, per_token = ranks_of(study.launcher), flops_per_token(m, c.max_seq_len)
-    points = []  # (end, start of the decay) in tokens
-    for end in sorted(rounded_levels(study, c, levels)):
-        points.append((end, end - max(1, round(end * study.decay_fraction / step)) * step))
-    stops = sorted({start for _, start in points} | set(keep))
+    starts = {end: end - max(1, round(end * study.decay_fraction / step)) * step  # of the decay, in tokens
+              for end in sorted(rounded_levels(study, c, levels))}
+    for end in (end for end, start in starts.items() if start < max(1, c.warmup_steps) * step):
+        raise ConfigError(f"{study.config}: a run of {end} tokens decays before its {c.warmup_steps} warm-up "
+                          "steps are over; levels must be longer, or warmup_steps or decay_fraction smaller")
+    stops = sorted({*starts.values(), *keep})
     trunk = dataclasses.replace(c, out_dir=os.path.join(study.out_dir, name), trunk=name, resume=True,
                                 max_tokens=stops[-1], decay_steps=0, decay_start=0, save_at_tokens=stops)
     if upcycling:
@@ -305,9 +304,10 @@ def trunk_and_branches(study, c, base, name, lineage, levels, keep=(), upcycling
 
     def job(settings, needs, begin, end, made=None):
         row = planned_row(settings, m, lineage, seen + end, data_sha256, seen, ranks)
-        return Job(settings, needs, end - begin, (end - begin) * per_token, row, made, m, study.launcher)
+        tokens = end - begin
+        return Job(settings, needs, tokens, tokens * per_token, row, made, m, study.launcher, ranks)
     jobs = [job(trunk, upcycling and upcycling.source, 0, stops[-1], upcycling)]
-    for end, start in points:
+    for end, start in starts.items():
         first = checkpoint_path(trunk.out_dir, start, c)
         branch = dataclasses.replace(trunk, out_dir=f"{trunk.out_dir}-D{end}", init_from=first, branch=True,
                                      max_tokens=end, save_at_tokens=[], decay_start=start // step,
@@ -353,6 +353,10 @@ def check_unchanged(job):
         check_row(job, read_row(path), path)
     elif os.path.exists(config):
         begun = from_dict(Train, read_config(config), f"{config}: ")
+        then, now = (os.path.realpath(c.init_from or "") for c in (begun, job.settings))
+        if job.is_trunk and not job.upcycling and then != now:  # a pilot's, of another checkpoint
+            raise ConfigError(f"{config}: began from {then}, the study now says {now}; take another "
+                              "--out_dir, or delete that run")
         m, data_sha256 = pilot.model_config(begun, job.model), data_of(begun).get("data_sha256")
         tokens = job.row.get("D2", job.row.get("D"))  # whatever max_tokens was: a trunk may grow
         before = job.row["tokens_before_schedule"]
@@ -384,16 +388,6 @@ def share_of(study, jobs):
     return [job for job in jobs if any(job is chosen for chosen in shares[number - 1])]
 
 
-def chain_flops(jobs):
-    """{id(job): FLOPs of the longest chain of jobs that starts with it}: long chains are to start first."""
-    found = {}
-    for job in reversed(jobs):
-        folder = os.path.normpath(job.settings.out_dir) + os.sep
-        later = [found[id(j)] for j in jobs if id(j) in found and (j.needs or "").startswith(folder)]
-        found[id(job)] = job.flops + max(later, default=0)
-    return found
-
-
 def sweep(study, jobs):
     """Run `jobs` on worker processes. Returns what failed, a line each. Raises Stopped after a signal."""
     if study.launcher and not shutil.which(program := study.launcher.split()[0]):
@@ -405,14 +399,18 @@ def sweep(study, jobs):
         for c in (job.settings for job in jobs if job.done and not job.is_trunk):
             # A kill just before it was finished can have lost its row.
             append_row(c.rows, read_row(os.path.join(c.out_dir, "row.json")))
-        order = chain_flops(jobs)
-        todo = sorted((j for j in jobs if not j.done), key=lambda j: -order[id(j)])
+        chains = Counter()  # {folder of a run: FLOPs of the longest chain that starts there}, to start first
+        for job in reversed(jobs):
+            chains[job.settings.out_dir] += job.flops
+            maker = os.path.dirname(job.needs or "")
+            chains[maker] = max(chains[maker], chains[job.settings.out_dir])
+        todo = sorted((j for j in jobs if not j.done), key=lambda j: -chains[j.settings.out_dir])
         if not todo:
             return []
         total, done = sum(j.tokens for j in jobs), sum(job.tokens_done for job in jobs)
         with caught_signals() as signals, progress(total, "study", "tok", initial=done) as bar:
             signals.at_once = False  # the workers save first
-            devices = 1 if study.launcher else torch.cuda.device_count() or os.cpu_count() or 1
+            devices = 1 if study.launcher else torch.cuda.device_count() or len(os.sched_getaffinity(0))
             failed = run_jobs(todo, min(study.workers or devices, len(todo)), signals.caught, bar)
         if signals.caught:
             raise Stopped(signals.caught[0])
@@ -422,6 +420,9 @@ def sweep(study, jobs):
 def main(study):
     plan = study_jobs(study)
     jobs = share_of(study, plan)
+    if not plan:
+        raise ConfigError(f"{study.config}: there is nothing to train; are all rows of --families withheld "
+                          "(--train_withheld)?")
     print(describe(study, plan))
     if study.shard != Study.shard:
         part = cost.flops_of(jobs) / cost.flops_of(plan)

@@ -98,7 +98,7 @@ def launch(job, report):
         raise Stopped(signals.caught[0])
     if status:
         with open(output, encoding="utf-8", errors="replace") as f:
-            said = re.search(r"^train\.py: (?:rank \d+: )?(.+)", f.read(), re.MULTILINE)
+            said = re.search(r"^train\.py: (?:rank \d+: )?(?!rank \d+ failed)(.+)", f.read(), re.MULTILINE)
         raise ConfigError(said[1] if said else f"{output}: {job.launcher} ended with status {status}")
     return None if job.is_trunk else read_row(os.path.join(c.out_dir, "row.json"))
 

@@ -17,8 +17,6 @@ sizes = [  # 1.2M, 4.7M and 18.9M backbone parameters
 _M = 2**20
 D1 = [4 * _M, 16 * _M, 64 * _M]
 D2 = [4 * _M, 16 * _M, 64 * _M]
-D_dense = [4 * _M, 16 * _M, 64 * _M]
-D_moe = [4 * _M, 16 * _M, 64 * _M]
 
 train = {
     "dataset": "data/pysource", "tokens_per_step": 2**15, "max_seq_len": 256, "warmup_steps": 20,

@@ -144,8 +144,8 @@ def test_a_study_under_a_launcher_makes_the_rows_that_workers_make(mini, tmp_pat
         assert found[0][family]["loss"] == pytest.approx(found[1][family]["loss"], rel=5e-3)
 
 
-@pytest.mark.parametrize("gpus, flags, count", [(3, [], 3), (0, [], os.cpu_count()), (3, ["--workers=2"], 2),
-                                                (3, [f"--launcher={TORCHRUN}"], 1)])
+@pytest.mark.parametrize("gpus, flags, count", [(3, [], 3), (0, [], len(os.sched_getaffinity(0))),
+                                                (3, ["--workers=2"], 2), (3, [f"--launcher={TORCHRUN}"], 1)])
 def test_workers_are_as_many_as_devices(mini, monkeypatch, gpus, flags, count):  # noqa: F811
     seen, s = [], study(mini, *flags)
     jobs = study_jobs(s)
@@ -159,8 +159,10 @@ def test_a_launched_run_that_fails_says_what_train_printed(mini):  # noqa: F811
     branch = study_jobs(study(mini, f"--launcher={sys.executable}"))[1]
     with pytest.raises(ConfigError, match=f"^{re.escape(branch.needs)}: no such checkpoint"):
         launch(branch, print)
-    with pytest.raises(ConfigError, match="output.txt: false ended with status 1"):
-        launch(dataclasses.replace(branch, launcher="false"), print)
+    (mini.parent / "fails").write_text("echo train.py: rank 3 failed; false")  # which names no cause
+    for launcher in ("false", f"sh {mini.parent / 'fails'}"):
+        with pytest.raises(ConfigError, match="output.txt: .* ended with status 1"):
+            launch(dataclasses.replace(branch, launcher=launcher), print)
 
 
 # ---------------------------------------------------------------------------------------------------------

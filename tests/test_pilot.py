@@ -156,6 +156,13 @@ def test_what_was_planned_is_what_is_made_for_another_family(mini, qwen3, data):
     assert {run_key(row) for row in rows} == {run_key(row) for row in planned}
     for job in study_jobs(study):
         check_unchanged(job)
+    os.symlink(qwen3, mini.parent / "twin")  # the same checkpoint by another name, and then another one
+    twin = [parse(Study, flags(mini, mini.parent / "twin", data, "--D1=5000")) for _ in range(2)]
+    check_unchanged(study_jobs(twin[0])[0])
+    os.remove(mini.parent / "twin")
+    build(mini.parent / "twin", "qwen3", vocab_size=300, head_dim=16)
+    with pytest.raises(ConfigError, match="began from .*qwen3, the study now says .*twin"):
+        check_unchanged(study_jobs(twin[1])[0])
     # By hand: hidden 32, F 64, 2 layers, 4 heads and 2 of keys and values of 16, two norms of 16 a layer.
     attention, mlp = 2 * 32 * 16 * 2 * (4 + 2), 2 * 3 * 32 * 64
     assert {row["N"] for row in rows} == {attention + mlp + 2 * (2 * 32 + 2 * 16) + 32}

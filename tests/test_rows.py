@@ -103,6 +103,9 @@ def test_a_learning_rate_may_follow_the_size_but_must_not_differ_within_one():
     assert mixed_conditions([FULL, pilot]) == {}
     assert mixed_conditions([FULL, pilot, pilot | {"tokens_before_schedule": 0}]) == {
         "tokens_before_schedule": [2e6, 0]}
+    older = {key: value for key, value in FULL.items() if key != "router_aux_loss_pooled"}
+    assert mixed_conditions([older, FULL | {"router_aux_loss_pooled": True}]) == {
+        "router_aux_loss_pooled": [False, True]}
     again = tuned[1] | {"learning_rate": 0.5}
     assert mixed_conditions([*tuned, again]) == {"learning_rate": [FULL["learning_rate"] / 2, 0.5]}
 

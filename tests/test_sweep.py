@@ -15,7 +15,7 @@ import checkpoint
 from configurator import ConfigError, parse
 from cost import device_bytes, disk_bytes
 from rows import method_label, run_key
-from sweep import Study, check_unchanged, describe, planned_rows, study_jobs, study_totals
+from sweep import Study, check_unchanged, describe, main, planned_rows, study_jobs, study_totals
 from test_train import data, digests  # noqa: F401  (data is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,6 +137,9 @@ def test_virtual_groups_keep_the_dense_N(mini):
 
 
 @pytest.mark.parametrize("line, message", [("D1 = []", "D1 is empty"), ("D2 = [10, 20]", "warm-up"),
+                                           ("decay_fraction = 0.8", "1280 tokens decays before its 3"),
+                                           ("decay_fraction = 0.99", "decays before"),
+                                           ("withheld = [{}]", "nothing to train"),
                                            ("D1 = [1280, 1281]", "must differ"),
                                            ("sizes = [{'hidden_size': 16, 'hiden': 3}]", "hiden"),
                                            ("decay_fraction = 1.5", "decay_fraction"),
@@ -156,7 +159,7 @@ def test_virtual_groups_keep_the_dense_N(mini):
 def test_bad_studies_are_refused_by_name(mini, line, message):
     mini.write_text(mini.read_text() + line + "\n")
     with pytest.raises(ConfigError, match=message):
-        study_jobs(study(mini))
+        main(study(mini, "--dry_run"))
 
 
 def command(mini, *flags):

@@ -28,8 +28,6 @@ sizes = [  # 14M, 50M, 156M, 397M and 1.0B backbone parameters; the mixture of t
 _B = 10**9
 D1 = [_B, 4 * _B, 16 * _B, 64 * _B]
 D2 = [_B, 4 * _B, 16 * _B, 64 * _B]
-D_dense = [_B, 4 * _B, 16 * _B, 64 * _B]
-D_moe = [_B, 4 * _B, 16 * _B, 64 * _B]
 
 train = {
     "dataset": "data/slimpajama", "tokens_per_step": 2**19, "max_seq_len": 2048, "warmup_steps": 200,
