@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from configurator import (HERE, ConfigError, code_version, from_dict, read_config, write_config,
-                          write_result)
+                          write_text_atomically)
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def races(options, folder):
 
 def estimates(options, a, b):
     """Rows of the estimated step of the settings options.model on GPUs, by parallel and their number."""
-    c = from_dict(Train, read_config(options.model), f"{options.model}: ")
+    c = from_dict(Train, {"dtype": "bfloat16"} | read_config(options.model), f"{options.model}: ")  # on GPUs
     c, m = resolve_architecture(c, None, data_of(c, dry_run=True))
     rows = []
     for parallel, n in product(("ddp", "fsdp"), options.gpus):
@@ -187,10 +187,8 @@ def scale(options):
               f"{row['communication']:.0%} of it communication; {row['tokens_per_s']:,.0f} tokens/s")
     result = {"git": code_version(), "torch": torch.__version__, "card": card, "options": asdict(options),
               "measured": rows, "a": a, "b": b, "rms_error": error, "estimated": estimated}
-    write_result(options.out, json.dumps(result, indent=1))
+    write_text_atomically(options.out, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":  # what torchrun starts
-    if len(sys.argv) != 3:
-        raise SystemExit("bench_scale.py: `python bench.py scale` runs it")
     probe(*sys.argv[1:])

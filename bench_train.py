@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 
-from configurator import ConfigError, code_version, one_line, read_json, write_result
+from configurator import ConfigError, code_version, one_line, read_json, write_text_atomically
 
 import numpy as np
 import torch
@@ -315,7 +315,7 @@ def train(options):
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     result = {"git": code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
               "card": card, "options": asdict(options), "races": [], "stages": {}, "growth": []}
-    for threads in options.threads if card is None else [1]:
+    for i, threads in enumerate(options.threads if card is None else [1]):
         torch.set_num_threads(threads)
         for race_of in product(options.families, options.sizes, options.dtypes, options.modes):
             torch.compiler.reset()
@@ -324,7 +324,7 @@ def train(options):
                 print(threads, *race_of, row["name"], f"{row['tokens_per_s']:,.0f} tokens/s",
                       f"{row['share_of_products']:.2f} of the products", f"{row['peak_mb']:,.0f} MB",
                       sep=", ", flush=True)
-        if threads == options.threads[0]:
+        if i == 0:
             for model in product(options.families, options.sizes, options.dtypes):
                 result["stages"][" ".join(map(str, model))] = stages(*model, options)
             result["growth"] = growth(options)
@@ -339,5 +339,5 @@ def report_races(result, options, card):
     peak = next((flops for name, flops in PEAK_BF16.items() if card and name in card), None)
     for race_key, found in ratios(result["races"], old_rows, peak).items():
         print(*race_key, *(f"{name} {value:.2f}" for name, value in found.items()), sep=", ")
-    write_result(options.out, json.dumps(result, indent=1))
+    write_text_atomically(options.out, json.dumps(result, indent=1))
     draw_stages(result["stages"], os.path.splitext(options.out)[0] + ".png")

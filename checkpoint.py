@@ -23,7 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from configurator import ConfigError, check_file, convert, naming, one_line, read_json, writing
-from files import LIMITS, atomic_directory, check_model, check_state, remove_directory
+from files import LIMITS, atomic_directory, check_model, check_state
 from formats import FORMATS, NO_MIXTURE, idle_tensors, written_as
 from model import ModelConfig, Transformer
 from parallel import fill, gather, ranks
@@ -146,11 +146,13 @@ def stored_shapes(model, c, model_type=None):
             for name, whole in wholes.items()}
 
 
-def load_model(directory, dtype=torch.float32, router_bias=False, place=None):
+def load_model(directory, dtype=torch.float32, router_bias=False, place=None, positions=None):
     """The Transformer in a checkpoint directory. With router_bias its routers get a selection bias where they
-    have none. place(model) gives a model on `meta` its memory; None: on the CPU. Raises ConfigError naming
-    file and tensor when they do not fit."""
+    have none. place(model) gives a model on `meta` its memory; None: on the CPU. positions: those that its
+    RoPE is for; None: all that config.json says. Raises ConfigError naming file and tensor when they do not
+    fit."""
     c, path = read_config(directory), os.path.join(directory, "config.json")
+    c = dataclasses.replace(c, max_position_embeddings=positions or c.max_position_embeddings)
     tensors, model_type = open_tensors(directory), read_json(path)["model_type"]
     check_size(c, tensors, path)
     try:
@@ -198,8 +200,10 @@ def tidy(out_dir):
             if re.fullmatch(r"\.checkpoint-\d+\.tmp", name):
                 shutil.rmtree(os.path.join(out_dir, name))
         for _, directory in checkpoints(out_dir)[:-1]:
-            if read_state(directory).get("passing"):
-                remove_directory(directory)
+            if read_state(directory).get("passing"):  # a kill leaves a directory of a temporary name
+                temporary = os.path.join(out_dir, f".{os.path.basename(directory)}.tmp")
+                os.rename(directory, temporary)
+                shutil.rmtree(temporary)
 
 
 def companions(tokenizer, source=None):
@@ -259,7 +263,9 @@ def contents(model, optimizer=None, copy=False):
     biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
     c = dataclasses.replace(model.config, router_bias=biased)  # no router bias: Mixtral's, Qwen's
     weights = [part(name, t) for name, t in stored_tensors(model, c).items()]
-    state = {name: optimizer.state[p] for name, p in model.named_parameters()} if optimizer else {}
+    state = {}
+    for name, p in model.named_parameters() if optimizer else ():  # before an update there are no moments
+        state[name] = optimizer.state[p] or {"step": 0} | {key: torch.zeros_like(p) for key in KEYS}
     moments = [part(name, s[key], f"{key}.") for key in KEYS for name, s in state.items()]
     return Contents(c, weights, moments, int(next(iter(state.values()))["step"]) if state else 0)
 
@@ -350,7 +356,7 @@ def read_state(directory):
     ConfigError for a value of another type than ours."""
     path = os.path.join(directory, "trainer_state.json")
     state = read_json(path) if os.path.exists(path) else {}
-    if "tokens" not in state or "lineage" not in state:
+    if not {"tokens", "lineage", "history"} <= state.keys():
         return {}
     check_state(path, state)
     return state
@@ -363,11 +369,16 @@ def tokens_seen(*states):
     its tokens, so each run counts once, with the most tokens that any of the states saw of it.
     """
     runs = {}
-    for i, state in enumerate(states):  # a state of an older version has no history: it is a run of its own
-        older = [(i, state["tokens"] + state["lineage"].get("tokens_before", 0))]
-        for run, tokens in state.get("history", older):
+    for state in states:
+        for run, tokens in state["history"]:
             runs[run] = max(tokens, runs.get(run, 0))
     return sum(runs.values())
+
+
+def tokens_known(*states):
+    """tokens_seen, or None where they started from a model that nothing is known of."""
+    known = all(state and state["lineage"].get("D1", 0) is not None for state in states)
+    return tokens_seen(*states) if known else None
 
 
 def checkpoints(out_dir):

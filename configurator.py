@@ -128,10 +128,11 @@ def writing(path, needed=4096):
 
 
 def write_text_atomically(path, text):
-    """Write `text`, or bytes, to the file `path`. A kill at any moment leaves the old file or the new one,
-    complete. Raises ConfigError."""
+    """Write `text`, or bytes, to the file `path`, in a folder that is made where it is not there. A kill at
+    any moment leaves the old file or the new one, complete. Raises ConfigError."""
     temporary, content = f"{path}.tmp", text.encode() if isinstance(text, str) else text
     with writing(path, len(content)):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         try:
             with open(temporary, "wb") as f:
                 f.write(content)
@@ -142,13 +143,6 @@ def write_text_atomically(path, text):
             with contextlib.suppress(OSError):
                 os.remove(temporary)
             raise
-
-
-def write_result(path, text):
-    """write_text_atomically in a folder that is made where it is not there. Raises ConfigError."""
-    with writing(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_text_atomically(path, text)
 
 
 def open_to_write(path, mode):

@@ -71,9 +71,7 @@ def evaluate(problem, theta):
     """ln loss (S, n) and its Jacobian (S, p, n) at centred parameters theta (S, p)."""
     terms, started = log_terms(problem, theta)
     loss, portion = log_sum(terms)
-    jacobian = np.zeros((len(theta), len(problem.names), len(problem.y)))
-    for k, places in enumerate(problem.used):
-        jacobian[:, places] += portion[k][:, None, :] * problem.features[k, places]
+    jacobian = np.einsum("ksn,kpn->spn", portion, problem.features)
     if started:
         head, (log_h, slope, effective, alpha) = problem.head, started
         jacobian[:, head.alpha] -= np.where(head.here, portion[head.slot] * effective, 0.0)

@@ -29,7 +29,7 @@ STATE = {"step": COUNT, "tokens": COUNT, "skipped": COUNT, "sequence": COUNT, "m
          "data_seed": COUNT, "passing": (bool,), "history": (list[list],), "lineage": (dict,),
          "dataset": WORD, "data_sha256": WORD, "tokenizer": WORD, "trunk": WORD}
 LINEAGE = {"family": (Literal["dense", "moe", "upcycled"],), "N": (int, 1), "D1": (int | None, 0),
-           "tokens_before": COUNT, "method": WORD, "dense_trunk": WORD}
+           "method": WORD, "dense_trunk": WORD}
 
 
 def check_model(c):
@@ -62,14 +62,6 @@ def sync(path):
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def remove_directory(directory):
-    """Delete a directory. What a kill in between leaves of it has a temporary name."""
-    parent, name = os.path.split(os.path.normpath(directory))
-    temporary = os.path.join(parent, f".{name}.tmp")
-    os.rename(directory, temporary)
-    shutil.rmtree(temporary)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from configurator import ConfigError, from_dict, note, read_json
 from cost import flops_of
 from data.stream import load_tokens, locate
 from files import check_model
-from model import Transformer, flops_per_token, rope_frequencies
+from model import Transformer, flops_per_token, parameter_counts, rope_frequencies
 from rows import EXPERTS
 from start import MODEL_KEYS, resolve_architecture
 from train import Train
@@ -41,7 +41,7 @@ def open_dense(study, seed):
         note(f"{path}: has no tokenizer.json, so nothing says whether the tokens of {c.dataset} are its own")
     elif vocabulary != vocabulary_of(locate(c.dataset), meta["tokenizer"]):
         raise ConfigError(f"{c.dataset}: its tokens are not those of {path}; prepare it with that tokenizer")
-    seen = checkpoint.tokens_seen(state) if state else 0
+    seen = checkpoint.tokens_known(state) or 0
     if len(study.D1) != (0 if seen else 1):
         raise ConfigError(f"{path}: " + (f"has seen {seen:,} tokens, so leave D1 out" if seen else
                                          "does not say how many tokens it has seen; give --D1=TOKENS"))
@@ -65,10 +65,12 @@ def model_config(c, base):
 
 
 def write_fresh(o):
-    """Write the mixture of upcycle.Options o with fresh weights and no training state. Raises ConfigError."""
+    """Write the mixture of upcycle.Options o with fresh weights and no tokens seen. Raises ConfigError."""
     m = replace(checkpoint.read_config(o.source), **{key: getattr(o, key) for key in EXPERTS})
     beside = checkpoint.companions(o.source)
-    checkpoint.save(o.destination, Transformer(m).init_weights(o.seed), {}, beside=beside)
+    lineage = {"family": "moe", "N": parameter_counts(m)["N"]}
+    state = {"step": 0, "tokens": 0, "history": [], "lineage": lineage}
+    checkpoint.save(o.destination, Transformer(m).init_weights(o.seed), state, beside=beside)
 
 
 def cost(study, jobs):

@@ -332,7 +332,7 @@ def check(options):
 def of_checkpoint(options, moe, context, D1_of_laws):
     """(N, D1, costs of a token, where these are from) of a checkpoint and its MoE; D1 is that of a pilot's
     laws where the checkpoint does not say. Raises ConfigError."""
-    from checkpoint import read_config, read_state, tokens_seen  # these need torch
+    from checkpoint import read_config, read_state, tokens_known  # these need torch
     from model import flops_per_token as count_flops, parameter_counts
 
     config, state = read_config(options.checkpoint), read_state(options.checkpoint)
@@ -340,7 +340,7 @@ def of_checkpoint(options, moe, context, D1_of_laws):
         raise ConfigError(f"{options.checkpoint}: is a mixture of experts already; give the dense checkpoint")
     N = float(options.N or parameter_counts(config)["N"])
     low, high = D1_of_laws
-    D1 = float(options.D1 or (tokens_seen(state) if state else 0) or low * (low == high))
+    D1 = float(options.D1 or tokens_known(state) or low * (low == high))
     if not D1:
         raise ConfigError(f"{options.checkpoint}: trainer_state.json does not say on how many tokens it was "
                           "trained; give --D1=")

@@ -4,7 +4,7 @@ import math
 import os
 import textwrap
 
-from configurator import HERE, read_text, write_result
+from configurator import HERE, read_text, write_text_atomically
 from laws import TIE, short
 from rows import loss_text
 
@@ -129,4 +129,4 @@ def write_page(filled, path):
     """plan.html with {"book", "question", "constants", "answers"} filled in. Raises ConfigError."""
     text = json.dumps(filled, default=lambda value: value.tolist(), allow_nan=False).replace("</", "<\\/")
     template = os.path.join(HERE, "plan.html")
-    write_result(path, read_text(template).replace("/*FILLED*/null", text))
+    write_text_atomically(path, read_text(template).replace("/*FILLED*/null", text))

@@ -4,7 +4,6 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -157,11 +156,6 @@ class Problem:
             for coefficient, features in zip(self.laws["dense"], self.head.dense):
                 add_term(self, "dense", coefficient, features, slice(None),
                          logs | {"D": np.nan_to_num(D1)}, center)
-
-    @cached_property
-    def used(self):
-        """(K,) places of the parameters that occur in each term."""
-        return [np.flatnonzero(np.abs(features).any(axis=1)) for features in self.features]
 
     def places(self, law, method=None):
         """{parameter of a law: its place, or None where it is fixed at 0}, for one method of upcycling, or

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from configurator import HERE, ConfigError, write_result
+from configurator import HERE, ConfigError, write_text_atomically
 from figures import FAMILY_STYLES, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
@@ -296,9 +296,9 @@ def write_report(title, sections, found, directory):
     for name, (figure, _) in found.items():
         for kind, options in (("png", {}), ("pdf", {"metadata": {"CreationDate": None}})):
             figure.savefig(drawn := io.BytesIO(), format=kind, **options)
-            write_result(os.path.join(directory, f"{name}.{kind}"), drawn.getvalue())
+            write_text_atomically(os.path.join(directory, f"{name}.{kind}"), drawn.getvalue())
         plt.close(figure)
-    write_result(os.path.join(directory, "report.md"), "\n".join(text).rstrip() + "\n")
+    write_text_atomically(os.path.join(directory, "report.md"), "\n".join(text).rstrip() + "\n")
 
 
 def write(rows, content, profile, notes, directory):

@@ -13,7 +13,8 @@ import json
 import math
 from dataclasses import dataclass
 
-from configurator import REQUIRED, ConfigError, code_version, parse, read_json, run, setting, write_result
+from configurator import (REQUIRED, ConfigError, code_version, parse, read_json, run, setting,
+                          write_text_atomically)
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def seal(options):
         sealed.append(row | {"predicted": {name: value for name, value in found.items() if value}})
     result = {"git": code_version(), "study": options.what, "laws_git": content.get("git"),
               "fitted_rows": {law: entry.get("n") for law, entry in content["laws"].items()}, "rows": sealed}
-    write_result(options.out, json.dumps(result, indent=1) + "\n")
+    write_text_atomically(options.out, json.dumps(result, indent=1) + "\n")
     print(f"{options.out}: {len(sealed)} rows are predicted by {len(books)} laws; commit it before they run")
 
 

@@ -33,6 +33,8 @@ def resolve(c, meta, world):
         raise ConfigError("--branch needs a checkpoint to branch from: --init_from=...")
     resumed_from = newest(c) if c.resume else None
     source = resumed_from or c.init_from
+    if source and resumed_from == c.init_from:
+        raise ConfigError(f"{source}: is of the run in out_dir; --resume wants no --init_from of it")
     before = checkpoint.read_state(source) if source else {}
     c, m = resolve_architecture(c, source, meta)
     state = starting_state(c, m, meta, source, before, resumed_from)
@@ -44,7 +46,7 @@ def resolve(c, meta, world):
     seen = checkpoint.tokens_seen(state)
     row = planned_row(c, m, state["lineage"], seen + (max_steps - state["step"]) * c.tokens_per_step,
                       meta["data_sha256"], seen - state["tokens"], world)
-    add_to_history(state["history"], row, state["lineage"], None if before else source, bool(resumed_from))
+    add_to_history(state["history"], row, state["lineage"], bool(resumed_from))
     now, then = row.get("sequences_per_pass"), before.get("sequences_per_pass")
     if resumed_from and then not in (None, now):
         note(f"{c.out_dir}: the balance loss is taken over {now} sequences, up to here it was over {then}")
@@ -99,12 +101,14 @@ def starting_state(c, m, meta, source, before, resumed_from):
         raise ConfigError(f"{source}: has no {checkpoint.MOMENTS} to branch from; --init_from needs none")
     lineage = before.get("lineage") or {"family": "moe" if m.num_local_experts else "dense",
                                         "N": parameter_counts(m)["N"]}
+    if source and not before and c.D1 is None:  # unknown, and so for all that starts from this run
+        lineage["D1"] = None
     for key in ("family", "N") + ("D1",) * (lineage.get("family") == "upcycled"):
         if key not in lineage:
             raise ConfigError(f"{source}: trainer_state.json: lineage: {key} is missing")
-    if source and c.rows and (not before and c.D1 is None or lineage.get("D1", 0) is None):
+    if source and c.rows and lineage.get("D1", 0) is None:
         raise ConfigError(f"{source}: how many tokens its dense model has seen is not recorded, so its row "
-                          "would be wrong: give --D1, to upcycle.py for its mixture, or --rows=none")
+                          "would be wrong: give --D1 where that is first read, or --rows=none")
     goes_on = before.get("data_sha256") == meta["data_sha256"] and (resumed_from or not c.repeat_data)
     if goes_on and before["max_seq_len"] != c.max_seq_len:
         raise ConfigError(f"{source}: was trained with max_seq_len = {before['max_seq_len']}; with "
@@ -116,7 +120,7 @@ def starting_state(c, m, meta, source, before, resumed_from):
     return {"step": step, "tokens": tokens, "sequence": sequence, "data_seed": data_seed,
             "dataset": c.dataset, "data_sha256": meta["data_sha256"], "tokenizer": meta["tokenizer"],
             "max_seq_len": c.max_seq_len, "lineage": lineage,
-            "history": before.get("history", [[source, c.D1]] if source and not before and c.D1 else []),
+            "history": before.get("history", [[source, c.D1 or 0]] if source and not before else []),
             "skipped": before.get("skipped", 0) if resumed_from else 0}
 
 
@@ -179,18 +183,18 @@ def planned_row(c, m, lineage, tokens, data_sha256, tokens_before_schedule=0, wo
     return row | {"config": os.path.join(c.out_dir, "config.py"), "data_sha256": data_sha256}
 
 
-def add_to_history(history, row, lineage, source, resumed):
+def add_to_history(history, row, lineage, resumed):
     """Append [run_id, 0] to `history` for the run of `row`, unless a resumed run goes on with its last entry.
 
-    run_id is a hash of what makes the run's weights: its settings and data, the runs before it, the upcycling
-    and `source`, a checkpoint of another tool. Two branches of one trunk share the trunk's run_id.
+    run_id is a hash of what makes the run's weights: its settings and data, the runs before it, a checkpoint
+    of another tool among them, and the upcycling. Two branches of one trunk share the trunk's run_id.
     """
     ends = () if row["schedule"] == "cosine" else ("D", "D2")
     made_by = run_key(row, (*ends, "eval_tokens", "trunk", "dense_trunk"))
     upcycling = {key: value for key, value in lineage.items() if key not in ("source", "dense_trunk")}
 
     def run_id(before):
-        return hashlib.sha256(json.dumps([made_by, before, upcycling, source]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([made_by, before, upcycling, None]).encode()).hexdigest()[:16]
     if not (resumed and history and history[-1][0] == run_id(history[:-1])):
         history.append([run_id(history), 0])
 

@@ -204,7 +204,8 @@ def build(run):
             shard(model, device, torch.bfloat16 if c.dtype == "bfloat16" else None, c.cpu_offload)
         return model.materialise("cpu" if c.cpu_offload else device, device)
     if run.source:
-        run.model = checkpoint.load_model(run.source, router_bias=m.router_bias, place=place)
+        run.model = checkpoint.load_model(run.source, router_bias=m.router_bias, place=place,
+                                          positions=c.max_seq_len)
     else:
         with torch.device("meta"):
             run.model = Transformer(m)
@@ -249,18 +250,19 @@ def train_step(run, stream, lr, stop, save_now):
                 counts = counts + router["counts"]
                 loss = loss + c.router_aux_loss_coef * balance + c.router_z_loss_coef * router["z_loss"]
             (loss / run.accumulate).backward()
-    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip or math.inf))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     sums[:3] /= run.accumulate * ranks()[1]
     sums[3], sums[4] = stop, save_now
     shared = torch.cat((sums, counts.flatten())) if router else sums
     if dist.is_initialized():
         dist.all_reduce(shared)
-    values = torch.cat((norm.reshape(1).to(run.device), shared)).tolist()
+    values = torch.cat((whole(norm).reshape(1).to(run.device), shared)).tolist()
     measured = dict(zip(("grad_norm", "loss", "balance_loss", "z_loss", "stop", "save"), values), counts=None)
     measured["skipped"] = not (math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"]))
     if measured["skipped"]:
         skip(run, measured)
         return measured
+    torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), c.grad_clip or math.inf, norm)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

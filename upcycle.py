@@ -40,9 +40,9 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import (CARD, KEYS, companions, load_model, open_moments, read_config, read_state,
-                        stored_shapes, to_hf_config, tokens_seen, write_moments)
+                        stored_shapes, to_hf_config, tokens_known, write_moments)
 from data.stream import bits_per_byte, load_tokens, locate, sequences
-from files import MEMORY, atomic_directory
+from files import MEMORY, atomic_directory, check_model
 from formats import FORMATS, idle_tensors, written_as
 from methods import METHODS, Piece, add_normal, clusters, generator, slice_of
 from model import Transformer, effective_experts, parameter_counts, wide
@@ -131,9 +131,9 @@ class Source:
         stored, layers = open_tensors(path), self.config.num_hidden_layers
         if layers > len(stored):
             raise ConfigError(f"{path}: config.json says {layers} layers for {len(stored)} tensors")
-        stored_layout = layout(self.config, path, self.json["model_type"])
+        stored_layout = layout(self.config, self.json["model_type"])
         check_tensors(path, stored, dict(itertools.chain(*stored_layout.values())))
-        self.layout, self.tensors = layout(self.config, path), {}
+        self.layout, self.tensors = layout(self.config), {}
         for parameter, views in self.layout.items():
             spans = [stored[name] for name, _ in stored_layout[parameter]]
             if len(spans) < len(views):  # one tensor holds several, row after row
@@ -151,14 +151,12 @@ class Source:
         return digests
 
 
-def layout(c, where="", model_type=None):
+def layout(c, model_type=None):
     """{parameter: [(Hugging Face's name, shape), …]} of a ModelConfig in a file of model_type, in the order
     of the model. Raises ConfigError."""
-    try:
-        with torch.device("meta"):
-            model = Transformer(replace(c, rope_scaling=None, max_position_embeddings=1))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ConfigError(f"{where}: config.json describes no possible model: {error}") from None
+    check_model(c)  # before a model of that size is made
+    with torch.device("meta"):
+        model = Transformer(replace(c, rope_scaling=None, max_position_embeddings=1))
     return stored_shapes(model, c, model_type)
 
 
@@ -429,7 +427,7 @@ def upcycle(o):
     moe = replace(dense, num_local_experts=o.num_local_experts, num_experts_per_tok=o.num_experts_per_tok,
                   intermediate_size=dense.intermediate_size // o.granularity)
     pieces = pieces_of(first, moe)
-    seen = tokens_seen(*(s.state for s in sources)) if all(s.state for s in sources) else None
+    seen = tokens_known(*(s.state for s in sources))
     fits = 4 * (parameter_counts(dense)["total"] + parameter_counts(moe)["total"]) < MEMORY / 2
     ids = None
     if fits if o.check is None else o.check:
@@ -448,8 +446,8 @@ def upcycle(o):
         write_json(directory, "config.json", to_hf_config(moe, pieces[0].dtype) | kept)
         if o.optimizer == "copy":
             write_upcycled_moments(o, first, pieces, directory)
-        record["sources"] = [{"path": s.path, "tokens": tokens_seen(s.state) if s.state else None,
-                              "sha256": digest} for s, digest in zip(sources, digests)]
+        record["sources"] = [{"path": s.path, "tokens": tokens_known(s.state), "sha256": digest}
+                             for s, digest in zip(sources, digests)]
         write_json(directory, "trainer_state.json", result_state(o, first, record))
         if ids is not None:
             measured = proof(o, sources, directory, pieces, ids, ratio, record)

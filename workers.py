@@ -14,7 +14,7 @@ import sys
 import traceback
 from multiprocessing.connection import wait
 
-from configurator import HERE, ConfigError, lasting_streams, open_to_write, write_config, writing
+from configurator import HERE, ConfigError, lasting_streams, open_to_write, write_config
 
 import torch
 
@@ -73,10 +73,8 @@ def launch(job, report):
     """
     c, before = job.settings, job.tokens_done
     config, output = (os.path.join(c.out_dir, name) for name in ("config.py", "output.txt"))
-    with writing(c.out_dir):
-        os.makedirs(c.out_dir, exist_ok=True)
-    file = open_to_write(output, "wb")
     write_config(c, config)
+    file = open_to_write(output, "wb")
     # torchrun kills what has not saved 30 seconds after a signal, unless it is told to wait longer.
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ
     environment.pop("LOCAL_RANK", None)

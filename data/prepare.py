@@ -354,7 +354,10 @@ def prepare(options):
     name = re.sub(r"(\.txt|\.jsonl|\.parquet)?(\.gz)?$", "", source.resolve().name)
     out = Path(options.out_dir or DATA / name)
     settings = {key: value for key, value in asdict(options).items() if key != "out_dir"}
-    inputs = [f for path in (source, Path(options.tokenizer)) if path.exists() for f in local_files(path)]
+    tokenizer = Path(options.tokenizer)
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    inputs = local_files(source) if options.source != "pysource" and source.exists() else []
+    inputs += [tokenizer] if tokenizer.is_file() else []
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in inputs]
     settings["inputs"] = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     if options.source == "pysource":

@@ -14,7 +14,7 @@ from formats import MIXTURES
 from model import ModelConfig, Transformer, balance_loss
 from test_model import DENSE, MOE, random_model
 
-STATE = {"step": 1, "tokens": 20, "lineage": {"family": "moe"}}
+STATE = {"step": 1, "history": [["a", 20]], "tokens": 20, "lineage": {"family": "moe"}}
 
 
 @pytest.fixture
@@ -304,7 +304,6 @@ def test_tokens_of_a_run_count_once():
     assert checkpoint.tokens_seen(state(trunk, branch), state(("trunk", 900), ("other", 20))) == 970
     assert checkpoint.tokens_seen(state(trunk), state(("stranger", 30))) == 730
     assert checkpoint.tokens_seen({"tokens": 0, "lineage": {}, "history": []}) == 0
-    older = {"tokens": 10, "lineage": {}}  # written before there was a history
-    assert checkpoint.tokens_seen(older) == 10
-    assert checkpoint.tokens_seen(older | {"lineage": {"tokens_before": 5}}) == 15
-    assert checkpoint.tokens_seen(older, state(trunk), older) == 720
+    unknown = state(trunk) | {"lineage": {"D1": None}}
+    assert checkpoint.tokens_known(state(trunk), state(branch)) == 750
+    assert checkpoint.tokens_known({}) is checkpoint.tokens_known(state(trunk), unknown) is None

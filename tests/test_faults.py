@@ -483,17 +483,20 @@ def test_a_validation_loss_that_is_not_finite_is_an_error_and_no_signal(tiny, ev
 
 @pytest.mark.parametrize("allowed", [0, 2, 3])
 def test_so_many_steps_that_are_not_finite_are_skipped(tiny, monkeypatch, allowed):  # noqa: F811
-    """Three steps whose gradient is infinite: they change nothing, and the log counts them."""
-    true_clip, calls, weights = torch.nn.utils.clip_grad_norm_, [], []
+    """Three steps whose gradient is not finite: they change nothing, and the log counts them."""
+    true_norm, true_step, calls, weights = torch.nn.utils.get_total_norm, train_module.train_step, [], []
 
-    def clip(parameters, most):
-        parameters = list(parameters)
+    def total_norm(grads):
         calls.append(len(calls))
-        weights.append(parameters[0].detach().clone())
         if len(calls) in (4, 5, 9):
-            parameters[0].grad[0, 0] = float("inf")
-        return true_clip(parameters, most)
-    monkeypatch.setattr(train_module.torch.nn.utils, "clip_grad_norm_", clip)
+            grads[0][0, 0] = float("inf" if len(calls) == 4 else "nan")
+        return true_norm(grads)
+
+    def step(run, *rest):
+        weights.append(run.model.embed_tokens.weight.detach().clone())
+        return true_step(run, *rest)
+    monkeypatch.setattr(train_module.torch.nn.utils, "get_total_norm", total_norm)
+    monkeypatch.setattr(train_module, "train_step", step)
     c = dataclasses.replace(tiny, skip_nonfinite=allowed)
     if allowed < 3:
         with pytest.raises(ConfigError, match="at step .*not finite up to embed_tokens.weight.*Last good"):

@@ -609,6 +609,12 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     os.remove(os.path.join(last, "trainer_state.json"))  # a model from elsewhere
     fails("how many tokens .* is not recorded.*--rows=none", init_from=last, **other)
     assert train(dataclasses.replace(tiny, init_from=last, rows=None, **other), report=quiet) is None
+    # What starts from there does not know it either, and no upcycling takes its own tokens for D1.
+    next_ = os.path.join(other["out_dir"], "checkpoint-20")
+    fails("how many tokens .* is not recorded", init_from=next_, out_dir=str(tmp_path / "third"))
+    options = Options(next_, str(tmp_path / "moe"), num_local_experts=4, num_experts_per_tok=2, check=False)
+    assert upcycle(options)["D1"] is None
+    fails("--resume wants no --init_from", init_from=next_, resume=True, rows=None, **other)
 
 
 def test_a_model_of_another_tool_has_a_row_with_its_D1(tiny, tmp_path):
@@ -619,6 +625,12 @@ def test_a_model_of_another_tool_has_a_row_with_its_D1(tiny, tmp_path):
     c = dataclasses.replace(tiny, init_from=last, D1=1000, out_dir=str(tmp_path / "other"))
     row = train(c, report=quiet)
     assert row["D"] == 1000 + 20 * STEP and row["tokens_before_schedule"] == 1000
+    stopped = dataclasses.replace(c, out_dir=str(tmp_path / "stopped"), max_tokens=30 * STEP, rows=None,
+                                  decay_start=16, decay_steps=4)
+    train(dataclasses.replace(stopped, max_tokens=10 * STEP), report=quiet)
+    train(dataclasses.replace(stopped, resume=True), report=quiet)
+    history = checkpoint.read_state(f"{stopped.out_dir}/checkpoint-30")["history"]
+    assert [tokens for _, tokens in history] == [1000, 30 * STEP]  # the run went on under its name
     assert row["flops"] == row["D"] * flops_per_token(checkpoint.read_config(last), 16)
     c = dataclasses.replace(c, init_from=str(tmp_path / "other" / "checkpoint-20"), branch=True,
                             max_tokens=22 * STEP, out_dir=str(tmp_path / "branch"))
