@@ -98,10 +98,10 @@ def system_of(law, base, rows):
     return system
 
 
-def plan_fits(rows, wanted=()):
+def plan_fits(rows, wanted=(), A_of_N=False):
     """({law: (system, rows)} of what can be fitted, {law: what it lacks})."""
     fits, lacks = {}, {}
-    base = {family: family for family in FAMILIES if not missing(rows, {family: family})}
+    base = {family: family for family in FAMILIES if not missing(rows, {family: family}, A_of_N)}
     for law in wanted or [law for law in LAWS if law != "dense.local"]:
         system = system_of(law, base, rows)
         chosen = rows
@@ -109,7 +109,7 @@ def plan_fits(rows, wanted=()):
             chosen = rows_at_one_data([row for row in rows if row["family"] in system])
         needed = {family: name for family, name in system.items()
                   if name == law or law in MATCHING and family == "dense"}
-        lack = missing(chosen, needed)
+        lack = missing(chosen, needed, A_of_N)
         if lack:
             lacks[law] = "; ".join(lack)
         else:
@@ -181,8 +181,10 @@ def entries_of(laws, system, rows, options, tick):
         entry["held_out"]["trunk"] = counted(left)
         if law in AT_ONE_DATA:
             entry["at"] = {name: explained[0][name] for name in ("D", "D1", "D2") if name in explained[0]}
-        if problem.methods and law == system.get("upcycled"):
-            entry["methods"] = {label: fit_of(law, label) for label in problem.methods}
+        labels = {method_label(row) for row in explained}
+        labels = problem.methods or (labels - {"copy", "None"} if len(labels) == 1 else ())
+        if labels and law == system.get("upcycled"):
+            entry["methods"] = {label: fit_of(law, label) for label in labels}
         if law in RIVALS:  # the laws to compare it with are those of the same fit, draw by draw
             others = dict.fromkeys(system.values())
             entry["beside"] = {other: fit_of(other) for other in others if other != law}
@@ -275,7 +277,7 @@ def planned(rows, options):
     for name in options.laws:
         if name not in LAWS:
             raise ConfigError(f"--laws: no law '{name}'; there are {', '.join(LAWS)}")
-    fits, lacks = plan_fits(rows, options.laws)
+    fits, lacks = plan_fits(rows, options.laws, options.A_of_N)
     if options.laws and lacks:
         raise ConfigError("--laws: " + "; ".join(f"{law} {lack}" for law, lack in lacks.items()))
     if options.prior and "upcycled.head_start" not in fits:
@@ -330,9 +332,10 @@ def measured(rows):
         yield "the loss falls more slowly with D2 after the largest D1", large > small, text
     for (label, _, d1), cells in report.method_differences(rows).items():
         if label == report.FAMILY_STYLES["moe"][0]:
-            scratch.setdefault(d1, []).extend(cells[max(cells)])
-    if scratch:
-        pairs = scratch[min(scratch)]
+            scratch.setdefault(d1, []).append(cells)
+    of_sizes = scratch[min(scratch)] if scratch else []
+    if common := set.intersection(*map(set, of_sizes)) if scratch else ():
+        pairs = [pair for cells in of_sizes for pair in cells[max(common)]]
         yield ("a MoE from scratch leads copying at the smallest D1 and the largest D2",
                sum(report.t_interval(pairs)) < 0, report.mean_text(pairs))
 
@@ -355,7 +358,8 @@ def compared(entries, rows):
     interaction, handicap = entries["upcycled"], entries[handicap]
     better = "the handicap law is better than the interaction law"
     gain = interaction["aicc"] - handicap["aicc"]
-    yield f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"
+    if interaction["n"] == handicap["n"]:  # of other rows it is no comparison
+        yield f"{better} by AICc", gain > 6, f"the difference is {-gain:+.1f}"
     for name in ("D1", "D2"):
         ours, other = handicap["held_out"][name], interaction["held_out"][name]
         if ours and other:
@@ -364,8 +368,11 @@ def compared(entries, rows):
 
 
 def claims(rows, options):
-    """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on the upcycled rows,
-    [note]). All leave out runs that are shorter than WARM_UPS times their warm-up, where they name it."""
+    """({claim: {variation of the analysis: {"holds": whether it does, "value": text}}} on upcycled rows of
+    the main method, as not all laws fit each method apart, [note]). All leave out runs that are shorter than
+    WARM_UPS times their warm-up, where they name it."""
+    method = report.main_method_rows(rows)[0]
+    rows = [row for row in rows if row["family"] != "upcycled" or method_label(row) == method]
     long = [row for row in rows if row.get("D2", row.get("D")) >= WARM_UPS * warm_up(row)]
     smallest = min((row["D2"] for row in of_family(long, "upcycled")), default=0.0)
     without = [row for row in long if row.get("D2", math.inf) > 1.05 * smallest]
@@ -375,11 +382,12 @@ def claims(rows, options):
             ("B and beta shared", long, usual | {"share": ("E", "B", "beta")}),
             ("A depends on N", long, usual | {"A_of_N": True})):
         entries = {}
-        for law, (system, explained) in plan_fits(chosen, ["upcycled", "upcycled.handicap"])[0].items():
+        fits, _ = plan_fits(chosen, ["upcycled", "upcycled.handicap"], settings["A_of_N"])
+        for law, (system, explained) in fits.items():
             fitted = fit_with_noise(explained, system, **settings)
             held_out = {name: extrapolate(explained, system, law, name, **settings) for name in ("D1", "D2")}
             entries[law] = {"params": fitted.params(law), "se_asymptotic": standard_errors(fitted, law),
-                            "aicc": aicc(fitted), "held_out": held_out}
+                            "aicc": aicc(fitted), "n": len(fitted.residual), "held_out": held_out}
         scores[variation] = [entry["aicc"] for entry in entries.values()]
         without_law = measured(chosen) if settings is usual else ()
         for claim, holds, text in (*compared(entries, chosen), *without_law):

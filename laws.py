@@ -79,7 +79,7 @@ def short(value):
     value = float(f"{value:.3g}")
     units = (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")
     unit, name = next(pair for pair in units if value >= pair[0])
-    return f"{value / unit:.3g}{name}"
+    return f"{value / unit:.4g}{name}"  # of three digits, or 1000T
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -114,8 +114,7 @@ def head_start(law, params, N=None, D1=None):
     alpha = params["alpha"]
     with np.errstate(divide="ignore", over="ignore"):
         if law in MATCHING:
-            names = [name for name in params if name.startswith("dense_")]
-            dense = {name.removeprefix("dense_"): params[name] for name in names}
+            dense = {name[6:]: value for name, value in params.items() if name.startswith("dense_")}
             goal = np.exp(params.get("delta", 0.0)) * predict("dense", dense, N=N, D=D1)
             floor = params["B"] * np.asarray(N, float) ** -params["beta"] + params["E"]
             gap = np.maximum(goal - floor, LEAST_GAP * goal)

@@ -152,11 +152,9 @@ def misfit(laws, name, family):
     """Standard deviation of ln loss that a law leaves unexplained: its misfit where the rows tell that from
     noise, else that of its residuals, else (published laws, no rows of the family) an assumed one."""
     entry = laws.get(name if family == "upcycled" else family, {})
-    for error in (laws.get(name, {}).get("misfit", {}).get(family), entry.get("rmse_log"),
-                  entry.get("relative_error")):
-        if error is not None:
-            return float(error)
-    return FORM_ERROR
+    errors = (laws.get(name, {}).get("misfit", {}).get(family), entry.get("rmse_log"),
+              entry.get("relative_error"), FORM_ERROR)
+    return float(next(error for error in errors if error is not None))
 
 
 def make_book(path, content, wanted=""):

@@ -287,9 +287,8 @@ def points_fresh(book, question):
     for route, family in routes(book, FRESH).items():
         N, logit = question["N"] or None, 0.0
         if not N:
-            splits = LOGITS if family == "upcycled" else np.zeros(1)
             ln_N = lowest(
-                lambda x: expected_loss(book, question, family, np.exp(x)[:, None], splits).min(axis=-1),
+                lambda x: expected_loss(book, question, family, np.exp(x)[:, None], LOGITS).min(axis=-1),
                 np.linspace(math.log(low), math.log(high), 121))
             N = ln_N and math.exp(ln_N)
         if N and family == "upcycled":
@@ -446,9 +445,8 @@ def main(options):
                      "PILOT": PILOT, "NEAR": NEAR, "WORDS": WORDS, "COLORS": COLORS,
                      "NAMES": {family: option for option, family in NOW.items()}}
         budgets = question["flops"] * 30 ** (np.arange(31) / 15 - 1)
-        answers = None  # the page finds them itself
-        if options.fresh:
-            answers = [answer(book, question | {"flops": float(flops)}) for flops in budgets]
+        answers = [answer(book, question | {"flops": float(flops)})  # else the page finds them itself
+                   for flops in budgets] if options.fresh else None
         write_page({"book": book, "question": question, "constants": constants, "answers": answers},
                    options.html)
         if not options.json:

@@ -26,7 +26,7 @@ def expected(laws, rows, options, N, D1):
         raise ConfigError("--design needs an upcycled law in the laws file and upcycled runs in the study")
     rows = [row | {"loss": float(predict(row["family"], laws[row["family"]]["params"], **point_of(row)))}
             for row in rows if row["family"] in system]
-    found = fit(rows, system)
+    found = fit(rows, system, A_of_N=any("nu" in laws[family]["params"] for family in system))
     free = (found.theta > found.problem.low) & (found.theta < found.problem.high)  # the laws may lack a term
     jacobian = evaluate(found.problem, found.theta[None])[1][0] * free[:, None]
     trunks = trunk_of(found.problem.rows)

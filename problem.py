@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laws import HEAD_START, LAWS, MATCHING, SHARED_CURVE, law_terms, parameter_names, parse_feature
-from rows import method_label
+from rows import before_split, method_label
 
 # Each method of upcycling has its own c, H and kappa. Methods have gamma in common: fitted apart, six of
 # seven methods of one study agreed on it within their standard errors (0.05), and few studies have many D1.
@@ -45,8 +45,7 @@ def of_family(rows, family, **values):
 def point_of(row):
     """{variable: its value} of all variables that a row has, for laws.predict."""
     names = ("N", "D", "D1", "D2", "N_active", "N_total", "experts", "sparsity", "active_share")
-    values = {name: variable(row, name) for name in names}
-    return {name: value for name, value in values.items() if not math.isnan(value)}
+    return {name: value for name in names if not math.isnan(value := variable(row, name))}
 
 
 def factors_of(terms):
@@ -123,7 +122,7 @@ class Problem:
         self.y = np.log([row["loss"] for row in rows])                          # (n,) ln loss
         self.slots = list(dict.fromkeys(itertools.chain(*self.laws.values())))  # (K,) coefficients of terms
         p, n, terms = len(self.names), len(rows), len(self.slots)
-        short = [name.rpartition(":")[2].partition("|")[0] for name in self.names]
+        short = [name.partition("|")[0].rpartition(":")[2] for name in self.names]
         self.is_log = np.array([name in (*self.slots, "c", "H", "H_max") for name in short])
         self.low = np.full(p, self.y.min() + math.log(1e-6))
         self.high = np.full(p, self.y.max() + 3.0)
@@ -182,7 +181,7 @@ def identified_terms(rows, system, share, A_of_N):
             continue
         members = [row for row in rows if system[row["family"]] == law]
         sizes[law] = len(levels_of(members, "N"))
-        experts = levels(variable(row, "experts") / (row.get("granularity") or 1) for row in members)
+        experts = levels(before_split(row)["num_local_experts"] or math.nan for row in members)
         one_D = law in ("dense", "moe") and len(levels_of(members, "D")) == 1
         if one_D:
             why = "one level of D: A D^-alpha is part of E, and nothing is known of another D"
@@ -270,7 +269,7 @@ def methods_of(rows, system):
     return sorted(labels, key=lambda label: (label != "copy", label)) if len(labels) > 1 else []
 
 
-def missing(rows, system):
+def missing(rows, system, A_of_N=False):
     """What these rows lack to fit `system`, [text]: three levels of each variable and enough rows. N may have
     one level, and so may D where N has three. The laws of a pilot are for one N and one D1 alone."""
     lacks = []
@@ -290,6 +289,9 @@ def missing(rows, system):
         names = variables_of(law)
         if law in SHARED_CURVE and ("upcycled" not in families or pilot):  # the MoE's own curve
             names = ["D", "N"] + ["D1", "D2"] * pilot
+        elif law not in SHARED_CURVE:  # there a row from scratch has no D1
+            lacks += [f"has rows without {name}" for name in names
+                      if any(math.isnan(variable(row, name)) for row in members)]
         found = {name: len(levels_of(members, name)) for name in names}
         if law == "dense.local":  # D1 may be much larger than what comes after it
             found["D"] = len({row["D"] for row in members})
@@ -304,7 +306,7 @@ def missing(rows, system):
         if label in methods_of(rows, system) and count < (1 if pilot else 4):
             lacks.append(f"needs 4 rows of the method {label}, has {count}")
     if not lacks:
-        problem = Problem(rows, system)
+        problem = Problem(rows, system, A_of_N=A_of_N)
         needed = len(problem.names) + (1 if pilot else 0 if "dense.local" in system.values() else 3)
         if len(problem.y) < needed:
             lacks.append(f"has {len(problem.y)} rows for {len(problem.names)} parameters, needs {needed}")

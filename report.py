@@ -16,7 +16,7 @@ from figures import FAMILY_STYLES, t_interval
 from laws import RIVALS, SHARED_CURVE, head_start, law_name, overtaking, predict, short
 from mixture import LEAST_ERROR, read_laws, weigh
 from problem import at_levels, levels_of, of_family
-from rows import KNOBS, loss_columns, loss_text, method_label, run_key
+from rows import KNOBS, before_split, loss_columns, loss_text, method_label, run_key
 
 TERMS = os.path.join(HERE, "laws", "terms.md")
 HELD_OUT = {"trunk": "a trunk", "D": "largest D", "D1": "largest D1", "D2": "largest D2", "N": "largest N",
@@ -28,17 +28,6 @@ MATCHING_CAPTION = ("Loss matching less the published upcycled law. Lines are da
 
 # ---------------------------------------------------------------------------------------------------------
 # Methods of upcycling, paired with copying
-
-def before_split(row):
-    """{column: value} of experts as they were before virtual groups split each of them into parts."""
-    def number(column):
-        return row[column] if isinstance(row.get(column), (int, float)) else 0
-
-    parts = number("granularity") or 1
-    return {"num_local_experts": number("num_local_experts") / parts,
-            "num_experts_per_tok": number("num_experts_per_tok") / parts,
-            "intermediate_size": number("intermediate_size") * parts}
-
 
 def method_differences(rows):
     """{(label, N, D1): {D2: [loss / loss of copying - 1]}}, a difference for each pair of runs, which differ
@@ -225,11 +214,14 @@ def main_method_rows(rows):
 
 
 def local_exponents(rows):
-    """{D1: d ln L / d ln D2 by the main method, the mean over sizes}, at the smallest and the largest D1."""
+    """{D1: d ln L / d ln D2 by the main method, the mean over sizes}, at the smallest and the largest D1 and
+    over the sizes and D2 that both have."""
     rows, found = main_method_rows(rows)[1], {}
     levels = levels_of(rows, "D1")
-    for d1 in dict.fromkeys(levels[:1] + levels[-1:]):
-        here = of_family(rows, "upcycled", D1=d1)
+    ends = {d1: of_family(rows, "upcycled", D1=d1) for d1 in levels[:1] + levels[-1:]}
+    both = [{(row["N"], row["D2"]) for row in end} for end in ends.values()]
+    for d1, end in ends.items():
+        here = [row for row in end if (row["N"], row["D2"]) in set.intersection(*both)]
         curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in levels_of(here, "N")]
         slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
         found |= {d1: np.mean(slopes)} if slopes else {}
@@ -291,9 +283,8 @@ def write_report(title, sections, found, directory):
         text = [f"# {title}", "", file.read()]
     for heading, lines in sections.items():
         text += [f"## {heading}", "", *lines, ""] if lines else []
-    for name, (_, caption) in found.items():
+    for name, (figure, caption) in found.items():
         text += [f"![{name.replace('_', ' ')}]({name}.png)", "", caption, ""]
-    for name, (figure, _) in found.items():
         for kind, options in (("png", {}), ("pdf", {"metadata": {"CreationDate": None}})):
             figure.savefig(drawn := io.BytesIO(), format=kind, **options)
             write_text_atomically(os.path.join(directory, f"{name}.{kind}"), drawn.getvalue())

@@ -103,6 +103,17 @@ def unusual_knobs(row):
     return {key: value for key, value in values.items() if value not in (None, KNOBS[key][0])}
 
 
+def before_split(row):
+    """{column: value} of experts as they were before virtual groups split each of them into parts."""
+    def number(column):
+        return row[column] if isinstance(row.get(column), (int, float)) else 0
+
+    parts = number("granularity") or 1
+    return {"num_local_experts": number("num_local_experts") / parts,
+            "num_experts_per_tok": number("num_experts_per_tok") / parts,
+            "intermediate_size": number("intermediate_size") * parts}
+
+
 def method_label(row):
     """A row's way of upcycling in words, as "drop 0.5", "virtual groups G = 2", "copy optimizer copy"."""
     words = [str(row.get("method")).replace("_", " ")]

@@ -49,7 +49,7 @@ def interval(laws, book, row, random):
     The uncertainty of parameters, misfit, the error of form beyond the data and a run's noise are in them.
     """
     law, family = book["laws"][0], row["family"]
-    entry = laws.get(law["name"]) or laws[family]
+    entry = laws.get(law["name"]) or laws.get(family, {})
     method = "copy"  # all methods are alike to a law that was fitted to none
     if family == "upcycled" and "upcycled" in entry.get("fitted_with", ()):
         method = method_label(row)
@@ -79,6 +79,8 @@ def seal(options):
         sealed.append(row | {"predicted": {name: value for name, value in found.items() if value}})
     result = {"git": code_version(), "study": options.what, "laws_git": content.get("git"),
               "fitted_rows": {law: entry.get("n") for law, entry in content["laws"].items()}, "rows": sealed}
+    if not any(row["predicted"] for row in sealed):
+        raise ConfigError(f"{options.laws}: has no law of the rows that {options.what} withholds")
     write_text_atomically(options.out, json.dumps(result, indent=1) + "\n")
     print(f"{options.out}: {len(sealed)} rows are predicted by {len(books)} laws; commit it before they run")
 

@@ -371,18 +371,16 @@ def share_of(study, jobs):
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise ConfigError(f"shard: {study.shard!r} is not i/n with i in 1 .. n")
-    groups, group_of, others = [], {}, []  # lists of jobs; {folder of a run: its group}; trunks made before
+    groups, first, others = {}, {}, []  # {folder of a run: of the first of its chain}; trunks made before
     for job in jobs:
         if study.families and job.row["family"] not in study.families:
             others.append(job)
             continue
-        group = group_of.get(os.path.dirname(os.path.normpath(job.needs or "")))
-        if group is None:
-            groups.append(group := [])
-        group.append(job)
-        group_of[os.path.normpath(job.settings.out_dir)] = group
+        folder = job.settings.out_dir
+        first[folder] = first.get(os.path.dirname(job.needs or ""), folder)
+        groups.setdefault(first[folder], []).append(job)
     shares = [[] for _ in range(count)]
-    for group in sorted(groups, key=cost.flops_of, reverse=True):  # large ones first
+    for group in sorted(groups.values(), key=cost.flops_of, reverse=True):  # large ones first
         min(shares, key=cost.flops_of).extend(group)
     shares[-1] += others
     return [job for job in jobs if any(job is chosen for chosen in shares[number - 1])]

@@ -385,22 +385,17 @@ def train(c, report=None):
     with (process_group(c.device, c.timeout_seconds) as device, caught_signals() as signals,
           contextlib.ExitStack() as stack):
         run = plan_run(c, device, stack)
-        if run.finished:
-            return finished(run, report)
+        if row := run.finished:
+            path = os.path.join(c.out_dir, "row.json")
+            for key, there, asked in differences(row, run.row):
+                raise ConfigError(f"{path}: {key} is {there!r} in this finished run, {asked!r} is asked for; "
+                                  "choose another out_dir")
+            if ranks()[0] == 0 and report is None:
+                print(f"{path}: finished already, {loss_text(row)}; another out_dir starts anew")
+            return row
         build(run)
         loop(run, signals, report)
         return finish(run, report) if c.rows else None
-
-
-def finished(run, report):
-    """The row of a run that was finished before. Raises ConfigError where it is the row of other settings."""
-    path, row = os.path.join(run.c.out_dir, "row.json"), run.finished
-    for key, there, asked in differences(row, run.row):
-        raise ConfigError(f"{path}: {key} is {there!r} in this finished run, {asked!r} is asked for; "
-                          "choose another out_dir")
-    if ranks()[0] == 0 and report is None:
-        print(f"{path}: finished already, {loss_text(row)}; another out_dir starts anew")
-    return row
 
 
 def loop(run, signals, report):

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
 from engine import Fit, descend, evaluate, fit, starts
-from problem import levels_of_N, missing
+from problem import levels_of_N, methods_of, missing
 from rows import run_key
 
 INTERVALS = (
@@ -166,14 +166,14 @@ class Noise:
         return noise, {family: sd.get(("cell", family)) for family in families}
 
 
-def noise_of(problem, theta):
-    """The Noise of a fit with parameters theta (p,). A residual beyond 4 robust standard deviations of its
-    family counts as 4 of them."""
+def noise_of(problem, theta, most=4.0):
+    """The Noise of a fit with parameters theta (p,). A residual beyond `most` robust standard deviations of
+    its family counts as so many of them."""
     noise, (predicted, jacobian) = Noise(problem.rows), evaluate(problem, theta[None])
     residual, jacobian, families = problem.y - predicted[0], jacobian[0], noise.row_kind
     for k in np.unique(families):
         own = families == k
-        limit = 4 * 1.4826 * np.median(np.abs(residual[own])) + 1e-12
+        limit = most * 1.4826 * np.median(np.abs(residual[own])) + 1e-12
         residual[own] = np.clip(residual[own], -limit, limit)
         noise.log_sd[k] = math.log(max(residual[own].std(), LEAST_SD))
     _, size, basis = np.linalg.svd(jacobian / (np.linalg.norm(jacobian, axis=1, keepdims=True) + 1e-300),
@@ -274,17 +274,18 @@ def standard_errors(fitted, law):
 
 def aicc(fitted):
     """Akaike's criterion with its small-sample correction, over all rows of the system: the likelihood has
-    the nested noise in it, and its variances count as parameters."""
-    noise = fitted.noise
+    the nested noise in it, and its variances count as parameters. All residuals count as they are, since what
+    is clipped differs by law."""
+    noise = noise_of(fitted.problem, fitted.theta, most=math.inf)
     n, k = noise.counts.sum(), len(fitted.theta) + len(noise.kinds)
     deviance = noise.minimised(lambda log_sd: noise.deviance(log_sd, restricted=False))[1]
     return float(deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1))
 
 
 def leave_trunk_out(fitted, most=40):
-    """(n,) ln measured - ln predicted by fits that did not see the row's trunk; nan where leaving the
-    trunk out loses a level of N. Where upcycled rows of one N come of several dense trunks, all that came of
-    a dense trunk is left out at once. More trunks than `most` are left out in that many groups."""
+    """(n,) ln measured - ln predicted by fits that did not see the row's trunk; nan where leaving it
+    out loses a level of N or a method. Where upcycled rows of one N come of several dense trunks, all that
+    came of a dense trunk is left out at once. More trunks than `most` are left out in that many groups."""
     problem, luck = fitted.problem, dense_trunks(fitted.problem.rows)
     several = Counter(N for N, _ in {(row["N"], key) for row, key in zip(problem.rows, luck)
                                      if key and "D1" in row})
@@ -294,7 +295,8 @@ def leave_trunk_out(fitted, most=40):
     noise = fitted.noise.covariance()
     for number in np.unique(trunks):
         kept = [row for row, t in zip(problem.rows, trunks) if t != number]
-        if missing(kept, problem.system) or levels_of_N(kept, problem.system) != sizes:
+        if (missing(kept, problem.system) or levels_of_N(kept, problem.system) != sizes
+                or methods_of(kept, problem.system) != problem.methods):
             continue
         theta = refits(fitted, 1, whiten=whitening(noise, trunks != number))
         left_out = trunks == number

@@ -10,7 +10,6 @@ intermediate_size = 176
 num_hidden_layers = 4
 num_attention_heads = 4
 num_local_experts = 8
-num_experts_per_tok = 2
 tokens_per_step = 4096
 max_tokens = 2 * 2**20
 learning_rate = 3e-3

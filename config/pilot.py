@@ -12,8 +12,6 @@ schedule with a warm-up. The settings of `train` suit models of some 50k paramet
 the learning rate, batch and sequence length with which it was trained.
 """
 out_dir = "out/pilot"
-num_local_experts = 8
-num_experts_per_tok = 2
 
 train = {
     "dataset": "data/pysource", "tokens_per_step": 2048, "max_seq_len": 128, "learning_rate": 8e-3,

@@ -76,7 +76,8 @@ NUMBERS = st.sampled_from([1, 2.0, "3", 1e6, 1e7, 1e-6, 1e16])
 NEEDED = {"family": st.sampled_from(list(FAMILIES)), "N": NUMBERS, "D": NUMBERS, "D1": NUMBERS, "D2": NUMBERS,
           "loss": NUMBERS}
 EXTRA = {"trunk": st.integers(0, 3), "N_active": NUMBERS, "N_total": NUMBERS, "num_local_experts": NUMBERS,
-         "method": st.sampled_from(["copy", "drop"]), "seed": st.integers(0, 1)}
+         "method": st.sampled_from(["copy", "drop"]), "seed": st.integers(0, 1),
+         "granularity": st.sampled_from([1, 2.0, "two"])}
 
 
 @settings(max_examples=150)
@@ -322,6 +323,29 @@ def test_a_note_tells_where_A_depends_on_N(nu, told):
         rows += simulate(truth, system, N=[n], noise=0.003, trunk_noise=0.002, seed=int(n))
     notes = F.claims(rows, F.Options(rows=[]))[1]
     assert any("--A_of_N" in note for note in notes) == told
+
+
+def test_claims_are_of_one_method_at_levels_that_all_sizes_have():
+    system = shared_system("upcycled.handicap")
+    rows = [row | ({"method": "copy"} if "D1" in row else {})
+            for row in simulate(HEAD_START, system, **SMALL, noise=0.003)]
+    copied = [row for row in rows if "D1" in row]
+    usual = F.claims(rows, F.Options(rows=[]))[0]
+    dropped = [row | {"method": "drop", "loss": 1.1 * row["loss"], "trunk": "drop" + row["trunk"]}
+               for row in copied]
+    assert F.claims(rows + dropped, F.Options(rows=[]))[0] == usual
+    # One size has gone on, at the smallest D1 alone: the claims of the rows themselves stay as they are.
+    first = min(SMALL["D1"])
+    longer = [copied[0] | {"D1": first, "D2": 6e7, "loss": 0.5}]
+    longer += [next(row for row in rows if row["family"] == "moe") | {"D": 6e7, "loss": 0.4}]
+    assert list(F.measured(rows + longer)) == list(F.measured(rows))
+
+
+def test_laws_of_other_rows_are_not_compared_by_aicc():
+    rows = [row for row in simulate(HEAD_START, SHARED, **SMALL, noise=0.003)
+            if row["family"] != "moe" or row["D"] < 6e5]  # of two levels, so the MoE has no law of its own
+    found = F.claims(rows, F.Options(rows=[]))[0]
+    assert "upcycling has a lasting cost kappa" in found and not any("AICc" in claim for claim in found)
 
 
 def test_command_writes_laws_report_and_figures(tmp_path, capsys):

@@ -88,7 +88,7 @@ def test_loss_matching_with_delta_0_needs_no_upcycled_row():
 
 def test_each_method_has_its_own_head_start_and_handicap():
     system, law, rows = shared_system("upcycled.handicap"), "upcycled.handicap", []
-    own = {"copy": {}, "drop": dict(c=60.0, kappa=0.005), "noise": dict(c=70.0, kappa=0.03)}
+    own = {"copy": {}, "mine: v2": dict(c=60.0, kappa=0.005), "noise": dict(c=70.0, kappa=0.03)}
     for method, change in own.items():
         truth = HEAD_START | {law: HEAD_START[law] | change}
         for row in simulate(truth, system, **SMALL):
@@ -97,7 +97,7 @@ def test_each_method_has_its_own_head_start_and_handicap():
             elif method == "copy":
                 rows.append(row)
     fit = engine.fit(rows, system)
-    assert fit.problem.methods == ["copy", "drop", "noise"]
+    assert fit.problem.methods == ["copy", "mine: v2", "noise"]
     for method, change in own.items():
         assert_params(fit.params(law, method=method), HEAD_START[law] | change, 1e-5)
     assert fit.params(law) == fit.params(law, method="copy")
@@ -300,5 +300,9 @@ def test_missing_levels_are_named():
     assert problem.missing(dense, THREE) == ["has no moe rows", "has no upcycled rows"]
     few = simulate(TABLE2, N=[1e8], D=DATA[:3])
     assert problem.missing(few, {"dense": "dense"}) == ["has 3 rows for 3 parameters, needs 6"]
+    mixed = moe_rows(lambda row: 3.0)
+    del mixed[5]["N_active"]
+    assert problem.missing(mixed, {"moe": "moe.joint"}) == ["has rows without N_active"]
+    assert problem.missing(few, {"dense": "dense"}, A_of_N=True) == ["has 3 rows for 3 parameters, needs 6"]
     one_D = simulate(TABLE2, {"dense": "dense"}, N=[1e7, 1e8], D=[1e10])
     assert problem.missing(one_D, {"dense": "dense"}) == ["needs 3 levels of N, has 2, at one D"]

@@ -592,6 +592,18 @@ def test_expected_errors_are_those_of_simulated_studies():
     assert expected["D2*"] == pytest.approx(51e9, rel=0.02) and expected["s.e. of ln D2*"] > 0
 
 
+def test_a_design_is_fitted_by_the_form_of_its_laws():
+    params = {}
+    for family, nu in (("dense", 0.1), ("moe", 0.2), ("upcycled", 0.15)):
+        own = LAWS[family]["params"]
+        params[family] = own | {"nu": nu, "A": own["A"] * 1e9 ** nu}
+    found = plan_design.expected({family: LAWS[family] | {"params": own} for family, own in params.items()},
+                                 study_rows(), SimpleNamespace(noise=0.001, trunk_noise=0.001), 1e8, 1e11)
+    star = laws.overtaking(1e11, lambda tokens: laws.predict("moe", params["moe"], N=1e8, D=tokens)
+                           - laws.predict("upcycled", params["upcycled"], N=1e8, D1=1e11, D2=tokens))
+    assert found["D2*"] == pytest.approx(float(star), rel=0.01) and 1e9 < star < math.inf
+
+
 def test_one_more_level_tightens_alpha3():
     noise = SimpleNamespace(noise=0.005, trunk_noise=0.003)
     base = plan_design.expected(LAWS, study_rows(), noise, 1e9, 1e11)

@@ -140,6 +140,11 @@ def test_the_local_exponent_of_a_power_law_is_its_exponent():
     assert slope == pytest.approx(-0.17) and error < 1e-9
 
 
+def test_numbers_are_three_digits_and_a_unit():
+    told = [short(value) for value in (999.4, 50.61e9, 9.994e14, 9.996e14, 1.234e15, 0.01234)]
+    assert told == ["999", "50.6B", "999T", "1000T", "1.23e15", "1.23e-2"]
+
+
 def test_t_interval_covers_the_mean_of_small_samples():
     random = np.random.default_rng(0)
     samples = random.standard_normal((2000, 3))

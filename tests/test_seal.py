@@ -1,4 +1,5 @@
 """Sealed predictions: of the withheld rows and no others, by each law, and judged by hand."""
+import contextlib
 import json
 import math
 
@@ -95,6 +96,21 @@ def test_dense_and_moe_rows_alone_predict_all_upcycled_rows(mini, tmp_path):  # 
         predicted.setdefault(row["method"], []).append(middle)
     assert len(predicted["copy"]) == len(predicted["drop"]) > 5
     assert predicted["drop"] == pytest.approx(predicted["copy"], rel=0.01)  # but for the draws of noise
+
+
+def test_laws_of_one_method_predict_its_rows_and_laws_of_none_are_refused(mini, tmp_path):  # noqa: F811
+    mini.write_text(mini.read_text() + "num_local_experts = 8\nwithheld = [{'family': 'upcycled'}]\n"
+                                       "methods = [{'method': 'drop'}]\n")
+    rows = [json.loads(line) for line in (ROOT / "results" / "study_quick.jsonl").read_text().splitlines()]
+    rows = [row | ({"method": "drop", "drop_ratio": 0.5} if "D1" in row else {}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for only, said in (("upcycled.handicap", None), ("dense,moe", "has no law of the rows")):
+        flags = [str(tmp_path / "rows.jsonl"), f"--out={tmp_path}", "--draws=20", f"--laws={only}"]
+        fit_laws.main(parse(fit_laws.Options, flags))
+        with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+            seal(mini, f"--laws={tmp_path / 'laws.json'}", f"--out={tmp_path / 'sealed.json'}")
+    sealed = json.loads((tmp_path / "sealed.json").read_text())["rows"]
+    assert sealed and all(set(row["predicted"]) == {"upcycled.handicap"} for row in sealed)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("sealed*.json")), ids=lambda path: path.stem)

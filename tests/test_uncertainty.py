@@ -151,6 +151,17 @@ def test_true_law_has_the_lowest_aicc():
         assert aicc[system["upcycled"]] < min(aicc.values()) + 4  # one that contains it comes close
 
 
+def test_aicc_has_all_residuals_as_they_are():
+    """Of one law with one row a trunk, it is that of independent normal errors."""
+    rows = [row | {"trunk": i} for i, row in enumerate(simulate(TABLE2, {"dense": "dense"}, noise=0.002))]
+    rows[7]["loss"] *= 1.01  # beyond four standard deviations
+    fitted = uncertainty.fit_with_noise(rows, {"dense": "dense"})
+    residual = engine.fit(rows, {"dense": "dense"}, delta=10.0).residual  # of plain least squares
+    n, k = len(rows), len(fitted.theta) + len(fitted.noise.kinds)
+    by_hand = n * (math.log(np.mean(residual ** 2)) + 1) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+    assert uncertainty.aicc(fitted) == pytest.approx(by_hand, abs=0.01)
+
+
 def test_an_outlier_hardly_moves_generalised_least_squares():
     rows = simulate(TABLE2, {"dense": "dense"}, noise=0.002)
     spoiled = [row | {"loss": row["loss"] * 1.3} if i == 7 else row for i, row in enumerate(rows)]
@@ -203,6 +214,16 @@ def test_a_left_out_trunk_does_not_reach_the_fit():
     before = uncertainty.leave_trunk_out(fitted)
     fitted.problem.y = fitted.problem.y + np.where(hit, math.log(2), 0.0)
     assert np.allclose((uncertainty.leave_trunk_out(fitted) - before)[hit], math.log(2), atol=1e-4)
+
+
+def test_the_only_trunk_of_a_method_is_not_left_out():
+    rows = simulate(HEAD_START, SHARED, **SMALL, noise=0.003)
+    alone = next(row["trunk"] for row in rows if "D1" in row)
+    rows += [row | {"method": "drop", "trunk": "drop"} for row in rows if row["trunk"] == alone]
+    fitted = uncertainty.fit_with_noise(rows, SHARED)
+    error = uncertainty.leave_trunk_out(fitted)
+    for row, value in zip(fitted.problem.rows, error):
+        assert "D" in row or math.isnan(value) == (row["trunk"] == "drop")
 
 
 def test_all_that_came_of_one_dense_trunk_is_left_out_at_once_where_a_size_has_two():
