@@ -370,6 +370,8 @@ def announce(run):
         print(f"{c.dataset}: {available * length:,} training tokens, too few for this run; some come again")
     if c.schedule == "wsd" and c.decay_steps and c.decay_start + c.decay_steps != run.max_steps:
         print(f"note: the decay ends at step {c.decay_start + c.decay_steps}, the run at {run.max_steps}")
+    if c.branch and run.source == c.init_from and c.schedule == "wsd" and step > c.decay_start:
+        print(f"note: the branch starts at step {step}, its decay was to start at {c.decay_start}")
     return progress(run.max_steps * c.tokens_per_step, row["family"], "tok", initial=step * c.tokens_per_step)
 
 

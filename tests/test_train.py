@@ -617,7 +617,7 @@ def test_bad_settings_are_said_in_one_line(tiny, tmp_path):
     fails("--resume wants no --init_from", init_from=next_, resume=True, rows=None, **other)
 
 
-def test_a_model_of_another_tool_has_a_row_with_its_D1(tiny, tmp_path):
+def test_a_model_of_another_tool_has_a_row_with_its_D1(tiny, tmp_path, capsys):
     """D counts the tokens that --D1 says, also in a branch, and flops are those of all D tokens."""
     train(dataclasses.replace(tiny, rows=None), report=quiet)
     last = os.path.join(tiny.out_dir, "checkpoint-20")
@@ -634,7 +634,8 @@ def test_a_model_of_another_tool_has_a_row_with_its_D1(tiny, tmp_path):
     assert row["flops"] == row["D"] * flops_per_token(checkpoint.read_config(last), 16)
     c = dataclasses.replace(c, init_from=str(tmp_path / "other" / "checkpoint-20"), branch=True,
                             max_tokens=22 * STEP, out_dir=str(tmp_path / "branch"))
-    assert train(c, report=quiet)["D"] == 1000 + 22 * STEP
+    assert train(c)["D"] == 1000 + 22 * STEP
+    assert "the branch starts at step 20, its decay was to start at 16" in capsys.readouterr().out
 
 
 def test_bits_a_byte_are_those_of_the_validation_text(tiny, capsys):
