@@ -69,7 +69,6 @@ def describe(study, jobs):
         return "there is nothing to estimate"
     largest, hours = max(jobs, key=device_bytes), flops_of(jobs) / (study.flops_per_gpu * study.mfu * 3600)
     micro, n = passes(largest.settings, largest.ranks)[0], parameter_counts(largest.model)
-    most = max(parameter_counts(job.model)["total"] for job in jobs)
     return "\n".join((
         f"time: {hours:,.3g} hours of one device, if training uses {study.mfu:.0%} of "
         f"{study.flops_per_gpu:.3g} FLOP/s (--mfu, --flops_per_gpu)",
@@ -77,4 +76,4 @@ def describe(study, jobs):
         f"{os.path.basename(largest.settings.out_dir)}: {n['total']:,} parameters on ranks: {largest.ranks}, "
         f"{micro} sequences of {largest.settings.max_seq_len} tokens in a pass",
         f"disk: {sum(map(disk_bytes, jobs)) / 1e9:,.3g} GB of checkpoints that stay; a run under way has up "
-        f"to two more, of {12 * most / 1e9:,.3g} GB at most"))
+        f"to two more, of {12 * max(parameter_counts(j.model)['total'] for j in jobs) / 1e9:,.3g} GB"))

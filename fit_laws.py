@@ -215,8 +215,8 @@ def errors(fitted, law, rows):
 
 
 def held_out_from(rows, family, name):
-    """The value of variable `name` from which rows of a family are held out: its largest level, or the upper
-    fifth of its range (in logarithms) where that level has less than 15 % of the rows; None for one level."""
+    """The value of `name` from which rows of a family are held out: its largest level, or where that has less
+    than 15 % of them the upper fifth of its range (in logarithms), of 5 % at least; None for one level."""
     values = np.array([variable(row, name) for row in of_family(rows, family)], float)
     values = values[np.isfinite(values)]
     found = levels(values)
@@ -224,7 +224,8 @@ def held_out_from(rows, family, name):
         return None
     if (values >= found[-1]).mean() >= 0.15:
         return found[-1]
-    return min(found[-1], math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
+    enough = max(level for level in found if (values >= level).mean() >= 0.05)
+    return min(enough, math.exp(0.8 * math.log(values.max()) + 0.2 * math.log(values.min())))
 
 
 def extrapolate(rows, system, law, name, **options):

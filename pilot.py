@@ -13,7 +13,7 @@ from rows import EXPERTS
 from start import MODEL_KEYS, resolve_architecture
 from train import Train
 
-# Branches as shares of the budget. A curve from scratch up to a quarter of it predicts the budget to 1-6 %.
+# Branches as shares of the budget. A curve from scratch up to a quarter of it predicts the budget to 1-10 %.
 SHARES = {"D2": (1 / 16, 1 / 8), "D_moe": (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4), "D_dense": (1 / 16, 1 / 8)}
 
 

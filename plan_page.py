@@ -31,7 +31,7 @@ WORDS = {  # plan.html says the same sentences
               "below {second}.",
     "pilot": "The cheapest runs that would decide are a pilot of {flops} FLOPs, {share} of the budget. The "
              "option that wins goes on from its trunk. A curve from scratch up to a quarter of the budget "
-             "predicts the budget to 1-6 %.",
+             "predicts the budget to 1-10 %.",
     "again": "The laws' rows reach all branches of a pilot already. A second seed of them costs {flops} "
              "FLOPs, {share} of the budget, and shows what is luck. Runs on the whole budget would decide.",
     "run": "{family}: one trunk with decayed branches at {branches} tokens",

@@ -131,6 +131,13 @@ def test_where_levels_are_unique_the_upper_fifth_of_the_range_is_held_out():
     assert F.held_out_from(rows[:1], "dense", "D") is None
 
 
+def test_one_long_run_alone_is_not_what_is_held_out():
+    rows = simulate(HEAD_START, SHARED, **SMALL)
+    longest = max(row["D2"] for row in rows if "D2" in row)
+    alone = next(row for row in rows if "D2" in row) | {"D2": 100 * longest}
+    assert F.held_out_from(rows + [alone], "upcycled", "D2") == pytest.approx(longest)
+
+
 def test_shared_law_extrapolates_upcycled_rows_where_the_moe_has_too_few_levels():
     rows = simulate(HEAD_START, SHARED, D=DATA[::2], D1=np.geomspace(1e9, 1e11, 4))
     rows = [row for row in rows if not (row["family"] == "moe" and row["D"] == DATA[2])]
