@@ -191,4 +191,6 @@ def scale(options):
 
 
 if __name__ == "__main__":  # what torchrun starts
+    if len(sys.argv) != 3:
+        raise SystemExit("bench_scale.py: `python bench.py scale` runs it")
     probe(*sys.argv[1:])

@@ -148,9 +148,8 @@ def stored_shapes(model, c, model_type=None):
 
 def load_model(directory, dtype=torch.float32, router_bias=False, place=None, positions=None):
     """The Transformer in a checkpoint directory. With router_bias its routers get a selection bias where they
-    have none. place(model) gives a model on `meta` its memory; None: on the CPU. positions: those that its
-    RoPE is for; None: all that config.json says. Raises ConfigError naming file and tensor when they do not
-    fit."""
+    have none. place(model) gives a model on `meta` its memory; None: on the CPU. positions: how many its
+    RoPE is for; None: as in config.json. Raises ConfigError naming file and tensor when they do not fit."""
     c, path = read_config(directory), os.path.join(directory, "config.json")
     c = dataclasses.replace(c, max_position_embeddings=positions or c.max_position_embeddings)
     tensors, model_type = open_tensors(directory), read_json(path)["model_type"]
@@ -263,9 +262,8 @@ def contents(model, optimizer=None, copy=False):
     biased = any(bool(bias.any()) for name, bias in model.named_buffers() if name.endswith("mlp.bias"))
     c = dataclasses.replace(model.config, router_bias=biased)  # no router bias: Mixtral's, Qwen's
     weights = [part(name, t) for name, t in stored_tensors(model, c).items()]
-    state = {}
-    for name, p in model.named_parameters() if optimizer else ():  # before an update there are no moments
-        state[name] = optimizer.state[p] or {"step": 0} | {key: torch.zeros_like(p) for key in KEYS}
+    state = {name: optimizer.state[p] or {"step": 0} | {key: torch.zeros_like(p) for key in KEYS}
+             for name, p in model.named_parameters()} if optimizer else {}  # none before the first update
     moments = [part(name, s[key], f"{key}.") for key in KEYS for name, s in state.items()]
     return Contents(c, weights, moments, int(next(iter(state.values()))["step"]) if state else 0)
 

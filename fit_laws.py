@@ -334,8 +334,8 @@ def measured(rows):
     for (label, _, d1), cells in report.method_differences(rows).items():
         if label == report.FAMILY_STYLES["moe"][0]:
             scratch.setdefault(d1, []).append(cells)
-    of_sizes = scratch[min(scratch)] if scratch else []
-    if common := set.intersection(*map(set, of_sizes)) if scratch else ():
+    of_sizes = scratch[min(scratch)] if scratch else [{}]
+    if common := set.intersection(*map(set, of_sizes)):
         pairs = [pair for cells in of_sizes for pair in cells[max(common)]]
         yield ("a MoE from scratch leads copying at the smallest D1 and the largest D2",
                sum(report.t_interval(pairs)) < 0, report.mean_text(pairs))

@@ -219,9 +219,9 @@ def local_exponents(rows):
     rows, found = main_method_rows(rows)[1], {}
     levels = levels_of(rows, "D1")
     ends = {d1: of_family(rows, "upcycled", D1=d1) for d1 in levels[:1] + levels[-1:]}
-    both = [{(row["N"], row["D2"]) for row in end} for end in ends.values()]
+    cells = [{(row["N"], row["D2"]) for row in end} for end in ends.values()]
     for d1, end in ends.items():
-        here = [row for row in end if (row["N"], row["D2"]) in set.intersection(*both)]
+        here = [row for row in end if all((row["N"], row["D2"]) in known for known in cells)]
         curves = [figures.mean_loss(of_family(here, "upcycled", N=n), "D2") for n in levels_of(here, "N")]
         slopes = [figures.local_exponent(D2, loss)[0] for D2, loss, _ in curves if len(D2) > 2]
         found |= {d1: np.mean(slopes)} if slopes else {}

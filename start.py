@@ -186,8 +186,8 @@ def planned_row(c, m, lineage, tokens, data_sha256, tokens_before_schedule=0, wo
 def add_to_history(history, row, lineage, resumed):
     """Append [run_id, 0] to `history` for the run of `row`, unless a resumed run goes on with its last entry.
 
-    run_id is a hash of what makes the run's weights: its settings and data, the runs before it, a checkpoint
-    of another tool among them, and the upcycling. Two branches of one trunk share the trunk's run_id.
+    run_id is a hash of what makes the run's weights: settings and data, the runs before it (a checkpoint of
+    another tool is one), the upcycling, and a null, as it always was. Branches of one trunk share its run_id.
     """
     ends = () if row["schedule"] == "cosine" else ("D", "D2")
     made_by = run_key(row, (*ends, "eval_tokens", "trunk", "dense_trunk"))

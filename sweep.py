@@ -419,8 +419,7 @@ def main(study):
     plan = study_jobs(study)
     jobs = share_of(study, plan)
     if not plan:
-        raise ConfigError(f"{study.config}: there is nothing to train; are all rows of --families withheld "
-                          "(--train_withheld)?")
+        raise ConfigError(f"{study.config}: there is nothing to train; is all withheld (--train_withheld)?")
     print(describe(study, plan))
     if study.shard != Study.shard:
         part = cost.flops_of(jobs) / cost.flops_of(plan)

@@ -274,8 +274,7 @@ def standard_errors(fitted, law):
 
 def aicc(fitted):
     """Akaike's criterion with its small-sample correction, over all rows of the system: the likelihood has
-    the nested noise in it, and its variances count as parameters. All residuals count as they are, since what
-    is clipped differs by law."""
+    the nested noise in it, and its variances are parameters. No residual is clipped, as laws differ there."""
     noise = noise_of(fitted.problem, fitted.theta, most=math.inf)
     n, k = noise.counts.sum(), len(fitted.theta) + len(noise.kinds)
     deviance = noise.minimised(lambda log_sd: noise.deviance(log_sd, restricted=False))[1]
