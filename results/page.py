@@ -46,24 +46,38 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def last_experts(run):
+    """Effective experts a layer in a directory of a run: means over the last 32 lines of its log."""
+    last = read_lines(run / "log.jsonl")[-32:]
+    return np.mean([line["effective_experts"] for line in last], axis=0).round(3).tolist()
+
+
 def take_logs(out):
-    """Write logs/step_by_step.jsonl and logs/ablations.jsonl from the runs in the directory `out`."""
-    found = {"step_by_step": [], "ablations": []}
+    """Write logs/*.jsonl from the runs in the directory `out`; balance.jsonl has the runs that are there."""
+    found = {"step_by_step": [], "ablations": [], "balance": []}
     for run in ("upcycled", "equal"):
         for seed in range(3):
             for line in read_lines(out / "step_by_step" / f"{run}-s{seed}" / "log.jsonl"):
                 if "val_loss" in line:
                     told = {key: line[key] for key in ("tokens", "val_loss", "effective_experts")}
                     found["step_by_step"].append({"run": run, "seed": seed} | told)
-    copy = out / "study" / "upcycled-N23712-s{}-D1_4194304-copy-D8388608"
-    runs = {"copy": str(copy)} | {name: str(out / "ablations" / (name + "-s{}-8388608")) for name in VARIANTS}
+    copy = f"study/upcycled-N23712-s{{}}-D1_4194304-copy-D{8 * M}"
+    runs = {"copy": copy} | {name: f"ablations/{name}-s{{}}-{8 * M}" for name in VARIANTS}
     for run, path in runs.items():
         for seed in range(3):
-            last = read_lines(Path(path.format(seed)) / "log.jsonl")[-32:]
-            means = np.mean([line["effective_experts"] for line in last], axis=0).round(3).tolist()
-            found["ablations"].append({"run": run, "seed": seed, "effective_experts": means})
+            used = last_experts(out / path.format(seed))
+            found["ablations"].append({"run": run, "seed": seed, "effective_experts": used})
+    for row in rows_of("study"):
+        for run in out.glob(f"*/{row['trunk']}-D{8 * M}"):
+            if row["family"] != "dense" and tokens_of(row) == 8 * M:
+                found["balance"].append({"run": row["trunk"], "effective_experts": last_experts(run)})
     for name, lines in found.items():
         (HERE / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def tokens_of(row):
+    """D2 of an upcycled row, D of others."""
+    return row.get("D2", row.get("D"))
 
 
 def experts_of(row):
@@ -179,19 +193,33 @@ def ablations():
     """The table of variants: loss against copying, or against from scratch, paired by seed, and effective
     experts a layer."""
     study = [row for row in rows_of("study", "study_more") if row["N"] == 23712]
-    base = {(row["family"], row.get("D2", row.get("D")), row["seed"]): row["loss"] for row in study
+    base = {(row["family"], tokens_of(row), row["seed"]): row["loss"] for row in study
             if row["family"] == "moe" or method_label(row) == "copy" and row["D1"] == 4 * M}
     rows, logs, lines = rows_of("ablations"), read_lines(HERE / "logs" / "ablations.jsonl"), []
     tokens = levels_of(of_family(rows, "upcycled"), "D2")
     for name, words in ({"copy": "copying, as in the study"} | VARIANTS).items():
         pairs = {d2: [] for d2 in tokens}
         for row in (row for row in rows if row["trunk"].rpartition("-s")[0] == name):
-            d2 = row.get("D2", row.get("D"))
+            d2 = tokens_of(row)
             pairs[d2].append(row["loss"] / base[row["family"], d2, row["seed"]] - 1)
         used = np.mean([log["effective_experts"] for log in logs if log["run"] == name], axis=0)
         cells = [mean_text(found) if found else "0" for found in pairs.values()]
         lines.append([words, *cells, ", ".join(f"{value:.1f}" for value in used)])
     return aligned(["variant", *at_D2(tokens), "effective experts by layer"], lines)
+
+
+def balance():
+    """The table of effective experts of 8 at 8M tokens by size, method and D1: means over layers and seeds."""
+    logs = {log["run"]: log["effective_experts"] for log in read_lines(HERE / "logs" / "balance.jsonl")}
+    cells = {}
+    for run, row in {row["trunk"]: row for row in rows_of("study") if row["trunk"] in logs}.items():
+        column = (method_label(row), row["D1"]) if "D1" in row else ("from scratch", None)
+        cells.setdefault(column, {}).setdefault(row["N"], []).append(np.mean(logs[run]))
+    sizes = sorted({n for found in cells.values() for n in found})
+    lines = [[method, short(d1) if d1 else "-",
+              *(f"{np.mean(found[n]):.1f} ({len(found[n])})" if n in found else "-" for n in sizes)]
+             for (method, d1), found in sorted(cells.items())]
+    return aligned(["method", "D1", *(f"N = {short(n)} (runs)" for n in sizes)], lines)
 
 
 def head_starts():
@@ -246,7 +274,7 @@ def step_by_step():
 def main():
     if len(sys.argv) > 1:
         take_logs(Path(sys.argv[1]))
-    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), ablations()):
+    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), ablations(), balance()):
         print(*table, sep="\n", end="\n\n")
     for draw in (head_starts, step_by_step, experts):
         figure = draw()

@@ -17,12 +17,14 @@ def runs_of(logs, out):
     """Make a directory of runs whose logs have the lines that page.py takes among others that it leaves."""
     for path in logs.iterdir():
         for line in map(json.loads, path.read_text().splitlines()):
-            run, seed, used = line["run"], line["seed"], line["effective_experts"]
+            run, seed, used = line["run"], line.get("seed"), line["effective_experts"]
             if path.stem == "step_by_step":
                 log, lines = out / path.stem / f"{run}-s{seed}", [{"loss": 1.0}, line]
             else:
-                name = f"study/upcycled-N23712-s{seed}-D1_4194304-copy-D8388608"
-                log = out / (name if run == "copy" else f"ablations/{run}-s{seed}-8388608")
+                if run == "copy":
+                    run = f"upcycled-N23712-s{seed}-D1_4194304-copy"
+                study = path.stem == "balance" or run.startswith("upcycled")
+                log = out / (f"study/{run}-D8388608" if study else f"ablations/{run}-s{seed}-8388608")
                 lines = [{"effective_experts": [1.0 for _ in used]}] + 32 * [{"effective_experts": used}]
             log.mkdir(parents=True, exist_ok=True)
             with open(log / "log.jsonl", "a") as file:
@@ -49,7 +51,7 @@ def printed(tmp_path_factory):
 def test_the_page_has_its_tables_and_figures(printed):
     page = (RESULTS / "README.md").read_text()
     tables = printed[0].strip().split("\n\n")
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert table in page, table
     for name in ("head_starts.png", "step_by_step.png", "experts.png"):
@@ -58,7 +60,7 @@ def test_the_page_has_its_tables_and_figures(printed):
 
 def test_logs_are_the_lines_that_were_taken_from_runs(printed):
     logs = sorted((RESULTS / "logs").iterdir())
-    assert [path.stem for path in logs] == ["ablations", "step_by_step"]
+    assert [path.stem for path in logs] == ["ablations", "balance", "step_by_step"]
     for path in logs:
         assert (printed[1] / "logs" / path.name).read_text() == path.read_text()
 
@@ -91,6 +93,9 @@ def test_a_cell_of_each_table_is_what_its_rows_say(printed):
              if row["learning_rate"] == 8e-4 and row["D2"] == 2**21}
     ratios = [100 * (tenth[seed] / copied[seed] - 1) for seed in (0, 1, 2)]
     assert cell(printed, "|learningratewarmeduptoatenth|", 3).startswith(f"{np.mean(ratios):+.2f} ± ")
+    used = [np.mean(log["effective_experts"]) for log in lines_of("logs/balance.jsonl")
+            if log["run"] in [f"upcycled-N55536-s{seed}-D1_33554432-copy" for seed in (0, 1, 2)]]
+    assert cell(printed, "|copy|33.6M|", 4) == f"{np.mean(used):.1f} (3)"
 
 
 def test_the_gains_by_more_experts_that_the_page_names_are_paired_by_seed():
