@@ -34,6 +34,7 @@ VARIANTS = {
     "loss_free_moe": "from scratch, loss-free balancing",
     "best": "half the rate, loss-free, router from clusters",
     "best_moe": "from scratch, half the rate, loss-free"}
+ABLATED = {"ablations": 23712}  # {rows: N of their runs}
 HEAD_STARTS = ("effective_data_shared", "saturating", "handicap", "loss_matching", "loss_matching_handicap")
 
 
@@ -54,25 +55,35 @@ def last_experts(run):
 
 def take_logs(out):
     """Write logs/*.jsonl from the runs in the directory `out`; balance.jsonl has the runs that are there."""
-    found = {"step_by_step": [], "ablations": [], "balance": []}
+    found = {"step_by_step": [], "balance": []} | {name: [] for name in ABLATED}
     for run in ("upcycled", "equal"):
         for seed in range(3):
             for line in read_lines(out / "step_by_step" / f"{run}-s{seed}" / "log.jsonl"):
                 if "val_loss" in line:
                     told = {key: line[key] for key in ("tokens", "val_loss", "effective_experts")}
                     found["step_by_step"].append({"run": run, "seed": seed} | told)
-    copy = f"study/upcycled-N23712-s{{}}-D1_4194304-copy-D{8 * M}"
-    runs = {"copy": copy} | {name: f"ablations/{name}-s{{}}-{8 * M}" for name in VARIANTS}
-    for run, path in runs.items():
-        for seed in range(3):
-            used = last_experts(out / path.format(seed))
-            found["ablations"].append({"run": run, "seed": seed, "effective_experts": used})
+    for name, n in ABLATED.items():
+        for run, seeds in variants_of(rows_of(name)).items():
+            for seed in sorted(seeds):
+                path = f"{name}/{run}-s{seed}-{8 * M}"
+                if run == "copy":
+                    path = f"study/upcycled-N{n}-s{seed}-D1_{4 * M}-copy-D{8 * M}"
+                used = last_experts(out / path)
+                found[name].append({"run": run, "seed": seed, "effective_experts": used})
     for row in rows_of("study"):
         for run in out.glob(f"*/{row['trunk']}-D{8 * M}"):
             if row["family"] != "dense" and tokens_of(row) == 8 * M:
                 found["balance"].append({"run": row["trunk"], "effective_experts": last_experts(run)})
     for name, lines in found.items():
         (HERE / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def variants_of(rows):
+    """{variant: {seed: [its rows]}} of rows of ablations, in the order of VARIANTS, after copying, of none."""
+    found = {"copy": {row["seed"]: [] for row in rows}} | {name: {} for name in VARIANTS}
+    for row in rows:
+        found[row["trunk"].rpartition("-s")[0]].setdefault(row["seed"], []).append(row)
+    return {name: seeds for name, seeds in found.items() if seeds}
 
 
 def tokens_of(row):
@@ -189,27 +200,28 @@ def experts():
     return finished(figure, (loss, behind), "loss at 2.1M tokens (nats per token)")
 
 
-def ablations():
-    """The table of variants: loss against copying, or against from scratch, paired by seed, and effective
-    experts a layer."""
-    study = [row for row in rows_of("study", "study_more") if row["N"] == 23712]
+def ablations(name):
+    """The table of the variants of a file of rows: loss against copying, or against from scratch, paired by
+    seed, and effective experts a layer."""
+    study = [row for row in rows_of("study", "study_more") if row["N"] == ABLATED[name]]
     base = {(row["family"], tokens_of(row), row["seed"]): row["loss"] for row in study
             if row["family"] == "moe" or method_label(row) == "copy" and row["D1"] == 4 * M}
-    rows, logs, lines = rows_of("ablations"), read_lines(HERE / "logs" / "ablations.jsonl"), []
+    rows, logs, lines = rows_of(name), read_lines(HERE / "logs" / f"{name}.jsonl"), []
     tokens = levels_of(of_family(rows, "upcycled"), "D2")
-    for name, words in ({"copy": "copying, as in the study"} | VARIANTS).items():
+    for run, by_seed in variants_of(rows).items():
         pairs = {d2: [] for d2 in tokens}
-        for row in (row for row in rows if row["trunk"].rpartition("-s")[0] == name):
+        for row in sum(by_seed.values(), []):
             d2 = tokens_of(row)
             pairs[d2].append(row["loss"] / base[row["family"], d2, row["seed"]] - 1)
-        used = np.mean([log["effective_experts"] for log in logs if log["run"] == name], axis=0)
+        used = np.mean([log["effective_experts"] for log in logs if log["run"] == run], axis=0)
         cells = [mean_text(found) if found else "0" for found in pairs.values()]
+        words = VARIANTS.get(run, "copying, as in the study")
         lines.append([words, *cells, ", ".join(f"{value:.1f}" for value in used)])
     return aligned(["variant", *at_D2(tokens), "effective experts by layer"], lines)
 
 
 def balance():
-    """The table of effective experts of 8 at 8M tokens by size, method and D1: means over layers and seeds."""
+    """The table of effective experts of 8 at 8M tokens by method, D1 and size: means over layers and runs."""
     logs = {log["run"]: log["effective_experts"] for log in read_lines(HERE / "logs" / "balance.jsonl")}
     cells = {}
     for run, row in {row["trunk"]: row for row in rows_of("study") if row["trunk"] in logs}.items():
@@ -274,7 +286,7 @@ def step_by_step():
 def main():
     if len(sys.argv) > 1:
         take_logs(Path(sys.argv[1]))
-    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), ablations(), balance()):
+    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), *map(ablations, ABLATED), balance()):
         print(*table, sep="\n", end="\n\n")
     for draw in (head_starts, step_by_step, experts):
         figure = draw()
