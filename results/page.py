@@ -79,7 +79,7 @@ def take_logs(out):
 
 
 def variants_of(rows):
-    """{variant: {seed: [its rows]}} of rows of ablations, in the order of VARIANTS, after copying, of none."""
+    """{variant: {seed: [its rows]}} of rows of ablations, in the order of VARIANTS; first copying, without."""
     found = {"copy": {row["seed"]: [] for row in rows}} | {name: {} for name in VARIANTS}
     for row in rows:
         found[row["trunk"].rpartition("-s")[0]].setdefault(row["seed"], []).append(row)
@@ -286,7 +286,8 @@ def step_by_step():
 def main():
     if len(sys.argv) > 1:
         take_logs(Path(sys.argv[1]))
-    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), *map(ablations, ABLATED), balance()):
+    ablated = map(ablations, ABLATED)
+    for table in (sealed_errors(), against_scratch(), numbers_of_experts(), *ablated, balance()):
         print(*table, sep="\n", end="\n\n")
     for draw in (head_starts, step_by_step, experts):
         figure = draw()
