@@ -79,7 +79,7 @@ def take_logs(out):
 
 
 def variants_of(rows):
-    """{variant: {seed: [its rows]}} of rows of ablations, in the order of VARIANTS; first copying, without."""
+    """{variant: {seed: [its rows]}} of rows of ablations, in the order of VARIANTS; copying is first."""
     found = {"copy": {row["seed"]: [] for row in rows}} | {name: {} for name in VARIANTS}
     for row in rows:
         found[row["trunk"].rpartition("-s")[0]].setdefault(row["seed"], []).append(row)
