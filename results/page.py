@@ -2,19 +2,23 @@
 
     PYTHONPATH=. python results/page.py [DIRECTORY OF RUNS]
 
-It prints the tables, which the page repeats, and draws head_starts.png, step_by_step.png and experts.png.
-From a directory of runs it takes lines of their logs first: of step_by_step, and the last ones of ablations.
+It prints the tables, which the page repeats, and draws four figures.
+From a directory of runs it takes lines of their logs first, and it reads a text twice with their checkpoints.
 """
 import functools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib import ticker
 
+import checkpoint
+from data.stream import load_tokens
 from figures import FAMILY_STYLES, RIVAL_STYLES, finished, log_axis, panels, shades, t_interval
 from fit_laws import rms
 from laws import head_start, law_name, short
@@ -34,7 +38,8 @@ VARIANTS = {
     "loss_free_moe": "from scratch, loss-free balancing",
     "best": "half the rate, loss-free, router from clusters",
     "best_moe": "from scratch, half the rate, loss-free"}
-ABLATED = {"ablations": 23712}  # {rows: N of their runs}
+ABLATED = {"ablations": 23712, "recipe": 201280}  # {rows: N of their runs}
+TRUNKS = r"(dense|moe|upcycled)-N(\d+)-s([01])(?:-D1_(\d+)-copy)?"  # whose checkpoints are read
 HEAD_STARTS = ("effective_data_shared", "saturating", "handicap", "loss_matching", "loss_matching_handicap")
 
 
@@ -55,7 +60,7 @@ def last_experts(run):
 
 def take_logs(out):
     """Write logs/*.jsonl from the runs in the directory `out`; balance.jsonl has the runs that are there."""
-    found = {"step_by_step": [], "balance": []} | {name: [] for name in ABLATED}
+    found = {"step_by_step": [], "balance": [], "twice": []} | {name: [] for name in ABLATED}
     for run in ("upcycled", "equal"):
         for seed in range(3):
             for line in read_lines(out / "step_by_step" / f"{run}-s{seed}" / "log.jsonl"):
@@ -74,8 +79,37 @@ def take_logs(out):
         for run in out.glob(f"*/{row['trunk']}-D{8 * M}"):
             if row["family"] != "dense" and tokens_of(row) == 8 * M:
                 found["balance"].append({"run": row["trunk"], "effective_experts": last_experts(run)})
+    paths = [path for path in out.glob("*/*/checkpoint-*") if re.fullmatch(TRUNKS, path.parent.name)]
+    pieces = pieces_of_text() if paths else None
+    for path in sorted(paths, key=lambda path: (path.parent.name, step_of(path))):
+        found["twice"].append({"run": path.parent.name, "step": step_of(path)}
+                              | read_twice(checkpoint.load_model(path).eval(), pieces))
     for name, lines in found.items():
-        (HERE / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if lines:
+            (HERE / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def step_of(path):
+    return int(path.name.rpartition("-")[2])
+
+
+def pieces_of_text(count=128, length=64):
+    """(count, length) tokens: pieces of the validation text of data/pysource."""
+    text, _ = load_tokens("data/pysource", "val")
+    places = np.random.default_rng(0).integers(0, len(text) - length, count)
+    return torch.tensor(np.stack([text[i:i + length] for i in places]).astype(np.int64))
+
+
+@torch.no_grad()
+def read_twice(model, pieces):
+    """{"first", "second"}: loss on (n, length) tokens that are read twice in a row, of each reading without
+    its first quarter."""
+    length, ids = pieces.shape[1], pieces.repeat(1, 2)
+    logits = model(ids[:, :-1]).transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(0)
+    first, second = losses[:length - 1], losses[length - 1:]  # of the predicted tokens
+    return {"first": round(float(first[length // 4 - 1:].mean()), 4),
+            "second": round(float(second[length // 4:].mean()), 4)}
 
 
 def variants_of(rows):
@@ -283,13 +317,33 @@ def step_by_step():
     return figure
 
 
+def copying():
+    """How much lower the loss is on a text that is read again at once, against tokens, by run."""
+    runs = {}
+    for log in read_lines(HERE / "logs" / "twice.jsonl"):
+        runs.setdefault(re.fullmatch(TRUNKS, log["run"]).groups(), []).append(log)
+    sizes, colors = sorted({int(n) for _, n, *_ in runs}), shades(["524288", "4194304", "33554432"])
+    figure, axes = panels(len(sizes), sharey=True)
+    for family, n, seed, d1 in sorted(runs, key=lambda run: (run[0], int(run[3] or 0), run[2])):
+        words, marker, color = FAMILY_STYLES[family]
+        if d1:
+            words, color = f"{words}, D1 = {short(int(d1))}", colors[d1]
+        points = [(log["step"] * 2048, log["first"] - log["second"]) for log in runs[family, n, seed, d1]]
+        axes[sizes.index(int(n))].plot(*zip(*points), "-" if seed == "0" else "--", marker=marker, ms=3, lw=1,
+                                       color=color, label=f"{words}, seed {seed}")
+    for axis, n in zip(axes, sizes):
+        log_axis(axis, [M // 2, 2 * M, 8 * M, 32 * M])
+        axis.set(title=f"N = {short(n)}", xlabel="tokens, after upcycling where upcycled")
+    return finished(figure, axes, "gain by reading a text again (nats per token)")
+
+
 def main():
     if len(sys.argv) > 1:
         take_logs(Path(sys.argv[1]))
     ablated = map(ablations, ABLATED)
     for table in (sealed_errors(), against_scratch(), numbers_of_experts(), *ablated, balance()):
         print(*table, sep="\n", end="\n\n")
-    for draw in (head_starts, step_by_step, experts):
+    for draw in (head_starts, step_by_step, experts, copying):
         figure = draw()
         figure.savefig(HERE / f"{draw.__name__}.png")
         plt.close(figure)

@@ -1,5 +1,6 @@
 """The page of the reference study repeats the tables that results/page.py makes from the rows."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+
+from results import page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -15,16 +19,16 @@ RESULTS = ROOT / "results"
 
 def runs_of(logs, out):
     """Make a directory of runs whose logs have the lines that page.py takes among others that it leaves."""
-    for path in logs.iterdir():
+    for path in (logs / f"{name}.jsonl" for name in ("step_by_step", "ablations", "recipe", "balance")):
         for line in map(json.loads, path.read_text().splitlines()):
             run, seed, used = line["run"], line.get("seed"), line["effective_experts"]
             if path.stem == "step_by_step":
                 log, lines = out / path.stem / f"{run}-s{seed}", [{"loss": 1.0}, line]
             else:
                 if run == "copy":
-                    run = f"upcycled-N23712-s{seed}-D1_4194304-copy"
+                    run = f"upcycled-N{page.ABLATED[path.stem]}-s{seed}-D1_4194304-copy"
                 study = path.stem == "balance" or run.startswith("upcycled")
-                log = out / (f"study/{run}-D8388608" if study else f"ablations/{run}-s{seed}-8388608")
+                log = out / (f"study/{run}-D8388608" if study else f"{path.stem}/{run}-s{seed}-8388608")
                 lines = [{"effective_experts": [1.0 for _ in used]}] + 32 * [{"effective_experts": used}]
             log.mkdir(parents=True, exist_ok=True)
             with open(log / "log.jsonl", "a") as file:
@@ -51,18 +55,31 @@ def printed(tmp_path_factory):
 def test_the_page_has_its_tables_and_figures(printed):
     page = (RESULTS / "README.md").read_text()
     tables = printed[0].strip().split("\n\n")
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         assert table in page, table
-    for name in ("head_starts.png", "step_by_step.png", "experts.png"):
+    for name in ("head_starts.png", "step_by_step.png", "experts.png", "copying.png"):
         assert f"]({name})" in page and (printed[1] / name).stat().st_size > 10_000
 
 
 def test_logs_are_the_lines_that_were_taken_from_runs(printed):
     logs = sorted((RESULTS / "logs").iterdir())
-    assert [path.stem for path in logs] == ["ablations", "balance", "step_by_step"]
+    assert [path.stem for path in logs] == ["ablations", "balance", "recipe", "step_by_step", "twice"]
     for path in logs:
         assert (printed[1] / "logs" / path.name).read_text() == path.read_text()
+
+
+def test_the_loss_of_a_text_that_is_read_twice():
+    def model(ids):  # it knows nothing in the first reading, copies in the second, and is wrong where skipped
+        logits = torch.zeros(*ids.shape, 50)
+        for t in range(ids.shape[1]):  # the token at t + 1
+            if t + 1 < 4 or 16 <= t + 1 < 20:
+                logits[:, t, 0] = 100.0
+            elif t + 1 >= 20:
+                logits[:, t] = 100.0 * torch.nn.functional.one_hot(ids[:, t + 1 - 16], 50)
+        return logits
+    pieces = torch.randint(1, 50, (3, 16), generator=torch.Generator().manual_seed(0))
+    assert page.read_twice(model, pieces) == {"first": round(math.log(50), 4), "second": 0.0}
 
 
 def lines_of(*names):
