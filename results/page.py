@@ -3,7 +3,8 @@
     PYTHONPATH=. python results/page.py [DIRECTORY OF RUNS]
 
 It prints the tables, which the page repeats, and draws four figures.
-From a directory of runs it takes lines of their logs first, and it reads a text twice with their checkpoints.
+From a directory of runs it takes lines of their logs first, and their checkpoints
+read pieces of data/pysource twice.
 """
 import functools
 import json
