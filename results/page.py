@@ -80,20 +80,16 @@ def take_logs(out):
         for run in out.glob(f"*/{row['trunk']}-D{8 * M}"):
             if row["family"] != "dense" and tokens_of(row) == 8 * M:
                 found["balance"].append({"run": row["trunk"], "effective_experts": last_experts(run)})
-    paths = [path for path in out.glob("*/*/checkpoint-*") if re.fullmatch(TRUNKS, path.parent.name)]
-    pieces = pieces_of_text() if paths else None
-    for path in sorted(paths, key=lambda path: (path.parent.name, step_of(path))):
-        found["twice"].append({"run": path.parent.name, "step": step_of(path)}
-                              | read_twice(checkpoint.load_model(path).eval(), pieces))
+    for run in sorted(out.glob("*/*"), key=lambda run: run.name):
+        for step, path in checkpoint.checkpoints(run) if re.fullmatch(TRUNKS, run.name) else ():
+            losses = read_twice(checkpoint.load_model(path).eval(), pieces_of_text())
+            found["twice"].append({"run": run.name, "step": step} | losses)
     for name, lines in found.items():
         if lines:
             (HERE / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def step_of(path):
-    return int(path.name.rpartition("-")[2])
-
-
+@functools.cache
 def pieces_of_text(count=128, length=64):
     """(count, length) tokens: pieces of the validation text of data/pysource."""
     text, _ = load_tokens("data/pysource", "val")
