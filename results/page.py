@@ -173,7 +173,9 @@ def sealed_errors():
     """The table of sealed errors of each law by what the upcycled rows test; only rows that were run."""
     measured = {frozenset(identity(row).items()): row["loss"] for row in rows_of("study")}
     tests = {"56k, D1 = 32M": ("sealed", {"N": 55536}), "201k": ("sealed", {"N": 201280}),
-             "201k, D2 = 64M": ("sealed_far", {}), "554k": ("sealed_largest", {})}
+             "201k, D2 = 64M": ("sealed_far", {}), "554k": ("sealed_largest", {}),
+             "56k, drop 0.5": ("sealed_drop", {"N": 55536}), "201k, drop 0.5": ("sealed_drop", {"N": 201280}),
+             "554k, drop 0.5": ("sealed_drop", {"N": 554016})}
     errors = {}
     for words, (name, columns) in tests.items():
         for row in json.loads((HERE / f"{name}.json").read_text())["rows"]:

@@ -129,3 +129,15 @@ def test_the_gains_by_more_experts_that_the_page_names_are_paired_by_seed():
     for few, D in ((4, 2**23), (2, 2**21)):
         for family in ("moe", "upcycled"):
             assert gain(few, D, family) in " ".join(page.split())
+
+
+def test_sealed_errors_by_what_the_rows_test_make_up_those_that_seal_judges(printed):
+    page = (RESULTS / "README.md").read_text()
+    for name, columns in {"sealed_far": [4], "sealed_largest": [5], "sealed_drop": [6, 7, 8]}.items():
+        table = page.partition(f"`{name}.json`\n```")[2]
+        judged = next(line for line in table.splitlines() if line.startswith("| upcycled | interaction "))
+        errors = [float(cell(printed, "|interaction|", column)) for column in columns]
+        rows = [int(cell(printed, "|law,rms", column).split("(")[1][:-1]) for column in columns]
+        expected = math.sqrt(np.average(np.square(errors), weights=rows))
+        assert float(judged.split("|")[4]) == pytest.approx(expected, abs=0.01)
+        assert int(judged.split("|")[3]) == sum(rows)
