@@ -141,3 +141,19 @@ def test_sealed_errors_by_what_the_rows_test_make_up_those_that_seal_judges(prin
         expected = math.sqrt(np.average(np.square(errors), weights=rows))
         assert float(judged.split("|")[4]) == pytest.approx(expected, abs=0.01)
         assert int(judged.split("|")[3]) == sum(rows)
+
+
+def test_the_errors_that_the_page_names_on_the_second_seed_of_the_largest_size():
+    losses = {(row["D1"], row["D2"]): row["loss"] for row in lines_of("study.jsonl")
+              if (row["N"], row["method"], row["seed"]) == (554016, "copy", 1)}
+    assert len(losses) == 12
+
+    def error(name, law):
+        sealed = json.loads((RESULTS / name).read_text())["rows"]
+        errors = [np.log(row["predicted"][law][1] / losses[row["D1"], row["D2"]])
+                  for row in sealed if row["family"] == "upcycled"]
+        return 100 * np.sqrt(np.mean(np.square(errors)))
+    words = (f"errs by {error('sealed_largest.json', 'upcycled'):.1f} %, and loss matching by "
+             f"{error('sealed_largest.json', 'upcycled.loss_matching'):.1f} %, or "
+             f"{error('sealed_largest_A_of_N.json', 'upcycled.loss_matching'):.1f} % with A")
+    assert words in " ".join((RESULTS / "README.md").read_text().split())
