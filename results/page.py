@@ -2,9 +2,8 @@
 
     PYTHONPATH=. python results/page.py [DIRECTORY OF RUNS]
 
-It prints the tables, which the page repeats, and draws four figures.
-From a directory of runs it takes lines of their logs first, and their checkpoints
-read pieces of data/pysource twice.
+It prints the tables, which the page repeats, and draws four figures. From a directory of runs it takes lines
+of their logs first, and lets their checkpoints read pieces of data/pysource twice.
 """
 import functools
 import json
@@ -60,7 +59,8 @@ def last_experts(run):
 
 
 def take_logs(out):
-    """Write logs/*.jsonl from the runs in the directory `out`; balance.jsonl has the runs that are there."""
+    """Write logs/*.jsonl from the runs in the directory `out`. balance.jsonl and twice.jsonl have those that
+    are there, and a file of which none is there stays as it is."""
     found = {"step_by_step": [], "balance": [], "twice": []} | {name: [] for name in ABLATED}
     for run in ("upcycled", "equal"):
         for seed in range(3):
@@ -321,13 +321,14 @@ def copying():
     runs = {}
     for log in read_lines(HERE / "logs" / "twice.jsonl"):
         runs.setdefault(re.fullmatch(TRUNKS, log["run"]).groups(), []).append(log)
-    sizes, colors = sorted({int(n) for _, n, *_ in runs}), shades(["524288", "4194304", "33554432"])
+    sizes, step = sorted({int(n) for _, n, *_ in runs}), rows_of("study")[0]["tokens_per_step"]
+    colors = shades(sorted({d1 for *_, d1 in runs if d1}, key=int))
     figure, axes = panels(len(sizes), sharey=True)
     for family, n, seed, d1 in sorted(runs, key=lambda run: (run[0], int(run[3] or 0), run[2])):
         words, marker, color = FAMILY_STYLES[family]
         if d1:
             words, color = f"{words}, D1 = {short(int(d1))}", colors[d1]
-        points = [(log["step"] * 2048, log["first"] - log["second"]) for log in runs[family, n, seed, d1]]
+        points = [(log["step"] * step, log["first"] - log["second"]) for log in runs[family, n, seed, d1]]
         axes[sizes.index(int(n))].plot(*zip(*points), "-" if seed == "0" else "--", marker=marker, ms=3, lw=1,
                                        color=color, label=f"{words}, seed {seed}")
     for axis, n in zip(axes, sizes):

@@ -15,6 +15,7 @@ from results import page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+README = (RESULTS / "README.md").read_text()
 
 
 def runs_of(logs, out):
@@ -53,13 +54,12 @@ def printed(tmp_path_factory):
 
 
 def test_the_page_has_its_tables_and_figures(printed):
-    page = (RESULTS / "README.md").read_text()
     tables = printed[0].strip().split("\n\n")
     assert len(tables) == 6
     for table in tables:
-        assert table in page, table
+        assert table in README, table
     for name in ("head_starts.png", "step_by_step.png", "experts.png", "copying.png"):
-        assert f"]({name})" in page and (printed[1] / name).stat().st_size > 10_000
+        assert f"]({name})" in README and (printed[1] / name).stat().st_size > 10_000
 
 
 def test_logs_are_the_lines_that_were_taken_from_runs(printed):
@@ -116,7 +116,7 @@ def test_a_cell_of_each_table_is_what_its_rows_say(printed):
 
 
 def test_the_gains_by_more_experts_that_the_page_names_are_paired_by_seed():
-    rows, page = lines_of("study.jsonl", "sparsity.jsonl"), (RESULTS / "README.md").read_text()
+    rows = lines_of("study.jsonl", "sparsity.jsonl")
 
     def gain(few, D, family):
         losses = {(row["num_local_experts"], row["seed"]): row["loss"] for row in rows
@@ -128,13 +128,12 @@ def test_the_gains_by_more_experts_that_the_page_names_are_paired_by_seed():
         return f"{np.mean(pairs):.1f} % (± {half:.1f})"
     for few, D in ((4, 2**23), (2, 2**21)):
         for family in ("moe", "upcycled"):
-            assert gain(few, D, family) in " ".join(page.split())
+            assert gain(few, D, family) in " ".join(README.split())
 
 
 def test_sealed_errors_by_what_the_rows_test_make_up_those_that_seal_judges(printed):
-    page = (RESULTS / "README.md").read_text()
     for name, columns in {"sealed_far": [4], "sealed_largest": [5], "sealed_drop": [6, 7, 8]}.items():
-        table = page.partition(f"`{name}.json`\n```")[2]
+        table = README.partition(f"`{name}.json`\n```")[2]
         judged = next(line for line in table.splitlines() if line.startswith("| upcycled | interaction "))
         errors = [float(cell(printed, "|interaction|", column)) for column in columns]
         rows = [int(cell(printed, "|law,rms", column).split("(")[1][:-1]) for column in columns]
@@ -156,4 +155,4 @@ def test_the_errors_that_the_page_names_on_the_second_seed_of_the_largest_size()
     words = (f"errs by {error('sealed_largest.json', 'upcycled'):.1f} %, and loss matching by "
              f"{error('sealed_largest.json', 'upcycled.loss_matching'):.1f} %, or "
              f"{error('sealed_largest_A_of_N.json', 'upcycled.loss_matching'):.1f} % with A")
-    assert words in " ".join((RESULTS / "README.md").read_text().split())
+    assert words in " ".join(README.split())
